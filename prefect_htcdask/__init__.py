@@ -1,0 +1,1 @@
+"""Prefect flows on HTCondor workers behind a Dask Gateway."""

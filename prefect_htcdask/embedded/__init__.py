@@ -1,0 +1,1 @@
+"""A personal HTCondor pool and loopback Dask Gateway for a machine that has neither."""

@@ -1,0 +1,1 @@
+"""From demand and supply to a decision."""

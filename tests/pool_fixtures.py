@@ -1,0 +1,1 @@
+"""The real HTCondor pool and gateway that tests run against."""

@@ -1,0 +1,1 @@
+"""The real Prefect server that tests run against."""
