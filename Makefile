@@ -1,0 +1,37 @@
+# Every target sets up all that it needs: an environment in .venv here, HTCondor in your cache directory.
+PYTHON ?= python3
+VENV := .venv/bin/python
+ONLY ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test bench lint clean
+
+help:
+	@echo "make demo               run a CMS dimuon analysis on HTCondor workers behind a Dask Gateway, here"
+	@echo "make test               every test, on a real pool, gateway and Prefect server; ARGS='-k name' for some"
+	@echo "make bench              every benchmark, one line of JSON each; ONLY=name,name for some"
+	@echo "make lint               ruff and mypy"
+	@echo "make clean              remove what these targets made in this directory, except results/"
+	@echo "Nothing needs root or a running service. PYTHON=... names the interpreter (3.10 to 3.13; $(PYTHON))."
+
+venv:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed (apt-get install python3)"; exit 1; }
+	@$(PYTHON) tools/bootstrap.py
+
+demo: venv
+	@$(VENV) flows/demo.py
+
+test: venv
+	@$(VENV) -m pytest $(ARGS)
+
+bench: venv
+	@$(VENV) -m benchmarks --only "$(ONLY)"
+
+lint: venv
+	@$(VENV) -m ruff check .
+	@$(VENV) -m mypy
+
+clean:
+	@rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
