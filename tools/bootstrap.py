@@ -65,9 +65,8 @@ def _use_supported_python() -> None:
         if found and _runs(found):
             os.execv(found, [found, *sys.argv])
     raise BootstrapError(
-        "Python {}.{} to {}.{} is needed; {} is {}.{}. Install one, or name it: make PYTHON=/path/to/python3".format(
-            *lowest, *highest, sys.executable, *sys.version_info[:2]
-        )
+        "Python {}.{} to {}.{} is needed; {} is {}.{}. Install one, or name it: make PYTHON=/path/to/python3"
+        "".format(*lowest, *highest, sys.executable, *sys.version_info[:2])
     )
 
 
@@ -93,7 +92,7 @@ def _is_ready(digest: str) -> bool:
 
 
 def _runs(python: str) -> bool:
-    """Whether this user can run it: an environment made by root from an interpreter below /root is of no use to others."""
+    """Whether this user can run it: others cannot run what root made from an interpreter of its own."""
     try:
         return subprocess.run([python, "-c", ""], capture_output=True, timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -179,12 +178,13 @@ def _cache_directory() -> str:
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
     except OSError as exc:
-        raise BootstrapError(f"cannot make the cache directory {path}: {exc.strerror}; set XDG_CACHE_HOME") from exc
+        raise BootstrapError(f"cannot make {path} ({exc.strerror}); XDG_CACHE_HOME sets another place") from exc
     return path
 
 
 def _install() -> None:
-    pip = [VENV_PYTHON, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "-c", CONSTRAINTS]
+    pip = [VENV_PYTHON, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    pip += ["-c", CONSTRAINTS]
     # setuptools first, so that the editable install needs no build environment with versions of its own.
     _run([*pip, "pip", "setuptools"])
     _run([*pip, "--no-compile", "--no-build-isolation", "--editable", f"{CHECKOUT}[{EXTRAS}]"])
