@@ -208,9 +208,13 @@ class EmbeddedSettings(PrefectBaseSettings):
     )
     slots: int | None = Field(
         default=None, ge=1, description="Cores that the embedded pool offers, more than the machine has if wished. "
-        "Unset: the machine's."
+        "Unset: the machine's, but at least 4, so that a small machine runs several workers too."
     )
     memory: Size | None = Field(default=None, description="Memory that the embedded pool offers. Unset: the machine's.")
+    use_configured_pool: bool = Field(
+        default=True, description="Use the HTCondor pool that this machine is configured for, where its schedd answers, and "
+        "start only a gateway. False: always a personal pool."
+    )
 
 
 class HTCDaskSettings(PrefectBaseSettings):

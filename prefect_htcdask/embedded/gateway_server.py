@@ -1,0 +1,180 @@
+"""The stock Dask Gateway server and its proxy: their configuration, commands and the little of their API that we use.
+
+The server has none of our code: it reads one generated configuration file. `UnsafeLocalBackend` starts a scheduler as
+a process of the gateway's own user; it is unsafe only for a gateway of several users, and this one has one.
+(`LocalBackend` would change files' owners, and is broken for root.)
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import socket
+import sys
+import urllib.error
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from prefect_htcdask.embedded.errors import EmbeddedError
+from prefect_htcdask.embedded.state import write_private
+
+_CONFIG = '''\
+"""Configuration of the embedded Dask Gateway. Generated; it holds secrets."""
+import hmac
+
+from dask_gateway_server.auth import SimpleAuthenticator, unauthorized
+
+
+class OneUser(SimpleAuthenticator):
+    """Basic authentication of the one user of this gateway."""
+
+    username = {username!r}
+
+    async def authenticate(self, request):
+        user = await super().authenticate(request)
+        if not hmac.compare_digest(user.name.encode(), self.username.encode()):
+            raise unauthorized("Basic")
+        return user
+
+
+c.DaskGateway.address = {private_address!r}
+c.DaskGateway.backend_class = "dask_gateway_server.backends.local.UnsafeLocalBackend"
+c.DaskGateway.authenticator_class = OneUser
+c.SimpleAuthenticator.password = {password!r}
+
+c.Proxy.address = {proxy_address!r}
+c.Proxy.externally_managed = True
+c.Proxy.gateway_url = "http://" + {private_address!r}
+c.Proxy.api_token = {api_token!r}
+
+c.UnsafeLocalBackend.clusters_directory = {clusters!r}
+# On disk, and clusters left alone, so that a restart of the server goes unnoticed.
+c.UnsafeLocalBackend.db_url = {database!r}
+c.UnsafeLocalBackend.db_encrypt_keys = [{encrypt_key!r}]
+c.UnsafeLocalBackend.stop_clusters_on_shutdown = False
+c.UnsafeLocalBackend.cluster_status_period = 5
+c.UnsafeLocalBackend.sigint_timeout = 3
+c.UnsafeLocalBackend.sigterm_timeout = 3
+c.UnsafeLocalBackend.inherited_environment = {inherited!r}
+
+c.ClusterConfig.scheduler_cmd = {scheduler!r}
+c.ClusterConfig.worker_cmd = {worker!r}
+'''
+
+INHERITED = ["PATH", "PYTHONPATH", "CONDA_PREFIX", "VIRTUAL_ENV", "LANG", "LC_ALL", "HOME", "TMPDIR"]
+"""Environment variables that a scheduler gets from the gateway's process."""
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nothing listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def check_installed() -> None:
+    """Raises `EmbeddedError` where dask-gateway-server is not installed."""
+    if find_spec("dask_gateway_server") is None:
+        raise EmbeddedError(
+            "dask-gateway-server is not installed, so there is no embedded gateway; install prefect-htcdask[embedded], or "
+            "set gateway.address to a Dask Gateway"
+        )
+
+
+class GatewayServer:
+    """A gateway server and its proxy in one directory.
+
+    Args:
+        directory: for their files.
+        username: the only user whom the gateway accepts.
+        password: that user's.
+    """
+
+    def __init__(self, directory: Path, username: str, password: str) -> None:
+        self.directory = directory
+        self.username = username
+        self._password = password
+        self.config_file = directory / "gateway_config.py"
+        self.private_address = f"127.0.0.1:{free_port()}"
+        self.proxy_address = f"127.0.0.1:{free_port()}"
+        self.url = f"http://{self.proxy_address}"
+
+    def configure(self) -> None:
+        """Write the configuration file and forget the clusters of an earlier server.
+
+        The server would signal the process ids in an old database, which may be anyone's by now.
+        """
+        clusters = self.directory / "clusters"
+        clusters.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.directory.chmod(0o700)
+        database = self.directory / "gateway.sqlite"
+        for old in self.directory.glob("gateway.sqlite*"):
+            old.unlink()
+        database.touch(mode=0o600)
+        text = _CONFIG.format(
+            username=self.username,
+            password=self._password,
+            private_address=self.private_address,
+            proxy_address=self.proxy_address,
+            api_token=secrets.token_hex(32),
+            encrypt_key=base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
+            clusters=str(clusters),
+            database=f"sqlite:///{database}",
+            inherited=INHERITED,
+            scheduler=[sys.executable, "-m", "distributed.cli.dask_scheduler"],
+            worker=[sys.executable, "-m", "distributed.cli.dask_worker"],
+        )
+        write_private(self.config_file, text)
+
+    @property
+    def server_command(self) -> list[str]:
+        return [sys.executable, "-m", "dask_gateway_server", "-f", str(self.config_file)]
+
+    @property
+    def proxy_command(self) -> list[str]:
+        return [sys.executable, "-m", "dask_gateway_server", "proxy", "-f", str(self.config_file)]
+
+    def healthy(self) -> bool:
+        """Whether server and proxy answer."""
+        try:
+            return bool(get_json(f"{self.url}/api/health")["status"] == "pass")
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def active_clusters(self) -> int:
+        """How many clusters are pending or running.
+
+        Raises:
+            OSError: where the gateway does not answer.
+        """
+        return len(list_clusters(self.url, self.username, self._password))
+
+
+def get_json(url: str, username: str | None = None, password: str | None = None, timeout: float = 5) -> Any:
+    """GET a JSON document, past any HTTP proxy of the environment.
+
+    Raises:
+        OSError: where the server does not answer or refuses.
+        ValueError: where the answer is not JSON.
+    """
+    request = urllib.request.Request(url)
+    if username is not None:
+        login = base64.b64encode(f"{username}:{password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {login}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=timeout) as response:
+        return json.load(response)
+
+
+def list_clusters(url: str, username: str, password: str) -> dict[str, Any]:
+    """The gateway's pending and running clusters, by name.
+
+    Raises:
+        OSError: where the gateway does not answer or refuses.
+    """
+    clusters: dict[str, Any] = get_json(f"{url}/api/v1/clusters/", username, password)
+    return clusters
