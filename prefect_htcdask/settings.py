@@ -85,17 +85,26 @@ class CondorSettings(PrefectBaseSettings):
     model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask", "condor"))
 
     collector: str | None = Field(
-        default=None, description="Address of the pool's collector (host or host:port). Unset: HTCondor's configuration."
+        default=None,
+        description="Address of the pool's collector (host or host:port). Unset: HTCondor's configuration.",
     )
     schedd: str | None = Field(
-        default=None, description="Name of the schedd to submit to. Unset: the local schedd of the configuration."
+        default=None,
+        description="Name of the schedd to submit to. Unset: the local schedd of the configuration.",
     )
     config_file: str | None = Field(
         default=None, description="HTCondor configuration file (CONDOR_CONFIG). Unset: HTCondor's own search."
     )
     token_file: str | None = Field(
-        default=None, description="File with an IDTOKEN for the schedd and collector; readable by its owner only."
+        default=None,
+        description="File with an IDTOKEN for the schedd and collector; readable by its owner only.",
     )
+    directory: str | None = Field(
+        default=None,
+        description="Where the workers' logs and, while a cluster lives, their staged input are kept. Unset: the "
+        "user's state directory.",
+    )
+    keep_logs: Duration = Field(default=7 * 86400.0, description="How long the workers' logs are kept.")
     spool: bool = Field(
         default=False,
         description="Spool the workers' input to the schedd: needed where the schedd cannot read this host's files.",
@@ -148,7 +157,8 @@ class WorkerSettings(PrefectBaseSettings):
         description="How long the first worker may take to start before the flow fails; 0 waits for ever.",
     )
     lifetime: Duration | None = Field(
-        default=None, description="A worker leaves by itself, drained, after this time. Unset: it stays as long as used."
+        default=None,
+        description="A worker leaves by itself, drained, after this time. Unset: it stays as long as used.",
     )
 
 
@@ -162,10 +172,14 @@ class AdaptiveSettings(PrefectBaseSettings):
     interval: Duration = Field(default=1.0, gt=0, description="Time between two looks at the queue of tasks.")
     residence: Duration = Field(default=30.0, description="How long a worker stays idle before it is removed.")
     max_idle_jobs: int = Field(
-        default=200, ge=1, description="Worker jobs that may wait in the HTCondor queue at once, for politeness."
+        default=200,
+        ge=1,
+        description="Worker jobs that may wait in the HTCondor queue at once, for politeness.",
     )
     max_failures: int = Field(
-        default=3, ge=1, description="Workers that may die at start in a row before submission stops and the flow fails."
+        default=3,
+        ge=1,
+        description="Workers that may die at start in a row before submission stops and the flow fails.",
     )
 
     @model_validator(mode="after")
@@ -184,11 +198,13 @@ class LeaseSettings(PrefectBaseSettings):
     model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask", "lease"))
 
     duration: Duration = Field(
-        default=180.0, ge=5, description="The schedd removes worker jobs, and the scheduler ends, this long after the "
-        "last renewal."
+        default=180.0,
+        ge=5,
+        description="The schedd removes worker jobs, and the scheduler ends, this long after the last renewal.",
     )
     lost_schedd: Duration = Field(
-        default=600.0, description="A worker whose schedd is gone leaves after this time (job_lease_duration)."
+        default=600.0,
+        description="A worker whose schedd is gone leaves after this time (job_lease_duration).",
     )
 
 
@@ -198,22 +214,28 @@ class EmbeddedSettings(PrefectBaseSettings):
     model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask", "embedded"))
 
     enabled: bool = Field(
-        default=True, description="Start a personal pool and gateway where none is configured. False: an error instead."
+        default=True,
+        description="Start a personal pool and gateway where none is configured. False: an error instead.",
     )
     directory: str | None = Field(
-        default=None, description="Where the embedded pool and gateway keep their state. Unset: the user's state directory."
+        default=None,
+        description="Where the embedded pool and gateway keep their state. Unset: the user's state directory.",
     )
     idle_timeout: Duration = Field(
-        default=1800.0, description="The embedded pool and gateway stop after this time without jobs or clusters; 0: never."
+        default=1800.0,
+        description="The embedded pool and gateway stop after this time without jobs or clusters; 0: never.",
     )
     slots: int | None = Field(
-        default=None, ge=1, description="Cores that the embedded pool offers, more than the machine has if wished. "
-        "Unset: the machine's, but at least 4, so that a small machine runs several workers too."
+        default=None,
+        ge=1,
+        description="Cores that the embedded pool offers, more than the machine has if wished. "
+        "Unset: the machine's, but at least 4, so that a small machine runs several workers too.",
     )
     memory: Size | None = Field(default=None, description="Memory that the embedded pool offers. Unset: the machine's.")
     use_configured_pool: bool = Field(
-        default=True, description="Use the HTCondor pool that this machine is configured for, where its schedd answers, and "
-        "start only a gateway. False: always a personal pool."
+        default=True,
+        description="Use the HTCondor pool that this machine is configured for, where its schedd answers, and "
+        "start only a gateway. False: always a personal pool.",
     )
 
 
@@ -232,7 +254,8 @@ class HTCDaskSettings(PrefectBaseSettings):
     adaptive: AdaptiveSettings = Field(default_factory=AdaptiveSettings, description="Adaptive scaling.")
     lease: LeaseSettings = Field(default_factory=LeaseSettings, description="Leases of jobs and schedulers.")
     embedded: EmbeddedSettings = Field(
-        default_factory=EmbeddedSettings, description="The personal pool and gateway of a machine that has neither."
+        default_factory=EmbeddedSettings,
+        description="The personal pool and gateway of a machine that has neither.",
     )
 
 
@@ -257,13 +280,17 @@ def load_settings(**overrides: Any) -> HTCDaskSettings:
         given = {k: v for k, v in (overrides.pop(name, None) or {}).items() if v is not None}
         unknown = sorted(set(given) - set(group_type.model_fields))
         if unknown:
-            problems += [f"{name}.{field} is no setting; there are {', '.join(group_type.model_fields)}" for field in unknown]
+            problems += [
+                f"{name}.{field} is no setting; there are {', '.join(group_type.model_fields)}" for field in unknown
+            ]
             continue
         try:
             groups[name] = group_type(**given)
         except ValidationError as exc:
             problems += [_describe(name, dict(error)) for error in exc.errors()]
-    problems += [f"{name!r} is no group of settings; there are {', '.join(HTCDaskSettings.model_fields)}" for name in overrides]
+    problems += [
+        f"{name!r} is no group of settings; there are {', '.join(HTCDaskSettings.model_fields)}" for name in overrides
+    ]
     if problems:
         raise SettingsError("; ".join(problems))
     return HTCDaskSettings(**groups)

@@ -1,0 +1,264 @@
+"""The schedd, as far as worker jobs need it: locate, submit, renew, remove, query.
+
+The bindings hold the GIL during calls to a schedd, so this module is used in the supervisor and in one-shot processes
+only, never in the flow's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import classad2
+import htcondor2
+
+from .worker_job import LEASE_ATTRIBUTE
+
+
+class ScheddError(RuntimeError):
+    """The schedd cannot be had or refused. The message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class ScheddAddress:
+    """How to reach a schedd.
+
+    Attributes:
+        collector: address of the pool's collector, or `None` for the configuration's.
+        schedd: name of the schedd, or `None` for the local one.
+        config_file: CONDOR_CONFIG, or `None` for HTCondor's own search.
+        token_file: file with an IDTOKEN, or `None`.
+        spool: whether input files are spooled to the schedd.
+    """
+
+    collector: str | None = None
+    schedd: str | None = None
+    config_file: str | None = None
+    token_file: str | None = None
+    spool: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the schedd sees this host's files, and so can write the job event log here."""
+        return not self.spool and self.schedd is None and self.collector is None
+
+
+class ScheddClient:
+    """One schedd, located once and found again when it moved (a restart changes its address).
+
+    Args:
+        address: how to reach it.
+
+    Raises:
+        ScheddError: the configuration file or token file cannot be read.
+    """
+
+    def __init__(self, address: ScheddAddress) -> None:
+        self.address = address
+        self._schedd: Any = None
+        self._token_directory: str | None = None
+        if address.config_file:
+            if not os.access(address.config_file, os.R_OK):
+                raise ScheddError(
+                    f"condor.config_file = {address.config_file!r} cannot be read; name an HTCondor configuration file"
+                )
+            os.environ["CONDOR_CONFIG"] = address.config_file
+            htcondor2.reload_config()
+        if address.token_file:
+            self._use_token(Path(address.token_file))
+        if "SEC_FS_ENFORCE_CHANNEL_BINDING" not in htcondor2.param:
+            # 25.x refuses FS authentication with 23.x daemons otherwise.
+            htcondor2.param["SEC_FS_ENFORCE_CHANNEL_BINDING"] = "FALSE"
+
+    def _use_token(self, path: Path) -> None:
+        try:
+            token = path.read_text()
+        except OSError as exc:
+            raise ScheddError(f"condor.token_file = {str(path)!r} cannot be read: {exc.strerror}") from exc
+        # HTCondor reads all tokens of a directory; this one shall be the only one offered.
+        self._token_directory = tempfile.mkdtemp(prefix="htcdask-token-")
+        copy = Path(self._token_directory) / "token"
+        descriptor = os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(token)
+        htcondor2.param["SEC_TOKEN_DIRECTORY"] = self._token_directory
+
+    def close(self) -> None:
+        """Forget the token's copy."""
+        if self._token_directory:
+            shutil.rmtree(self._token_directory, ignore_errors=True)
+
+    def locate(self) -> Any:
+        """The schedd, located through the collector where one is named.
+
+        Raises:
+            ScheddError: it cannot be found; the message names the setting and the remedy.
+        """
+        if self._schedd is not None:
+            return self._schedd
+        where = self.address.collector or htcondor2.param.get("COLLECTOR_HOST") or "no COLLECTOR_HOST configured"
+        try:
+            if self.address.collector is None and self.address.schedd is None:
+                self._schedd = htcondor2.Schedd()
+                return self._schedd
+            collector = htcondor2.Collector(self.address.collector) if self.address.collector else htcondor2.Collector()
+            ad = (
+                collector.locate(htcondor2.DaemonType.Schedd, self.address.schedd)
+                if self.address.schedd
+                else collector.locate(htcondor2.DaemonType.Schedd)
+            )
+            if ad is None:
+                raise ScheddError(self._not_found(collector, where))
+            self._schedd = htcondor2.Schedd(ad)
+        except ScheddError:
+            raise
+        except Exception as exc:  # the bindings raise many kinds for one fault
+            raise ScheddError(self._unreachable(where, exc)) from exc
+        return self._schedd
+
+    def _not_found(self, collector: Any, where: str) -> str:
+        known = [str(ad.get("Name")) for ad in collector.query(htcondor2.AdType.Schedd, projection=["Name"])]
+        return (
+            f"condor.schedd = {self.address.schedd!r}: the collector at {where} knows no schedd of that name; "
+            f"it knows {', '.join(known) or 'none'}"
+        )
+
+    def _unreachable(self, where: str, exc: Exception) -> str:
+        named = f"condor.schedd = {self.address.schedd!r}" if self.address.schedd else "the schedd"
+        return (
+            f"{named} cannot be reached (collector: {where}): {exc}. Check that HTCondor runs there, and "
+            "condor.collector, condor.schedd and condor.config_file"
+        )
+
+    def _call(self, what: str, function: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(self.locate(), function)(*args, **kwargs)
+        except ScheddError:
+            raise
+        except Exception as exc:
+            # A restarted schedd has a new address: look it up again at the next call.
+            self._schedd = None
+            where = self.address.collector or htcondor2.param.get("COLLECTOR_HOST") or "no COLLECTOR_HOST configured"
+            raise ScheddError(f"{what}: {self._unreachable(where, exc)}") from exc
+
+    def check_authorized(self) -> None:
+        """Ask the schedd whether it would take jobs from us.
+
+        Raises:
+            ScheddError: it would not; the message says as whom we came.
+        """
+        schedd = self.locate()
+        location = getattr(schedd, "_addr", None)
+        if location is None:
+            return
+        try:
+            answer = htcondor2.ping(location, "WRITE")
+        except Exception as exc:
+            raise ScheddError(
+                f"the schedd at {location} does not let us in: {exc}. Check condor.token_file, and that the schedd "
+                "accepts this user (ALLOW_WRITE)"
+            ) from exc
+        if not answer.get("AuthorizationSucceeded", True):
+            raise ScheddError(
+                f"the schedd at {location} refuses {answer.get('MyRemoteUserName') or 'us'}: not authorized to submit "
+                "(WRITE). Check condor.token_file, or ask for access to the pool"
+            )
+
+    def submit(self, commands: Mapping[str, str], count: int) -> list[str]:
+        """Submit `count` jobs in one transaction.
+
+        Returns:
+            the ids of the jobs, ``cluster.proc``.
+
+        Raises:
+            ScheddError: the schedd is unreachable or refused; nothing was submitted.
+        """
+        try:
+            submit = htcondor2.Submit(dict(commands))
+        except Exception as exc:
+            raise ScheddError(f"HTCondor does not take the submit description: {exc}") from exc
+        result = self._call(
+            f"{count} worker jobs could not be submitted", "submit", submit, count, spool=self.address.spool
+        )
+        if self.address.spool:
+            self._call("the workers' input could not be spooled", "spool", result)
+        cluster, first = result.cluster(), result.first_proc()
+        return [f"{cluster}.{proc}" for proc in range(first, first + result.num_procs())]
+
+    def renew(self, constraint: str, duration: float) -> int:
+        """Move the lease of jobs to `duration` seconds from now; returns how many jobs there were.
+
+        SetDirty makes the schedd tell the shadows: the shadow judges a running job's periodic expressions.
+        """
+        expires = int(time.time() + duration)
+        if not self.query(constraint, ["ClusterId"], limit=1):
+            return 0  # an edit that matches no job raises
+        edited: int = self._call(
+            "the lease of the worker jobs could not be renewed",
+            "edit",
+            constraint,
+            LEASE_ATTRIBUTE,
+            str(expires),
+            htcondor2.TransactionFlag.SetDirty,
+        )
+        return edited
+
+    def remove(self, jobs: Sequence[str] | str, reason: str) -> int:
+        """Remove jobs, given by ids or by one constraint; returns how many were told to go."""
+        if not jobs:
+            return 0
+        spec = jobs if isinstance(jobs, str) else list(jobs)
+        # A plain string is dropped by the bindings: the reason goes as (text, code).
+        result = self._call("worker jobs could not be removed", "act", htcondor2.JobAction.Remove, spec, (reason, 1))
+        return int(result["TotalSuccess"]) if result else 0
+
+    def query(self, constraint: str, projection: Sequence[str] = (), limit: int = -1) -> list[dict[str, Any]]:
+        """Job ads in the queue that meet a constraint, as plain dictionaries of evaluated values."""
+        ads = self._call("the queue could not be read", "query", constraint, list(projection), limit=limit)
+        return [_plain_ad(ad) for ad in ads]
+
+    def history(self, constraint: str, projection: Sequence[str], limit: int = 1000) -> list[dict[str, Any]]:
+        """Ads of jobs that left the queue, newest first."""
+        ads = self._call("the history could not be read", "history", constraint, list(projection), limit)
+        return [_plain_ad(ad) for ad in ads]
+
+    def slots(self) -> list[dict[str, Any]]:
+        """Slots of the pool, as far as the collector tells."""
+        try:
+            collector = htcondor2.Collector(self.address.collector) if self.address.collector else htcondor2.Collector()
+            ads = collector.query(
+                htcondor2.AdType.Startd,
+                projection=[
+                    "Name",
+                    "State",
+                    "SlotType",
+                    "Cpus",
+                    "Memory",
+                    "Disk",
+                    "Gpus",
+                    "TotalSlotCpus",
+                    "TotalSlotMemory",
+                ],
+            )
+        except Exception as exc:
+            raise ScheddError(f"the collector could not be asked for slots: {exc}") from exc
+        return [_plain_ad(ad) for ad in ads]
+
+
+def _plain_ad(ad: Any) -> dict[str, Any]:
+    plain = {}
+    for name in ad:
+        try:
+            value = ad.eval(name)
+        except Exception:
+            value = str(ad[name])
+        if isinstance(value, classad2.Value):
+            value = None
+        plain[name] = value
+    return plain

@@ -1,0 +1,118 @@
+"""The directory of a cluster on the submitting host: what its jobs take with them, and what comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import worker_start
+from .worker_job import JobFiles
+
+_START_SCRIPT = "htcdask_worker.py"
+_SECRET_FILES = (worker_start.SECRETS_FILE, worker_start.KEY_FILE)
+
+
+class RunDirectory:
+    """Files of one gateway cluster's workers: `staging` until the cluster closes, `logs` and the event log for longer.
+
+    Args:
+        path: the directory, made if needed with mode 0700.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.staging = path / "staging"
+        self.logs = path / "logs"
+        self.event_log = path / "jobs.log"
+        self.supervisor_log = path / "supervisor.log"
+
+    def prepare(self) -> None:
+        """Make the directories, readable by their owner only."""
+        for directory in (self.path, self.staging, self.logs):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)
+        # The schedd opens the log; our reader may come first.
+        os.close(os.open(self.event_log, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    def stage(
+        self,
+        group: str,
+        config: Mapping[str, Any],
+        *,
+        tls_cert: str,
+        tls_key: str,
+        secrets: Mapping[str, str],
+        log_is_local: bool,
+    ) -> JobFiles:
+        """Write what the workers of a group take with them.
+
+        Args:
+            group: name of the worker group; each has a directory of its own.
+            config: the worker's configuration, without secrets.
+            tls_cert: the gateway cluster's certificate, PEM.
+            tls_key: its key, PEM.
+            secrets: environment variables that only the worker process may see.
+            log_is_local: whether the schedd can write the job event log here.
+        """
+        directory = self.staging / group
+        directory.mkdir(mode=0o700, exist_ok=True)
+        package = self.staging / worker_start.PACKAGE_FILE
+        if not package.exists():
+            zip_package(package)
+        script = directory / _START_SCRIPT
+        shutil.copyfile(worker_start.__file__, script)
+        write_private(directory / worker_start.CONFIG_FILE, json.dumps(dict(config)))
+        write_private(directory / worker_start.SECRETS_FILE, json.dumps(dict(secrets)))
+        write_private(directory / worker_start.CERTIFICATE_FILE, tls_cert)
+        write_private(directory / worker_start.KEY_FILE, tls_key)
+        names = (
+            worker_start.CONFIG_FILE,
+            worker_start.SECRETS_FILE,
+            worker_start.CERTIFICATE_FILE,
+            worker_start.KEY_FILE,
+        )
+        return JobFiles(
+            directory=str(self.path),
+            start_script=_START_SCRIPT,
+            inputs=(str(script), str(package), *(str(directory / name) for name in names)),
+            # HTCondor matches these against the names as given, so both forms stand here.
+            secret_inputs=(*_SECRET_FILES, *(str(directory / name) for name in _SECRET_FILES)),
+            event_log=str(self.event_log) if log_is_local else None,
+        )
+
+    def clear_staging(self) -> None:
+        """Delete what the jobs took with them, secrets first of all; the logs stay."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def stderr_tail(self, job_id: str, lines: int = 20) -> list[str]:
+        """Last lines of a worker's stderr, as far as they came back."""
+        cluster, _, proc = job_id.partition(".")
+        path = self.logs / f"worker.{cluster}.{proc}.err"
+        try:
+            text = path.read_text(errors="replace")
+        except OSError:
+            return []
+        return [line for line in text.splitlines() if line.strip()][-lines:]
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, from its first byte on."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(text)
+
+
+def zip_package(target: Path) -> None:
+    """Pack this package into one zip, for workers whose environment has none."""
+    root = Path(__file__).parents[1]
+    temporary = target.with_suffix(".part")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for source in sorted(root.rglob("*.py")):
+            archive.write(source, source.relative_to(root.parent))
+    temporary.replace(target)

@@ -1,0 +1,306 @@
+"""What one worker job is: from a specification to the commands of a submit description.
+
+Values in, values out: nothing here talks to HTCondor. `classad2` does the quoting, so that a flow name with quotes,
+newlines or ClassAd operators in it stays a string.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import classad2
+
+MIB = 1024**2
+KIB = 1024
+
+CLUSTER_ATTRIBUTE = "HTCDaskClusterName"
+LEASE_ATTRIBUTE = "HTCDaskLeaseExpires"
+FLOW_RUN_ATTRIBUTE = "PrefectFlowRunId"
+
+LEASE_REASON = "the lease of prefect_htcdask was not renewed: the process that looks after this worker is gone"
+
+# Commands that make a worker job what it is: a site's own additions may not replace them.
+RESERVED_COMMANDS = frozenset(
+    [
+        "universe",
+        "executable",
+        "arguments",
+        "environment",
+        "getenv",
+        "log",
+        "output",
+        "error",
+        "initialdir",
+        "transfer_executable",
+        "should_transfer_files",
+        "when_to_transfer_output",
+        "transfer_input_files",
+        "transfer_output_files",
+        "encrypt_input_files",
+        "request_cpus",
+        "request_memory",
+        "request_disk",
+        "request_gpus",
+        "requirements",
+        "periodic_remove",
+        "leave_in_queue",
+        "job_lease_duration",
+        "job_max_vacate_time",
+        "kill_sig",
+        "want_graceful_removal",
+        "accounting_group",
+        "priority",
+        "batch_name",
+        "container_image",
+        "queue",
+    ]
+)
+
+
+class WorkerJobError(ValueError):
+    """A worker cannot be described as an HTCondor job. The message names the setting, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class FlowRunTag:
+    """The flow run that worker jobs belong to, as written in their ads.
+
+    Attributes:
+        id: id of the flow run (UUID as text).
+        name: name of the flow run; becomes `JobBatchName`.
+        flow_name: name of the flow.
+        attempt: the flow run's run count, from 1; a flow retry is a new attempt.
+    """
+
+    id: str
+    name: str
+    flow_name: str
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One kind of worker. Sizes in bytes, times in seconds."""
+
+    cpus: int = 1
+    memory: int = 2 * 1024 * MIB
+    disk: int = 1024 * MIB
+    gpus: int = 0
+    nthreads: int | None = None
+    container_image: str | None = None
+    python: str = "python3"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    requirements: str | None = None
+    accounting_group: str | None = None
+    priority: int = 0
+    extra_submit: Mapping[str, str] = field(default_factory=dict)
+    lifetime: float | None = None
+    vacate_time: float = 20.0
+
+    @property
+    def threads(self) -> int:
+        """Tasks that the worker runs at once."""
+        return self.nthreads or self.cpus
+
+
+@dataclass(frozen=True)
+class JobFiles:
+    """Where a job's files are on the submitting host, and what travels with it.
+
+    Attributes:
+        directory: the job's initial directory; its output and error files come back to `logs` below it.
+        start_script: the script that the job runs, by its name in the sandbox.
+        inputs: absolute paths of the files that travel with the job.
+        secret_inputs: base names of those that are encrypted on the wire.
+        event_log: path of the job event log, or `None` where the schedd cannot write one here.
+    """
+
+    directory: str
+    start_script: str
+    inputs: tuple[str, ...]
+    secret_inputs: tuple[str, ...]
+    event_log: str | None
+
+
+def submit_description(
+    spec: WorkerSpec,
+    files: JobFiles,
+    *,
+    cluster_name: str,
+    group: str,
+    flow_run: FlowRunTag | None,
+    lease_expires: int,
+    lost_schedd_lease: float,
+) -> dict[str, str]:
+    """The submit description of worker jobs.
+
+    Args:
+        spec: the kind of worker.
+        files: the files of these jobs.
+        cluster_name: name of the gateway cluster that the workers join.
+        group: name of the worker group.
+        flow_run: the flow run, or `None` for a cluster used by itself.
+        lease_expires: Unix time, in seconds, after which the schedd removes the jobs unless it was moved on.
+        lost_schedd_lease: seconds after which a job leaves when its schedd is lost (job_lease_duration).
+
+    Returns:
+        submit commands and their values, ready for `htcondor2.Submit`.
+
+    Raises:
+        WorkerJobError: a value cannot stand in a submit description; the message names the setting.
+    """
+    commands = {
+        "universe": "container" if spec.container_image else "vanilla",
+        # env finds `python3` on the PATH of a site or image; HTCondor itself wants a full path.
+        "executable": "/usr/bin/env",
+        "transfer_executable": "false",
+        "arguments": quote_arguments([spec.python, files.start_script]),
+        "environment": quote_environment(spec.environment),
+        "initialdir": _plain(files.directory, "directory"),
+        "output": "logs/worker.$(Cluster).$(Process).out",
+        "error": "logs/worker.$(Cluster).$(Process).err",
+        "should_transfer_files": "YES",
+        "when_to_transfer_output": "ON_EXIT",
+        "transfer_input_files": ",".join(_plain(path, "transfer_input_files") for path in files.inputs),
+        # Without this, HTCondor would bring back every new file in the sandbox, the Dask spill directory included.
+        "transfer_output_files": '""',
+        "encrypt_input_files": ",".join(files.secret_inputs),
+        "request_cpus": str(spec.cpus),
+        "request_memory": str(math.ceil(spec.memory / MIB)),
+        "request_disk": str(math.ceil(spec.disk / KIB)),
+        "priority": str(spec.priority),
+        "periodic_remove": f"time() > {LEASE_ATTRIBUTE}",
+        f"My.{LEASE_ATTRIBUTE}": str(lease_expires),
+        "My.PeriodicRemoveReason": quote(LEASE_REASON),
+        # Spooling would keep finished jobs in the queue for ten days.
+        "leave_in_queue": "false",
+        "job_lease_duration": str(max(1, round(lost_schedd_lease))),
+        "want_graceful_removal": "true",
+        "kill_sig": "SIGTERM",
+        "job_max_vacate_time": str(max(1, round(spec.vacate_time))),
+        f"My.{CLUSTER_ATTRIBUTE}": quote(cluster_name),
+        "My.HTCDaskWorkerGroup": quote(group),
+        "My.HTCDaskAttempt": str(flow_run.attempt if flow_run else 1),
+        "My.JobBatchName": quote(flow_run.name if flow_run else cluster_name),
+    }
+    if files.event_log:
+        commands["log"] = _plain(files.event_log, "log")
+    if flow_run:
+        commands[f"My.{FLOW_RUN_ATTRIBUTE}"] = quote(flow_run.id)
+        commands["My.PrefectFlowName"] = quote(flow_run.flow_name)
+    if spec.gpus:
+        commands["request_gpus"] = str(spec.gpus)
+    if spec.container_image:
+        commands["container_image"] = _plain(spec.container_image, "worker.container_image")
+    if spec.requirements:
+        commands["requirements"] = checked_expression(spec.requirements, "worker.requirements")
+    if spec.accounting_group:
+        commands["accounting_group"] = _plain(spec.accounting_group, "worker.accounting_group")
+    commands.update(checked_extra_submit(spec.extra_submit))
+    return commands
+
+
+def quote(text: str) -> str:
+    """A ClassAd string literal for a submit description, safe from its macro expansion."""
+    # A schedd refuses control characters in an ad other than the ones that `quote` escapes.
+    printable = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+    quoted: str = classad2.quote(printable)
+    quoted = quoted.replace("\n", "\\n").replace("\t", "\\t")
+    return quoted.replace("$", "$(DOLLAR)")
+
+
+def quote_arguments(arguments: Iterable[str]) -> str:
+    """Arguments in HTCondor's new syntax (condor_submit manual, `arguments`)."""
+    return '"' + " ".join(_new_syntax(argument, "arguments") for argument in arguments) + '"'
+
+
+def quote_environment(environment: Mapping[str, str]) -> str:
+    """Environment in HTCondor's new syntax (condor_submit manual, `environment`).
+
+    Raises:
+        WorkerJobError: a name is no variable name, or a value has a newline, which an ad cannot carry.
+    """
+    parts = []
+    for name, value in environment.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise WorkerJobError(f"worker.environment: {name!r} is no name of an environment variable")
+        parts.append(name + "=" + _new_syntax(value, f"worker.environment[{name!r}]"))
+    return '"' + " ".join(parts) + '"'
+
+
+def _new_syntax(value: str, setting: str) -> str:
+    value = _plain(value, setting).replace('"', '""')
+    if value == "" or re.search(r"[\s']", value):
+        return "'" + value.replace("'", "''") + "'"
+    return value
+
+
+def _plain(value: str, setting: str) -> str:
+    if any(c in value for c in "\n\r\0"):
+        raise WorkerJobError(f"{setting} = {value!r}: a submit description cannot hold a line break; remove it")
+    return value.replace("$", "$(DOLLAR)")
+
+
+def checked_expression(expression: str, setting: str) -> str:
+    """`expression`, if it is one whole ClassAd expression on one line.
+
+    Raises:
+        WorkerJobError: it does not parse; the message names the setting.
+    """
+    try:
+        classad2.ExprTree(expression)
+    except Exception as exc:  # classad2 raises ClassAdException and ValueError for the same fault
+        raise WorkerJobError(
+            f"{setting} = {expression!r} is no ClassAd expression; see HTCondor's manual on requirements"
+        ) from exc
+    return " ".join(expression.split())
+
+
+def checked_extra_submit(extra: Mapping[str, str]) -> dict[str, str]:
+    """A site's further submit commands, if they leave ours alone.
+
+    Raises:
+        WorkerJobError: a command replaces one of ours or holds a line break; the message names it.
+    """
+    checked = {}
+    for command, value in extra.items():
+        name = command.strip()
+        plain = name.removeprefix("+").lower().removeprefix("my.")
+        if not re.fullmatch(r"(\+|[Mm][Yy]\.)?[A-Za-z_][A-Za-z0-9_.]*", name):
+            raise WorkerJobError(f"worker.extra_submit: {command!r} is no submit command")
+        if plain in RESERVED_COMMANDS or plain.startswith("htcdask") or plain.startswith("prefectflow"):
+            raise WorkerJobError(
+                f"worker.extra_submit: {command!r} is set by prefect_htcdask itself; use the setting of its own, "
+                "or leave it out"
+            )
+        if any(c in value for c in "\n\r\0"):
+            raise WorkerJobError(f"worker.extra_submit[{command!r}] = {value!r}: remove the line break")
+        checked[name] = value
+    return checked
+
+
+def cluster_constraint(cluster_name: str) -> str:
+    """Constraint for all worker jobs of a gateway cluster."""
+    return f"{CLUSTER_ATTRIBUTE} == {classad2.quote(cluster_name)}"
+
+
+def flow_run_constraint(flow_run_id: str, before_attempt: int | None = None) -> str:
+    """Constraint for the worker jobs of a flow run; only those of attempts before `before_attempt`, if given."""
+    constraint = f"{FLOW_RUN_ATTRIBUTE} == {classad2.quote(flow_run_id)}"
+    if before_attempt is not None:
+        constraint += f" && HTCDaskAttempt < {int(before_attempt)}"
+    return constraint
+
+
+def worker_name(job_id: str, starts: int) -> str:
+    """Dask's name for the worker of a job: new at each start of the job, since Dask takes no name twice."""
+    return f"htcdask-{job_id}-{starts}"
+
+
+def job_of_worker(name: object) -> str | None:
+    """Id of the HTCondor job behind a Dask worker's name, or `None` for a worker that is not ours."""
+    match = re.fullmatch(r"htcdask-(\d+\.\d+)-\d+", str(name))
+    return match.group(1) if match else None

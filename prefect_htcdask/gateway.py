@@ -1,0 +1,500 @@
+"""`HTCGateway` and `HTCGatewayCluster`: dask_gateway's client, with workers that are HTCondor jobs.
+
+Any stock gateway will do: it gives the scheduler, and never starts a worker. The workers belong to a supervisor process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import cloudpickle
+from dask_gateway import Gateway, GatewayCluster, GatewayClusterError
+from dask_gateway.auth import GatewayAuth
+
+from .condor.worker_job import FlowRunTag, WorkerJobError, cluster_constraint
+from .gateway_comm import gateway_address
+from .resolution import Parts, is_loopback, resolve_parts, run_directory, versions_here, worker_spec
+from .scaling import demand as demand_module
+from .settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
+from .supervisor import oneshot
+from .supervisor.handle import SupervisorError, SupervisorHandle
+from .supervisor.protocol import GatewayAccess, HandOff, Preflight
+
+logger = logging.getLogger(__name__)
+
+_WORKER_FIELDS = frozenset(WorkerSettings.model_fields)
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class GatewayUnreachable(GatewayClusterError):
+    """The gateway does not answer, or does not let us in. The message names the setting and the remedy."""
+
+
+class HTCGateway(Gateway):
+    """A client of a Dask Gateway whose clusters have HTCondor workers; drop-in for `dask_gateway.Gateway`.
+
+    Args:
+        address: URL of the gateway. Default: settings, Dask's configuration, else the embedded gateway.
+        proxy_address: where its proxy takes scheduler connections; an int is a port of the same host.
+        public_address: URL of the gateway for browsers.
+        auth: how to log in: a `GatewayAuth`, or its name.
+        asynchronous: whether methods return awaitables.
+        loop: the IOLoop to use.
+        settings: prefect_htcdask's settings; read from the environment by default.
+
+    Raises:
+        SettingsError: a setting cannot work.
+        EmbeddedError: the embedded pool and gateway could not be started.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        proxy_address: str | int | None = None,
+        public_address: str | None = None,
+        auth: str | GatewayAuth | None = None,
+        asynchronous: bool = False,
+        loop: Any = None,
+        *,
+        settings: HTCDaskSettings | None = None,
+    ) -> None:
+        self.settings = settings or load_settings()
+        self.parts = resolve_parts(
+            self.settings,
+            address=address,
+            proxy_address=proxy_address,
+            public_address=public_address,
+            auth=auth,
+        )
+        super().__init__(
+            address=self.parts.address,
+            proxy_address=self.parts.proxy_address,
+            public_address=self.parts.public_address,
+            auth=self.parts.auth,
+            asynchronous=asynchronous,
+            loop=loop,
+        )
+
+    def new_cluster(
+        self, cluster_options: Any = None, shutdown_on_close: bool = True, **kwargs: Any
+    ) -> HTCGatewayCluster:
+        """Start a cluster; keywords are worker settings (cpus, memory, image, …) and options of the gateway."""
+        return HTCGatewayCluster(
+            cluster_options=cluster_options,
+            shutdown_on_close=shutdown_on_close,
+            asynchronous=self.asynchronous,
+            loop=self.loop,
+            settings=self.settings,
+            parts=self.parts,
+            **kwargs,
+        )
+
+    def connect(self, cluster_name: str, shutdown_on_close: bool = False) -> HTCGatewayCluster:
+        """Connect to a running cluster; its workers can be scaled, and are removed with it."""
+        return HTCGatewayCluster.from_name(
+            cluster_name,
+            shutdown_on_close=shutdown_on_close,
+            asynchronous=self.asynchronous,
+            loop=self.loop,
+            settings=self.settings,
+            parts=self.parts,
+        )
+
+    def stop_cluster(self, cluster_name: str, **kwargs: Any) -> Any:
+        """Stop a cluster and remove its worker jobs, found by their ads."""
+        return self.sync(self._stop_cluster_and_jobs, cluster_name, **kwargs)
+
+    async def _stop_cluster_and_jobs(self, cluster_name: str) -> None:
+        await _in_thread(remove_jobs, self.parts, cluster_name)
+        await self._stop_cluster(cluster_name)
+
+    def __repr__(self) -> str:
+        return f"HTCGateway<{self.address}>"
+
+
+def remove_jobs(parts: Parts, cluster_name: str) -> int:
+    """Remove the worker jobs of a gateway cluster, whoever submitted them; returns how many there were."""
+    removed: int = oneshot.call(
+        parts.schedd,
+        "remove",
+        cluster_constraint(cluster_name),
+        f"prefect_htcdask: cluster {cluster_name} was stopped",
+    )
+    return removed
+
+
+class HTCGatewayCluster(GatewayCluster):
+    """A gateway cluster whose workers are HTCondor jobs; drop-in for `dask_gateway.GatewayCluster`.
+
+    Args:
+        address, proxy_address, public_address, auth: the gateway, as in `HTCGateway`.
+        cluster_options: options of the gateway (`Gateway.cluster_options`).
+        shutdown_on_close: whether closing stops the cluster and removes its workers. If False, both live on after
+            this process until they are shut down, or until the gateway's idle timeout.
+        asynchronous, loop: as in dask_gateway.
+        settings: prefect_htcdask's settings; read from the environment by default.
+        flow_run: the flow run that the workers belong to.
+        worker_secrets: environment variables for the worker processes alone: never in an ad.
+        on_message: called from a thread with what the supervisor says; the default logs it.
+        n_workers: workers to start with.
+        kwargs: fields of the worker settings (cpus, memory, disk, gpus, nthreads, image, container_image, …), and
+            otherwise options of the gateway.
+
+    Raises:
+        SettingsError: a setting cannot work; nothing was started.
+        GatewayUnreachable: the gateway does not answer, or does not let us in.
+        SupervisorError: the schedd is unreachable or refuses us; the gateway cluster was stopped again.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        proxy_address: str | int | None = None,
+        public_address: str | None = None,
+        auth: str | GatewayAuth | None = None,
+        cluster_options: Any = None,
+        shutdown_on_close: bool = True,
+        asynchronous: bool = False,
+        loop: Any = None,
+        *,
+        settings: HTCDaskSettings | None = None,
+        parts: Parts | None = None,
+        flow_run: FlowRunTag | None = None,
+        worker_secrets: Mapping[str, str] | None = None,
+        on_message: Callable[[dict[str, Any]], None] | None = None,
+        n_workers: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in _WORKER_FIELDS}
+        self._prepare(settings, flow_run, worker_secrets, on_message, given)
+        if n_workers is not None:
+            self._fixed = _worker_count(n_workers)
+        self.parts = parts or resolve_parts(
+            self.settings,
+            address=address,
+            proxy_address=proxy_address,
+            public_address=public_address,
+            auth=auth,
+        )
+        super().__init__(
+            address=self.parts.address,
+            proxy_address=self.parts.proxy_address,
+            public_address=self.parts.public_address,
+            auth=self.parts.auth,
+            cluster_options=cluster_options,
+            shutdown_on_close=shutdown_on_close,
+            asynchronous=asynchronous,
+            loop=loop,
+            **kwargs,
+        )
+
+    def _prepare(
+        self,
+        settings: HTCDaskSettings | None,
+        flow_run: FlowRunTag | None,
+        worker_secrets: Mapping[str, str] | None,
+        on_message: Callable[[dict[str, Any]], None] | None,
+        worker: Mapping[str, Any],
+    ) -> None:
+        settings = settings or load_settings()
+        if worker:
+            stated = settings.worker.model_dump(exclude_unset=True)
+            checked = load_settings(worker={**stated, **worker})
+            settings = settings.model_copy(update={"worker": checked.worker})
+        self.settings = settings
+        self.spec = worker_spec(settings.worker)
+        self.flow_run = flow_run
+        self.summary: dict[str, Any] = {}
+        self._worker_secrets = dict(worker_secrets or {})
+        self._on_message = on_message
+        self._supervisor: SupervisorHandle | None = None
+        self._fixed = 0
+        self._connected = False
+        self._shutdown_wanted = False
+
+    @classmethod
+    def from_name(
+        cls,
+        cluster_name: str,
+        shutdown_on_close: bool = False,
+        address: str | None = None,
+        proxy_address: str | int | None = None,
+        public_address: str | None = None,
+        auth: str | GatewayAuth | None = None,
+        asynchronous: bool = False,
+        loop: Any = None,
+        *,
+        settings: HTCDaskSettings | None = None,
+        parts: Parts | None = None,
+        **worker: Any,
+    ) -> HTCGatewayCluster:
+        """Connect to a running cluster by its name; keywords are worker settings for workers that `scale` adds."""
+        self: HTCGatewayCluster = object.__new__(cls)
+        self._prepare(settings, None, None, None, worker)
+        self._connected = True
+        self.parts = parts or resolve_parts(
+            self.settings,
+            address=address,
+            proxy_address=proxy_address,
+            public_address=public_address,
+            auth=auth,
+        )
+        self._init_internal(
+            address=self.parts.address,
+            proxy_address=self.parts.proxy_address,
+            public_address=self.parts.public_address,
+            auth=self.parts.auth,
+            asynchronous=asynchronous,
+            loop=loop,
+            shutdown_on_close=shutdown_on_close,
+            name=cluster_name,
+        )
+        return self
+
+    @property
+    def workers_are_local(self) -> bool:
+        """Whether all workers run on this machine, and so share its files and its loopback."""
+        return self.parts.embedded
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the workers' logs are."""
+        return run_directory(self.settings, self.name)
+
+    # Start
+
+    async def _start_async(self) -> None:
+        if self.status in ("closing", "closed"):
+            return
+        if not self._connected:
+            # Both take about a second: the checks run while the gateway starts the scheduler.
+            self._supervisor = await _in_thread(self._start_supervisor)
+            await self._ask_gateway()
+        try:
+            await super()._start_async()
+            self._check_scheduler_versions(await self.scheduler_comm.versions())
+            if not self._connected:
+                await self._give_workers_to_supervisor()
+        except BaseException:
+            if self.name is not None and not self._connected:
+                self.shutdown_on_close = True
+            raise
+
+    async def _ask_gateway(self) -> None:
+        """Reach the gateway, log in, and take up its option for an image."""
+        address = self.gateway.address
+        try:
+            options = await self.gateway._cluster_options()
+        except aiohttp.ClientResponseError as exc:
+            if exc.status in (401, 403):
+                raise GatewayUnreachable(
+                    f"the gateway at gateway.address = {address!r} does not accept our login ({exc.status}); check "
+                    "gateway.username and gateway.password, or gateway.token"
+                ) from exc
+            raise GatewayUnreachable(
+                f"the gateway at {address!r} answers with status {exc.status}: {exc.message}"
+            ) from exc
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as exc:
+            raise GatewayUnreachable(
+                f"the gateway at gateway.address = {address!r} cannot be reached: {exc or type(exc).__name__}; is it "
+                "running, and is the address right?"
+            ) from exc
+        image = self.settings.worker.image
+        if image and "image" in options and self._cluster_options is None:
+            self._cluster_kwargs.setdefault("image", image)
+
+    def _check_scheduler_versions(self, answer: Mapping[str, Any]) -> None:
+        """Compare the scheduler's versions with ours, before anything is submitted.
+
+        Raises:
+            SettingsError: they differ; the message says which.
+        """
+        packages = answer.get("packages", {})
+        theirs = {
+            "python": ".".join(
+                str(dict(answer.get("host", {})).get("python") or packages.get("python")).split(".")[:2]
+            ),
+            "dask": packages.get("dask"),
+            "distributed": packages.get("distributed"),
+        }
+        different = [
+            f"{name} {theirs[name]} on the scheduler, {here} here"
+            for name, here in versions_here().items()
+            if theirs[name] not in (None, "None", here)
+        ]
+        if different:
+            raise SettingsError(
+                f"the scheduler of {self.gateway.address} has other versions: {'; '.join(different)}. Install the same "
+                "here, or choose another image of the gateway (worker.image, cluster_options)"
+            )
+
+    def _start_supervisor(self) -> SupervisorHandle:
+        logs = run_directory(self.settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
+        prune(logs.parent, self.settings.condor.keep_logs)
+        preflight = Preflight(schedd=self.parts.schedd, groups={"default": self.spec})
+        return SupervisorHandle(preflight, logs, self._take_message)
+
+    async def _give_workers_to_supervisor(self) -> None:
+        """Install the scheduler plugin, then hand the cluster over."""
+        assert self._supervisor is not None
+        await _in_thread(self._supervisor.wait_checked)
+        cloudpickle.register_pickle_by_value(demand_module)
+        try:
+            plugin = cloudpickle.dumps(demand_module.DemandPlugin(lease=self.settings.lease.duration))
+        finally:
+            cloudpickle.unregister_pickle_by_value(demand_module)
+        await self.scheduler_comm.register_scheduler_plugin(
+            plugin=plugin, name=demand_module.PLUGIN_NAME, idempotent=True
+        )
+        await _in_thread(self._supervisor.hand_off, self._hand_off())
+
+    def _hand_off(self) -> HandOff:
+        proxy = self.gateway.proxy_address.removeprefix("gateway://")
+        host = "127.0.0.1" if is_loopback(proxy) else None
+        settings = self.settings
+        return HandOff(
+            owner=f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:8]}",
+            parent_pid=os.getpid(),
+            access=GatewayAccess(
+                address=self.gateway.address,
+                proxy_address=self.gateway.proxy_address,
+                public_address=self.gateway._public_address,
+                auth=self.gateway.auth,
+                cluster_name=self.name,
+                scheduler_address=self.scheduler_address,
+                tls_cert=self.security.tls_cert,
+                tls_key=self.security.tls_key,
+            ),
+            schedd=self.parts.schedd,
+            groups={"default": self.spec},
+            worker_config={
+                "scheduler_address": gateway_address(proxy, self.name),
+                "host": host,
+                "preload": ["prefect_htcdask.worker_runtime"] if self.flow_run else [],
+                "death_timeout": max(60.0, settings.lease.duration),
+                "versions": versions_here(),
+            },
+            worker_secrets=self._worker_secrets,
+            flow_run=self.flow_run,
+            run_directory=str(self.run_directory),
+            lease=settings.lease.duration,
+            lost_schedd=settings.lease.lost_schedd,
+            interval=settings.adaptive.interval,
+            residence=settings.adaptive.residence,
+            max_idle_jobs=settings.adaptive.max_idle_jobs,
+            max_failures=settings.adaptive.max_failures,
+            start_timeout=settings.worker.start_timeout,
+            detached=not self.shutdown_on_close,
+            fixed=self._fixed,
+        )
+
+    def _take_message(self, message: dict[str, Any]) -> None:
+        if self._on_message is not None:
+            self._on_message(message)
+        elif message["kind"] == "log":
+            logger.log(_LEVELS.get(message["level"], logging.INFO), message["text"])
+        elif message["kind"] == "failed":
+            logger.error(message["text"])
+
+    # Scaling
+
+    def scale(self, n: int, **kwargs: Any) -> Any:
+        """Have `n` workers: submits or removes the difference only.
+
+        Raises:
+            ValueError: `n` is no number of workers.
+        """
+        return self.gateway.sync(self._set_target, {"op": "scale", "n": _worker_count(n)}, **kwargs)
+
+    def adapt(self, minimum: int | None = None, maximum: int | None = None, active: bool = True, **kwargs: Any) -> Any:
+        """Follow the number of queued tasks between `minimum` and `maximum` workers (defaults: the settings').
+
+        Args:
+            minimum: workers kept in any case.
+            maximum: workers at most.
+            active: False: stop adapting, and keep as many workers as there are.
+
+        Raises:
+            ValueError: minimum is above maximum, or negative.
+        """
+        low = self.settings.adaptive.minimum if minimum is None else _worker_count(minimum)
+        high = max(self.settings.adaptive.maximum, low) if maximum is None else _worker_count(maximum)
+        if low > high:
+            raise ValueError(
+                f"adapt: minimum = {low} is above maximum = {high}; raise the maximum or lower the minimum"
+            )
+        if not active:
+            return self.gateway.sync(self._set_target, {"op": "hold"}, **kwargs)
+        return self.gateway.sync(self._set_target, {"op": "adapt", "minimum": low, "maximum": high}, **kwargs)
+
+    async def _set_target(self, request: dict[str, Any]) -> None:
+        if self._supervisor is None:
+            # The cluster's owner, if one lives, takes the wish from the scheduler; else we become it.
+            with suppress(Exception):
+                if (await self.scheduler_comm.htcdask_scale(request=request))["owner"] is not None:
+                    return
+            self._supervisor = await _in_thread(self._start_supervisor)
+            await self._give_workers_to_supervisor()
+        arguments = {name: value for name, value in request.items() if name != "op"}
+        try:
+            await _in_thread(self._supervisor.request, request["op"], **arguments)
+        except SupervisorError as exc:
+            raise GatewayClusterError(str(exc)) from exc
+
+    # End
+
+    async def _stop_internal(self, shutdown: bool | None = None) -> None:
+        self._shutdown_wanted = self.shutdown_on_close if shutdown is None else shutdown
+        await super()._stop_internal(shutdown=shutdown)
+
+    async def _stop_async(self) -> None:
+        await super()._stop_async()
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            if self._shutdown_wanted or self.name is None:
+                self.summary = await _in_thread(supervisor.close)
+            else:
+                await _in_thread(supervisor.detach)
+        elif self._shutdown_wanted and self.name is not None and self._connected:
+            await _in_thread(remove_jobs, self.parts, self.name)
+
+    def __repr__(self) -> str:
+        return f"HTCGatewayCluster<{self.name}, status={self.status}>"
+
+
+async def _in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call what blocks, off the event loop; at interpreter exit there are no more threads, and blocking is right."""
+    try:
+        return await asyncio.to_thread(function, *args, **kwargs)
+    except RuntimeError as exc:
+        if "shutdown" not in str(exc):
+            raise
+    return function(*args, **kwargs)
+
+
+def _worker_count(n: Any) -> int:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"{n!r} is no number of workers; it is a whole number from 0")
+    return n
+
+
+def prune(directory: Path, keep: float) -> None:
+    """Delete what clusters left in the logs' directory more than `keep` seconds ago."""
+    with suppress(OSError):
+        for entry in directory.iterdir():
+            with suppress(OSError):
+                if entry.stat().st_mtime < time.time() - keep:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+__all__ = ["GatewayUnreachable", "HTCGateway", "HTCGatewayCluster", "SupervisorError", "WorkerJobError"]

@@ -1,0 +1,213 @@
+"""From settings to the parts in use: which gateway, which schedd, what a worker is.
+
+Where nothing is configured, the embedded pool and gateway are started.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import dask
+import platformdirs
+from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
+
+from .condor.worker_job import WorkerSpec
+from .settings import GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings
+from .supervisor.protocol import ScheddSettings
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The gateway and the schedd to use.
+
+    Attributes:
+        address: URL of the gateway.
+        proxy_address: where its proxy takes TLS connections, or `None` for the same host and port.
+        public_address: URL for browsers, or `None` for `address`.
+        auth: how to log in.
+        schedd: how to reach the schedd.
+        embedded: whether they are the embedded ones, so that workers run on this machine.
+    """
+
+    address: str
+    proxy_address: str | int | None
+    public_address: str | None
+    auth: GatewayAuth
+    schedd: ScheddSettings
+    embedded: bool
+
+
+def resolve_parts(
+    settings: HTCDaskSettings,
+    *,
+    address: str | None = None,
+    proxy_address: str | int | None = None,
+    public_address: str | None = None,
+    auth: str | GatewayAuth | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Parts:
+    """Find the gateway and the schedd: arguments first, then settings, then Dask's configuration, then embedded.
+
+    Raises:
+        SettingsError: nothing is configured and the embedded pool is disabled.
+        EmbeddedError: the embedded pool could not be started.
+    """
+    dask_address = dask.config.get("gateway.address", None)
+    address = address or settings.gateway.address or dask_address
+    condor = settings.condor
+    schedd = ScheddSettings(condor.collector, condor.schedd, condor.config_file, condor.token_file, condor.spool)
+    pool_configured = any((condor.collector, condor.schedd, condor.config_file))
+    if address is not None and (pool_configured or _condor_is_configured()):
+        return _configured(settings, address, proxy_address, public_address, auth, schedd)
+    if not settings.embedded.enabled:
+        missing = "gateway.address" if address is None else "condor.config_file, condor.collector or condor.schedd"
+        raise SettingsError(
+            f"nothing says where to find the {'Dask Gateway' if address is None else 'HTCondor pool'}, and "
+            f"embedded.enabled is False: set {missing}"
+        )
+    from .embedded import ensure_running
+
+    endpoint = ensure_running(settings.embedded, progress=progress)
+    if not pool_configured:
+        schedd = ScheddSettings(
+            config_file=str(endpoint.condor_config) if endpoint.condor_config else None,
+            token_file=condor.token_file,
+        )
+    if address is not None:
+        return _configured(settings, address, proxy_address, public_address, auth, schedd)
+    return Parts(
+        address=endpoint.gateway_address,
+        proxy_address=endpoint.proxy_address,
+        public_address=settings.gateway.public_address,
+        auth=BasicAuth(username=endpoint.username, password=endpoint.password),
+        schedd=schedd,
+        embedded=not pool_configured,
+    )
+
+
+def _configured(
+    settings: HTCDaskSettings,
+    address: str,
+    proxy_address: str | int | None,
+    public_address: str | None,
+    auth: str | GatewayAuth | None,
+    schedd: ScheddSettings,
+) -> Parts:
+    if urlparse(address).scheme not in ("http", "https"):
+        raise SettingsError(f"gateway.address = {address!r} is no URL; write http://host:port or https://host")
+    return Parts(
+        address=address,
+        proxy_address=proxy_address or settings.gateway.proxy_address,
+        public_address=public_address or settings.gateway.public_address,
+        auth=auth if isinstance(auth, GatewayAuth) else gateway_auth(settings.gateway, auth),
+        schedd=schedd,
+        embedded=False,
+    )
+
+
+def _condor_is_configured() -> bool:
+    """Whether HTCondor's own search would find a configuration (HTCondor manual, CONDOR_CONFIG)."""
+    if os.environ.get("CONDOR_CONFIG") not in (None, "ONLY_ENV"):
+        return True
+    return any(os.path.exists(path) for path in ("/etc/condor/condor_config", "/usr/local/etc/condor_config"))
+
+
+def gateway_auth(gateway: GatewaySettings, auth: str | None) -> GatewayAuth:
+    """How to log in to the gateway.
+
+    Raises:
+        SettingsError: the kind of authentication is unknown or lacks its secret.
+    """
+    kind = auth or gateway.auth
+    if kind is None:
+        kind = "basic" if gateway.password else "jupyterhub" if gateway.token else None
+    try:
+        if kind == "basic":
+            return BasicAuth(
+                username=gateway.username,
+                password=gateway.password.get_secret_value() if gateway.password else None,
+            )
+        if kind == "jupyterhub" and gateway.token:
+            return JupyterHubAuth(api_token=gateway.token.get_secret_value())
+        return get_auth(kind)
+    except (ImportError, TypeError, ValueError, AttributeError) as exc:
+        raise SettingsError(
+            f"gateway.auth = {kind!r} cannot be used: {exc}; it is 'basic', 'jupyterhub', 'kerberos' or an importable class"
+        ) from exc
+
+
+def worker_spec(worker: WorkerSettings) -> WorkerSpec:
+    """What one worker is, as the supervisor needs it.
+
+    Raises:
+        SettingsError: the container image does not exist.
+    """
+    image = worker.container_image or (f"docker://{worker.image}" if worker.image else None)
+    if worker.container_image and "://" not in worker.container_image:
+        check_image_file(worker.container_image)
+    return WorkerSpec(
+        cpus=worker.cpus,
+        memory=worker.memory,
+        disk=worker.disk,
+        gpus=worker.gpus,
+        nthreads=worker.nthreads,
+        container_image=image,
+        python=worker.python or ("python3" if image else sys.executable),
+        environment=dict(worker.environment),
+        requirements=worker.requirements,
+        accounting_group=worker.accounting_group,
+        priority=worker.priority,
+        extra_submit=dict(worker.extra_submit),
+        lifetime=worker.lifetime,
+    )
+
+
+def check_image_file(image: str) -> None:
+    """Check that a container image on a file system exists here.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    if image.startswith("/cvmfs/") and not os.path.isdir("/cvmfs"):
+        return  # mounted on the execute hosts only, as many sites do
+    if not os.path.exists(image):
+        raise SettingsError(
+            f"worker.container_image = {image!r} does not exist; name a .sif file or image directory, or an address "
+            "such as docker://image:tag"
+        )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, a URL or host:port, names this machine only."""
+    host = urlparse(address if "://" in address else f"//{address}").hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def run_directory(settings: HTCDaskSettings, name: str) -> Path:
+    """Where the logs and, while it lives, the staged files of a cluster are."""
+    base = settings.condor.directory
+    root = Path(base).expanduser() if base else Path(platformdirs.user_state_dir("prefect-htcdask")) / "runs"
+    return root / name
+
+
+def versions_here() -> dict[str, Any]:
+    """Versions that scheduler, workers and client must share: Python's without its micro number."""
+    import distributed
+
+    return {
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "dask": dask.__version__,
+        "distributed": distributed.__version__,
+    }

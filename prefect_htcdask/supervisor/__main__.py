@@ -1,0 +1,155 @@
+"""Entry of the supervisor process: ``python -m prefect_htcdask.supervisor``, with the hand-off on stdin."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import htcondor2
+
+from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError
+from ..condor.worker_job import JobFiles, WorkerJobError, submit_description
+from . import cleanup
+from .flow_watch import flow_run_ended
+from .loop import Supervisor
+from .parent import ParentWatch
+from .protocol import HandOff, Preflight, decode, from_line, to_line
+
+logger = logging.getLogger(__name__)
+
+
+def say(message: dict[str, Any]) -> None:
+    """Send a message to the flow's process; one that is gone hears nothing."""
+    with contextlib.suppress(OSError):
+        os.write(1, to_line(message))
+
+
+def preflight(request: Preflight) -> ScheddClient:
+    """Check what can be checked before anything is started.
+
+    Raises:
+        ScheddError: the schedd is unreachable, unknown, or refuses us.
+        WorkerJobError: the worker's settings make no submit description.
+    """
+    for group, spec in request.groups.items():
+        files = JobFiles("/", "start.py", (), (), None)
+        commands = submit_description(
+            spec,
+            files,
+            cluster_name="preflight",
+            group=group,
+            flow_run=None,
+            lease_expires=0,
+            lost_schedd_lease=1,
+        )
+        htcondor2.Submit(commands)
+    schedd = ScheddClient(ScheddAddress(**vars(request.schedd)))
+    schedd.query("false", ["ClusterId"], limit=1)
+    schedd.check_authorized()
+    return schedd
+
+
+async def serve(schedd: ScheddClient, plan: HandOff, takeover: bool, commands: asyncio.StreamReader) -> None:
+    """Run the supervisor for a plan until it is over, then clean up."""
+    supervisor = Supervisor(plan, schedd, say)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(signum, supervisor.end, f"the supervisor got {signum.name}")
+    await supervisor.start(takeover)
+    say({"kind": "ready"})
+
+    detached = plan.detached
+
+    def parent_gone() -> None:
+        if not detached:
+            supervisor.end("the flow's process is gone")
+
+    watch = ParentWatch(plan.parent_pid, parent_gone)
+    close_request: dict[str, Any] | None = None
+
+    async def take_commands() -> None:
+        nonlocal close_request, detached
+        while line := await commands.readline():
+            command = from_line(line)
+            reply: dict[str, Any] = {"kind": "reply", "id": command.get("id"), "ok": True}
+            try:
+                if command["op"] in ("scale", "adapt", "hold"):
+                    supervisor.set_target(command)
+                elif command["op"] == "status":
+                    reply["summary"] = supervisor.fleet.summary(time.time())
+                elif command["op"] == "detach":
+                    detached = True
+                elif command["op"] == "close":
+                    close_request = command
+                    supervisor.end(command.get("reason") or "the cluster was closed")
+                    continue
+                else:
+                    reply.update(ok=False, error=f"unknown command {command['op']!r}")
+            except ValueError as exc:
+                reply.update(ok=False, error=str(exc))
+            say(reply)
+        parent_gone()
+
+    async def watch_flow() -> None:
+        if plan.flow_run is not None:
+            state = await flow_run_ended(plan.flow_run.id, plan.worker_secrets)
+            say({"kind": "flow_run_ended", "state": state})
+            # The flow's own process, where there is one, is given time to close in its own way.
+            await asyncio.sleep(10)
+            supervisor.end(f"the flow run is {state}")
+
+    helpers = [asyncio.ensure_future(take_commands()), asyncio.ensure_future(watch_flow())]
+    await supervisor.run()
+    summary = await cleanup.close(supervisor)
+    say({"kind": "summary", **summary, "ended_because": supervisor.ended_because})
+    await asyncio.sleep(0)  # a close request may stand in the pipe behind what ended us
+    if close_request is not None:
+        say({"kind": "reply", "id": close_request.get("id"), "ok": True, "summary": summary})
+    await cleanup.finish(supervisor)
+    watch.close()
+    for helper in helpers:
+        helper.cancel()
+
+
+async def main() -> int:
+    """Preflight, then hand-off, then the loop. Returns the exit status."""
+    loop = asyncio.get_running_loop()
+    commands = asyncio.StreamReader(limit=2**26)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin.buffer)
+    line = await commands.readline()
+    if not line:
+        return 0
+    request = decode(line)
+    assert isinstance(request, Preflight)
+    try:
+        schedd = await asyncio.to_thread(preflight, request)
+    except (ScheddError, WorkerJobError) as exc:
+        say({"kind": "refused", "text": str(exc)})
+        return 1
+    say({"kind": "checked"})
+    line = await commands.readline()
+    if not line:
+        return 0
+    plan, takeover = decode(line)
+    try:
+        await serve(schedd, plan, takeover, commands)
+    except Exception as exc:
+        logger.exception("the supervisor failed")
+        say({"kind": "refused", "text": f"{type(exc).__name__}: {exc}"})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("distributed").setLevel(logging.WARNING)
+    status = asyncio.run(main())
+    sys.stderr.flush()
+    # Threads of the bindings or of dask_gateway must not keep a finished supervisor.
+    os._exit(status)

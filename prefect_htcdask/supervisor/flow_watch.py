@@ -1,0 +1,55 @@
+"""Watches the flow run's state in the Prefect API: a flow run that was cancelled or ended needs no workers.
+
+The one part of the supervisor that knows Prefect. A flow started by plain ``python flow.py`` has no Prefect process
+beside it, so an API cancel reaches nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from uuid import UUID
+
+logger = logging.getLogger(__name__)
+
+_FIRST_LOOK = 10.0
+_INTERVAL = 5.0
+_ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED", "CANCELLING"}
+
+
+async def flow_run_ended(flow_run_id: str, environment: Mapping[str, str]) -> str:
+    """Wait until a flow run is terminal or cancelling; return that state's type.
+
+    Args:
+        flow_run_id: the flow run.
+        environment: Prefect settings that reach its API, as environment variables; they stay in this process.
+
+    A Prefect API outage is no end: it is asked again. A flow run that the API does not know counts as unwatched.
+    """
+    if "PREFECT_API_URL" not in environment:
+        await asyncio.Event().wait()
+    # Prefect takes over a second to import; the workers' start comes first.
+    await asyncio.sleep(_FIRST_LOOK)
+    os.environ.update(environment)
+    client_module = await asyncio.to_thread(_import_client)
+    run_id = UUID(flow_run_id)
+    while True:
+        try:
+            async with client_module.get_client() as client:
+                while True:
+                    flow_run = await client.read_flow_run(run_id)
+                    state = flow_run.state.type.value if flow_run.state else ""
+                    if state in _ENDED:
+                        return str(state)
+                    await asyncio.sleep(_INTERVAL)
+        except Exception as exc:  # an outage has many faces, and none of them ends a flow run
+            logger.info("the Prefect API did not answer: %s: %s", type(exc).__name__, exc)
+            await asyncio.sleep(_INTERVAL)
+
+
+def _import_client():  # type: ignore[no-untyped-def]
+    import prefect.client.orchestration as orchestration
+
+    return orchestration

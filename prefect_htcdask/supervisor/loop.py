@@ -1,0 +1,379 @@
+"""The supervisor's loop: look at jobs and scheduler, decide, act; and clean up when it is over.
+
+Desired state against actual state, once per interval or when something wakes it (as in dask_gateway_server's
+`db_base` backend). All decisions come from `scaling.policy`; all HTCondor calls go through `condor`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..condor.diagnosis import Diagnosis, diagnose_exit, diagnose_hold, diagnose_waiting
+from ..condor.job_events import EventLogReader, JobChange, JobReader, JobState, QueueReader
+from ..condor.schedd import ScheddClient, ScheddError
+from ..condor.staging import RunDirectory
+from ..condor.worker_job import JobFiles, cluster_constraint, submit_description
+from ..scaling.policy import Decision, Demand, PolicySettings, Target, decide
+from .fleet import Fleet
+from .protocol import HandOff
+from .scheduler_link import GatewayLink, SchedulerLink
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_GROUP = "default"
+_SILENT_ROUNDS = 3
+_MAX_BACKOFF = 60.0
+
+
+class Supervisor:
+    """Owns the worker jobs of one gateway cluster.
+
+    Args:
+        plan: what the flow's process handed over.
+        schedd: the schedd, already checked.
+        say: sends a message to the flow's process.
+    """
+
+    def __init__(self, plan: HandOff, schedd: ScheddClient, say: Callable[[dict[str, Any]], None]) -> None:
+        self.plan = plan
+        self.schedd = schedd
+        self.say = say
+        self.directory = RunDirectory(Path(plan.run_directory))
+        self.constraint = cluster_constraint(plan.access.cluster_name)
+        self.fleet = Fleet()
+        self.target = (
+            Target(minimum=plan.minimum, maximum=plan.maximum) if plan.adaptive else Target(fixed=plan.fixed or 0)
+        )
+        self.scheduler = SchedulerLink(plan.access, plan.owner)
+        self.gateway = GatewayLink(plan.access)
+        self.wake = asyncio.Event()
+        self.over = asyncio.Event()
+        self.ended_because = ""
+        self.stop_cluster = True
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="condor")
+        self._reader: JobReader | None = None
+        self._files: dict[str, JobFiles] = {}
+        self._renew_at = 0.0
+        self._waiting_since: float | None = None
+        self._silent = 0
+        self._request_seen = 0
+        self._no_submit_before = 0.0
+        self._backoff = 1.0
+        self._failed = False
+        self._told: set[str] = set()
+        self._background: set[asyncio.Task[Any]] = set()
+
+    async def condor(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call the bindings in their own thread: they are not thread-safe among themselves."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    # Start
+
+    async def start(self, takeover: bool) -> None:
+        """Stage the files, claim the cluster, find jobs that a predecessor left.
+
+        Args:
+            takeover: whether an earlier supervisor of the same owner was lost.
+
+        Raises:
+            RuntimeError: another supervisor owns the cluster.
+        """
+        self.directory.prepare()
+        for group, spec in self.plan.groups.items():
+            config = {
+                **self.plan.worker_config,
+                "nthreads": spec.threads,
+                "memory_limit": spec.memory,
+                "lifetime": spec.lifetime,
+                "vacate_time": spec.vacate_time,
+            }
+            self._files[group] = self.directory.stage(
+                group,
+                config,
+                tls_cert=self.plan.access.tls_cert,
+                tls_key=self.plan.access.tls_key,
+                secrets=self.plan.worker_secrets,
+                log_is_local=self.schedd.address.is_local,
+            )
+        answer = await self.scheduler.claim(force=False)
+        if not answer["granted"]:
+            raise RuntimeError(
+                f"cluster {self.plan.access.cluster_name} is looked after by another supervisor ({answer['owner']})"
+            )
+        if self.schedd.address.is_local:
+            self._reader = EventLogReader(self.directory.event_log)
+        else:
+            self._reader = QueueReader(self.schedd, self.constraint)
+        if takeover:
+            await self.read_jobs()
+
+    # The loop
+
+    async def run(self) -> None:
+        """Look, decide and act until it is over."""
+        while not self.over.is_set():
+            started = time.monotonic()
+            try:
+                await self.tick()
+            except ScheddError as exc:
+                self.tell_once("warning", f"{exc}; trying again")
+            except Exception:
+                logger.exception("a round failed; the next one goes on")
+            pause = max(0.05, self.plan.interval - (time.monotonic() - started))
+            waits = [asyncio.ensure_future(self.wake.wait()), asyncio.ensure_future(self.over.wait())]
+            await asyncio.wait(waits, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            self.wake.clear()
+
+    async def tick(self) -> None:
+        """One round."""
+        await self.read_jobs()
+        answer = await self.scheduler.demand()
+        demand = await self.take_answer(answer)
+        if self.over.is_set():
+            return
+        decision = decide(demand, self.fleet.supply(answer if demand else None), self.target, self.policy())
+        await self.act(decision)
+        await self.renew()
+        await self.check_start(demand)
+
+    def policy(self) -> PolicySettings:
+        """The policy's settings as they are now."""
+        spec = self.plan.groups[_DEFAULT_GROUP]
+        return PolicySettings(
+            threads=spec.threads,
+            residence=self.plan.residence,
+            max_idle_jobs=self.plan.max_idle_jobs,
+            submit_allowed=not self._failed and time.monotonic() >= self._no_submit_before,
+        )
+
+    async def take_answer(self, answer: dict[str, Any] | None) -> Demand | None:
+        """Take in what the scheduler said; returns the demand, or `None` where it is unknown."""
+        if answer is None:
+            self._silent += 1
+            if self._silent % _SILENT_ROUNDS == 0 and await self.gateway.is_over():
+                self.fail(f"gateway cluster {self.plan.access.cluster_name} is gone: its scheduler was stopped or lost")
+                self.end("the gateway cluster is gone")
+            return None
+        self._silent = 0
+        if answer["status"] == "superseded":
+            # Another supervisor owns the workers now: leave them alone.
+            self.say(
+                {
+                    "kind": "log",
+                    "level": "warning",
+                    "text": f"another supervisor ({answer['owner']}) took over the workers of this cluster",
+                }
+            )
+            self.stop_cluster = False
+            self.fleet.leaving.clear()
+            self.end("superseded")
+            return None
+        for job_id in self.fleet.saw_workers(answer["joined"]):
+            self._backoff = 1.0
+            self.say({"kind": "job", "what": "joined", "job": job_id, "host": self.fleet.table.get(job_id).host})
+        request = answer.get("request")
+        if request and request["number"] > self._request_seen:
+            self._request_seen = request["number"]
+            self.set_target(request)
+        return Demand(queued=answer["queued"], in_hand=answer["in_hand"])
+
+    def set_target(self, request: dict[str, Any]) -> None:
+        """Take a wish to scale or adapt.
+
+        Raises:
+            ValueError: the numbers make no sense.
+        """
+        if request["op"] == "scale":
+            self.target = Target(fixed=int(request["n"]))
+        elif request["op"] == "hold":
+            self.target = Target(fixed=self.fleet.supply(None).total)
+        else:
+            self.target = Target(minimum=int(request["minimum"]), maximum=int(request["maximum"]))
+        self.wake.set()
+
+    async def act(self, decision: Decision) -> None:
+        """Carry a decision out."""
+        if decision.changes:
+            self.say({"kind": "decision", "text": decision.reason, "target": decision.target})
+        if decision.submit:
+            await self.submit(decision.submit)
+        if decision.remove_pending:
+            self.fleet.leaving.update(decision.remove_pending)
+            await self.condor(self.schedd.remove, decision.remove_pending, "prefect_htcdask: fewer workers are needed")
+        if decision.retire:
+            names = set(decision.retire)
+            self.fleet.leaving.update(job for job, name in self.fleet.joined.items() if name in names)
+            self._spawn(self.retire(sorted(names)))
+
+    async def submit(self, count: int) -> None:
+        """Submit workers in one transaction, if the schedd takes them."""
+        spec, files = self.plan.groups[_DEFAULT_GROUP], self._files[_DEFAULT_GROUP]
+        commands = submit_description(
+            spec,
+            files,
+            cluster_name=self.plan.access.cluster_name,
+            group=_DEFAULT_GROUP,
+            flow_run=self.plan.flow_run,
+            lease_expires=int(time.time() + self.plan.lease),
+            lost_schedd_lease=self.plan.lost_schedd,
+        )
+        try:
+            job_ids = await self.condor(self.schedd.submit, commands, count)
+        except ScheddError as exc:
+            self.delay_submission()
+            self.tell_once("error", f"{exc}; the next attempt is in {self._backoff:.0f} s")
+            self._waiting_since = self._waiting_since or time.monotonic()
+            return
+        self._waiting_since = self._waiting_since or time.monotonic()
+        self.fleet.submitted_jobs(job_ids, _DEFAULT_GROUP, time.time())
+        logger.info("submitted %d jobs: %s to %s", count, job_ids[0], job_ids[-1])
+
+    async def retire(self, names: list[str]) -> None:
+        """Retire workers; those whose results nobody else could take stay in the fleet."""
+        retired = set(await self.scheduler.retire(names))
+        for job, name in list(self.fleet.joined.items()):
+            if name in names and name not in retired:
+                self.fleet.leaving.discard(job)
+
+    async def renew(self) -> None:
+        """Renew the lease of all jobs, at a third of it."""
+        now = time.monotonic()
+        if now < self._renew_at or not self.fleet.queued_jobs():
+            return
+        await self.condor(self.schedd.renew, self.constraint, self.plan.lease)
+        self._renew_at = now + self.plan.lease / 3
+
+    # What the jobs tell
+
+    async def read_jobs(self) -> None:
+        """Take in what happened to the jobs."""
+        assert self._reader is not None
+        for change in await self.condor(self._reader.read, self.fleet.table):
+            await self.take_change(change)
+
+    async def take_change(self, change: JobChange) -> None:
+        """Take in one job's change: say what matters, count failures, replace what is held."""
+        failed_start = self.fleet.saw_change(change)
+        record = self.fleet.table.records[change.job_id]
+        expected = change.job_id in self.fleet.leaving
+        self.say(
+            {
+                "kind": "job",
+                "what": change.what,
+                "job": change.job_id,
+                "host": record.host,
+                "reason": change.reason,
+            }
+        )
+        if change.what == "held":
+            found = diagnose_hold(record.hold_code, record.hold_subcode, record.reason)
+            self.tell_once("error", f"HTCondor job {change.job_id} is {found}", key=str(found))
+            if record.hold_code != 1:
+                # It would stay in the queue for ever; a fresh one may land on a better host.
+                self.fleet.leaving.add(change.job_id)
+                await self.condor(self.schedd.remove, [change.job_id], "prefect_htcdask: held workers are replaced")
+        elif change.what == "exited" and not expected:
+            found = diagnose_exit(record.exit_code, record.exit_signal, self.directory.stderr_tail(change.job_id))
+            if record.exit_code or record.exit_signal is not None or failed_start:
+                self.say(
+                    {
+                        "kind": "log",
+                        "level": "warning",
+                        "text": f"HTCondor job {change.job_id} on {record.host}: {found}",
+                    }
+                )
+        elif change.what == "removed" and not expected:
+            self.say(
+                {
+                    "kind": "log",
+                    "level": "warning",
+                    "text": f"HTCondor job {change.job_id} was removed: {change.reason}",
+                }
+            )
+        elif change.what == "evicted" and not expected:
+            self.say(
+                {
+                    "kind": "log",
+                    "level": "info",
+                    "text": f"HTCondor job {change.job_id} was evicted from {record.host}: {change.reason}",
+                }
+            )
+        if failed_start:
+            self.count_failure(record.job_id)
+
+    def count_failure(self, job_id: str) -> None:
+        """One more worker ended before it joined: wait longer, or give up."""
+        self.delay_submission()
+        if self.fleet.failures < self.plan.max_failures:
+            return
+        record = self.fleet.table.records[job_id]
+        found: Diagnosis
+        if record.state is JobState.HELD:
+            found = diagnose_hold(record.hold_code, record.hold_subcode, record.reason)
+        else:
+            found = diagnose_exit(record.exit_code, record.exit_signal, self.directory.stderr_tail(job_id))
+        self.fail(
+            f"{self.fleet.failures} workers in a row ended before they joined the scheduler; no more are submitted. "
+            f"The last, HTCondor job {job_id}{f' on {record.host}' if record.host else ''}: {found}"
+        )
+
+    def delay_submission(self) -> None:
+        """Wait before the next submission, longer each time until a worker joins."""
+        self._no_submit_before = time.monotonic() + self._backoff
+        self._backoff = min(self._backoff * 2, _MAX_BACKOFF)
+
+    async def check_start(self, demand: Demand | None) -> None:
+        """Give up where no worker came within the start timeout."""
+        waiting = self._waiting_since
+        if self._failed or waiting is None or self.fleet.ever_joined or not self.plan.start_timeout:
+            return
+        if time.monotonic() - waiting < self.plan.start_timeout:
+            return
+        spec = self.plan.groups[_DEFAULT_GROUP]
+        idle = self.fleet.table.in_state(JobState.IDLE)
+        running = self.fleet.table.in_state(JobState.RUNNING)
+        if running:
+            why = f"{len(running)} worker jobs run, but none has joined the scheduler: can they reach the gateway's proxy?"
+        else:
+            try:
+                slots = await self.condor(self.schedd.slots)
+                why = str(
+                    diagnose_waiting(slots, cpus=spec.cpus, memory=spec.memory, gpus=spec.gpus, waiting=len(idle))
+                )
+            except ScheddError as exc:
+                why = f"{len(idle)} worker jobs wait; {exc}"
+        self.fail(f"no worker started within worker.start_timeout = {self.plan.start_timeout:.0f} s: {why}")
+
+    # Words
+
+    def tell_once(self, level: str, text: str, key: str | None = None) -> None:
+        """Say something to the flow run's log, once for each different text."""
+        if (key or text) not in self._told:
+            self._told.add(key or text)
+            self.say({"kind": "log", "level": level, "text": text})
+
+    def fail(self, text: str) -> None:
+        """Say that workers cannot be had: the flow must fail rather than wait for ever."""
+        if not self._failed:
+            self._failed = True
+            self.say({"kind": "failed", "text": text})
+
+    def end(self, why: str) -> None:
+        """Leave the loop; the cleanup follows."""
+        if not self.over.is_set():
+            self.ended_because = why
+            logger.info("it is over: %s", why)
+            self.over.set()
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

@@ -1,0 +1,75 @@
+"""One question to a schedd, in a process of its own: the bindings hold the GIL, and the flow's process must not wait.
+
+``call`` is the flow's side; ``python -m prefect_htcdask.supervisor.oneshot`` is the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from .handle import SupervisorError, clean_environment
+from .protocol import ScheddSettings, decode, encode
+
+_TIMEOUT = 60.0
+_OPERATIONS = ("remove", "query", "history", "slots")
+
+
+def call(schedd: ScheddSettings, operation: str, *arguments: Any, timeout: float = _TIMEOUT) -> Any:
+    """Call a method of `condor.schedd.ScheddClient` in a process of its own.
+
+    Args:
+        schedd: how to reach the schedd.
+        operation: ``remove``, ``query``, ``history`` or ``slots``.
+        arguments: the method's positional arguments.
+        timeout: seconds to wait at most.
+
+    Raises:
+        SupervisorError: the schedd could not be asked; the message names the setting and the remedy.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect_htcdask.supervisor.oneshot"],
+            input=encode((schedd, operation, arguments)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=timeout,
+            env=clean_environment(os.environ),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise SupervisorError(f"the schedd did not answer within {timeout:.0f} s") from exc
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError as exc:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no word on stderr"]
+        raise SupervisorError(f"the schedd could not be asked: {last[0]}") from exc
+    if "error" in answer:
+        raise SupervisorError(answer["error"])
+    return answer["result"]
+
+
+def main() -> int:
+    """Answer the question on stdin. Returns the exit status."""
+    from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError
+
+    schedd, operation, arguments = decode(sys.stdin.buffer.readline())
+    if operation not in _OPERATIONS:
+        raise ValueError(f"{operation!r} is no operation; there are {', '.join(_OPERATIONS)}")
+    try:
+        client = ScheddClient(ScheddAddress(**vars(schedd)))
+        try:
+            answer = {"result": getattr(client, operation)(*arguments)}
+        finally:
+            client.close()
+    except ScheddError as exc:
+        answer = {"error": str(exc)}
+    json.dump(answer, sys.stdout, default=str)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

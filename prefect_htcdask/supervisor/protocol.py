@@ -1,0 +1,100 @@
+"""What the flow's process and its supervisor say to each other, over the supervisor's stdin and stdout.
+
+First line in: the hand-off, pickled and base64-coded, since it holds a dask_gateway authentication object. All later
+lines both ways are JSON objects. Secrets travel here and nowhere else: not in arguments, not in the environment.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..condor.worker_job import FlowRunTag, WorkerSpec
+
+# Bounds that depend on no site: how long closing may take at most, in seconds.
+CLOSE_TIMEOUT = 20.0
+
+
+@dataclass(frozen=True)
+class ScheddSettings:
+    """How to reach the schedd; see `condor.schedd.ScheddAddress`, which the flow's process must not import."""
+
+    collector: str | None = None
+    schedd: str | None = None
+    config_file: str | None = None
+    token_file: str | None = None
+    spool: bool = False
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What can be checked before there is a gateway cluster."""
+
+    schedd: ScheddSettings
+    groups: Mapping[str, WorkerSpec]
+
+
+@dataclass(frozen=True)
+class GatewayAccess:
+    """How to reach the gateway and the cluster's scheduler."""
+
+    address: str
+    proxy_address: str
+    public_address: str
+    auth: Any
+    cluster_name: str
+    scheduler_address: str
+    tls_cert: str = field(repr=False)
+    tls_key: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class HandOff:
+    """All that a supervisor needs. Times in seconds."""
+
+    owner: str
+    parent_pid: int
+    access: GatewayAccess
+    schedd: ScheddSettings
+    groups: Mapping[str, WorkerSpec]
+    worker_config: Mapping[str, Any]
+    worker_secrets: Mapping[str, str] = field(repr=False)
+    flow_run: FlowRunTag | None
+    run_directory: str
+    lease: float
+    lost_schedd: float
+    interval: float
+    residence: float
+    max_idle_jobs: int
+    max_failures: int
+    start_timeout: float
+    detached: bool = False
+    fixed: int | None = None
+    minimum: int = 0
+    maximum: int = 0
+    adaptive: bool = False
+
+
+def encode(message: Any) -> bytes:
+    """One line that carries a hand-off."""
+    return base64.b64encode(pickle.dumps(message)) + b"\n"
+
+
+def decode(line: bytes) -> Any:
+    """The hand-off in a line. The pipe comes from our own parent, so its pickle is trusted."""
+    return pickle.loads(base64.b64decode(line))
+
+
+def to_line(message: Mapping[str, Any]) -> bytes:
+    """One JSON message as a line."""
+    return json.dumps(dict(message), default=str).encode() + b"\n"
+
+
+def from_line(line: bytes) -> dict[str, Any]:
+    """The JSON message in a line."""
+    message: dict[str, Any] = json.loads(line)
+    return message
