@@ -1,1 +1,47 @@
 """Prefect flows on HTCondor workers behind a Dask Gateway."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefect_htcdask.clients import get_async_dask_client, get_dask_client
+    from prefect_htcdask.errors import HTCDaskError
+    from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
+    from prefect_htcdask.settings import HTCDaskSettings
+    from prefect_htcdask.task_runner import HTCDaskTaskRunner
+
+_HOMES = {
+    "HTCDaskError": "errors",
+    "HTCDaskSettings": "settings",
+    "HTCDaskTaskRunner": "task_runner",
+    "HTCGateway": "gateway",
+    "HTCGatewayCluster": "gateway",
+    "get_async_dask_client": "clients",
+    "get_dask_client": "clients",
+    "remove_leftover_jobs": "cleanup",
+}
+
+__all__ = [
+    "HTCDaskError",
+    "HTCDaskSettings",
+    "HTCDaskTaskRunner",
+    "HTCGateway",
+    "HTCGatewayCluster",
+    "get_async_dask_client",
+    "get_dask_client",
+    "remove_leftover_jobs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: a worker or the command line needs few of them."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,346 @@
+"""Live handles (cluster, client, futures) of flow runs, kept outside the runner.
+
+Prefect pickles a runner, duplicates it, enters the duplicate and calls `cancel_all` on the original; the handles must
+be found from each of them and travel with none. They are found by the flow run's id.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextvars
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import distributed
+from distributed import Client
+from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelled, State
+from prefect.tasks import Task
+
+from prefect_htcdask.errors import HTCDaskError
+from prefect_htcdask.futures import Collector, HTCDaskFuture, collector_of
+from prefect_htcdask.preflight import check_versions
+from prefect_htcdask.submission import Submission
+from prefect_htcdask.task_run_states import StateReporter
+from prefect_htcdask.worker_runtime import METADATA_ROOT, current_call, executing_keys
+
+WATCH_INTERVAL = 1.0
+
+Logger = logging.Logger | logging.LoggerAdapter[Any]
+
+
+@dataclass
+class LiveRun:
+    """What one flow run holds while it runs.
+
+    Args:
+        key: the flow run's id, or another name outside a flow.
+        client: the Dask client; this run's own.
+        cluster: the cluster, where this run made it and will close it.
+        stack: leaves what was entered after the client (a performance report).
+        owner: identity of the runner that was entered.
+        api_url: the Prefect API as workers reach it.
+        logger: the flow run's logger.
+    """
+
+    key: str
+    client: Client
+    cluster: Any | None
+    owner: str
+    api_url: str | None
+    logger: Logger
+    flow_run_id: UUID | None
+    stack: ExitStack = field(default_factory=ExitStack)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def __post_init__(self) -> None:
+        self.reporter = StateReporter(self.flow_run_id)
+        self.collector = Collector(self.client, self._report_lost)
+        self.submission = Submission(self.client, self.key, self.api_url)
+        self._lock = threading.Lock()
+        self._unfinished: dict[UUID, tuple[HTCDaskFuture[Any], Task[Any, Any]]] = {}
+        self._cancelled = False
+        self._closed = False
+        self._stop = threading.Event()
+        self._context = contextvars.copy_context()
+        self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
+        self._watcher.start()
+
+    def track(self, futures: list[HTCDaskFuture[Any]], task: Task[Any, Any]) -> None:
+        """Hold futures until their task runs end, so that a submitted task runs though nobody keeps its future."""
+        with self._lock:
+            self._unfinished.update((future._task_run_id, (future, task)) for future in futures)
+
+    def check(self) -> None:
+        """Raise what keeps this run from having any work done.
+
+        Raises:
+            HTCDaskError: the cluster failed, the run was cancelled or is over.
+        """
+        if self.collector.failure is not None:
+            raise self.collector.failure
+        if self._closed or self._cancelled:
+            raise HTCDaskError("the flow run's Dask cluster is closed; nothing can be submitted any more")
+
+    def fail(self, error: HTCDaskError) -> None:
+        """Make every outstanding and every later future of this run raise `error`, so that the flow does not hang."""
+        if self.collector.failure is None:
+            self.log("error", str(error))
+        self.collector.fail(error)
+
+    def cancel(self) -> None:
+        """Cancel every task run that has not ended."""
+        with self._lock:
+            self._cancelled = True
+        futures = self.unfinished()
+        if futures:
+            with suppress(Exception):
+                self.client.cancel([future.wrapped_future for future in futures], reason="the flow run was cancelled")
+
+    def unfinished(self) -> list[HTCDaskFuture[Any]]:
+        """The futures whose task runs have not ended."""
+        with self._lock:
+            ended = [key for key, (future, _) in self._unfinished.items() if not future.is_pending()]
+            lost = [
+                self._unfinished[key][0]
+                for key in ended
+                if self._unfinished[key][0]._final_state is None
+                and self._unfinished[key][0].wrapped_future.status in ("error", "cancelled", "lost")
+            ]
+            pending = [future for future, _ in self._unfinished.values() if future.is_pending()]
+        if not self._cancelled:
+            # Nobody may be waiting for these, but the Prefect API still has to hear what became of them.
+            for future in lost:
+                self.collector.ask(future)
+        with self._lock:
+            for key in ended:
+                future, _ = self._unfinished[key]
+                if future._final_state is not None or future.wrapped_future.status == "finished":
+                    self._unfinished.pop(key, None)
+        return pending
+
+    def on_message(self, message: dict[str, Any]) -> None:
+        """Take what the cluster's supervisor process says; see `HTCGatewayCluster`."""
+        kind = message.get("kind")
+        if kind == "log":
+            self.log(str(message.get("level", "info")), str(message.get("text", "")))
+        elif kind == "failed":
+            self.fail(HTCDaskError(str(message.get("text", "the workers cannot be had"))))
+
+    def log(self, level: str, text: str) -> None:
+        """Log to the flow run, from whatever thread."""
+        number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO) if hasattr(
+            logging, "getLevelNamesMapping"
+        ) else getattr(logging, level.upper(), logging.INFO)
+        self._context.copy().run(self.logger.log, number, text)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End the run: what has not started is cancelled, what runs may finish, then client and cluster close.
+
+        Prefect's own thread pool runner does the same. Where the flow itself was interrupted, nothing is waited for.
+
+        Args:
+            error: the exception with which the flow left the runner; none for a flow that returned or failed.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._stop.set()
+        pending = self.unfinished()
+        interrupted = error is not None or self._cancelled or self.collector.failure is not None
+        try:
+            if pending and not interrupted:
+                self._settle(pending)
+        except BaseException as exc:
+            error = error or exc
+            raise
+        finally:
+            self._end(pending, error)
+
+    def _settle(self, pending: list[HTCDaskFuture[Any]]) -> None:
+        """Cancel the task runs that have not started, and wait for those that run."""
+        answers = self.client.run(executing_keys, on_error="ignore")
+        executing = {key for keys in answers.values() if isinstance(keys, (list, tuple, set)) for key in keys}
+        waiting = [future for future in pending if future.wrapped_future.key not in executing]
+        running = [future for future in pending if future.wrapped_future.key in executing]
+        if waiting:
+            self.log(
+                "info",
+                f"The flow has ended: {len(waiting)} task runs that it did not wait for and that have not started are "
+                "cancelled",
+            )
+            self.client.cancel([future.wrapped_future for future in waiting], reason="the flow has ended")
+            for future in waiting:
+                future._final_state = Cancelled(message="The flow ended before the task run started")
+        if running:
+            self.log("info", f"Waiting for {len(running)} running task runs that the flow did not wait for")
+        while any(future.is_pending() for future in running):
+            if self.collector.failure is not None or self.client.status not in ("running", "connecting"):
+                return
+            time.sleep(0.05)
+
+    def _end(self, pending: list[HTCDaskFuture[Any]], error: BaseException | None) -> None:
+        """Close everything; each step is tried whatever became of the others."""
+        left = [future for future in pending if future._final_state is None and future.is_pending()]
+        if left:
+            with suppress(Exception):
+                self.client.cancel([future.wrapped_future for future in left], reason="the flow run has ended")
+        if self.cluster is None:
+            with suppress(Exception):
+                self.submission.forget()
+        try:
+            self.stack.close()
+        except Exception as exc:
+            self.log("warning", f"The Dask performance report could not be written: {exc}")
+        self.collector.close()
+        try:
+            self.client.close()
+        except Exception as exc:
+            self.log("warning", f"The Dask client did not close cleanly: {exc}")
+        try:
+            if self.cluster is not None:
+                self.cluster.close()
+        finally:
+            self._say_what_became_of({future._task_run_id for future in left}, error)
+            self.reporter.close()
+
+    def _say_what_became_of(self, task_run_ids: set[UUID], error: BaseException | None) -> None:
+        if not task_run_ids:
+            return
+        kind = StateType.CANCELLED if self._cancelled else StateType.CRASHED
+        reason = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
+        try:
+            moved = self.reporter.end_unfinished(
+                task_run_ids, kind, f"The flow run ended while this task ran ({reason})"
+            )
+        except Exception as exc:
+            self.log("warning", f"Task runs that were cut short could not be given a final state: {exc}")
+        else:
+            if moved:
+                self.log("info", f"{moved} task runs were cut short by the end of the flow run")
+
+    def _report_lost(self, future: HTCDaskFuture[Any], state: State[Any]) -> None:
+        with self._lock:
+            _, task = self._unfinished.get(future._task_run_id, (None, None))
+        failure = self.collector.failure
+        # When the whole cluster fails, task runs that never started need no record of their own.
+        self.reporter.report(future._task_run_id, future.task_name, task if failure is None else None, state)
+
+    def _watch(self) -> None:
+        """Notice what nobody waits for: lost task runs, a lost scheduler, versions that do not match."""
+        compared = False
+        while not self._stop.wait(WATCH_INTERVAL):
+            try:
+                self.unfinished()
+                if not compared and self.client.status == "running" and self._has_workers():
+                    compared = True
+                    check_versions(self.client)
+            except HTCDaskError as exc:
+                self.fail(exc)
+            except Exception as exc:
+                if self._stop.is_set():
+                    return
+                self.logger.debug("The watch over the Dask client failed: %s", exc)
+
+    def _has_workers(self) -> bool:
+        return bool(self.client.scheduler_info(n_workers=1)["workers"])
+
+
+class NestedRun:
+    """Submission from inside a task, through its worker's own client. Nothing is provisioned or closed."""
+
+    def __init__(self, client: Client, run_id: str) -> None:
+        self.client = client
+        self.submission = Submission(client, run_id, None)
+        self.collector = collector_of(client)
+
+    def track(self, futures: list[HTCDaskFuture[Any]], task: Task[Any, Any]) -> None:
+        """Nothing: a future that its task drops is given up with it, as prefect-dask does."""
+
+    def check(self) -> None:
+        """Nothing can be wrong yet."""
+
+    def close(self) -> None:
+        """The task has ended: take its envelopes back from the scheduler, without waiting for it."""
+        for key in self.submission.keys():
+            self.client.loop.add_callback(
+                self.client.scheduler.set_metadata, keys=[METADATA_ROOT, *key], value=None
+            )
+
+
+class _Slot:
+    """A place in the registry: its lock is held while the run is being opened."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.run: LiveRun | None = None
+
+
+_lock = threading.RLock()
+_slots: dict[str, _Slot] = {}
+_pid = os.getpid()
+
+
+def find(key: str) -> LiveRun | None:
+    """The live run of a flow run, if it has one in this process."""
+    with _lock:
+        slot = _slots.get(key) if os.getpid() == _pid else None
+    return slot.run if slot is not None else None
+
+
+def find_or_open(key: str, opener: Callable[[], LiveRun]) -> LiveRun:
+    """The live run of a flow run; the first to ask opens it, while others wait."""
+    global _pid
+    with _lock:
+        if os.getpid() != _pid:
+            # A forked child inherits the table, but none of the connections in it works there.
+            _slots.clear()
+            _pid = os.getpid()
+        slot = _slots.setdefault(key, _Slot())
+    with slot.lock:
+        if slot.run is None:
+            slot.run = opener()
+        return slot.run
+
+
+def close(key: str, error: BaseException | None = None) -> None:
+    """Close a flow run's live handles, if it has any."""
+    with _lock:
+        slot = _slots.pop(key, None) if os.getpid() == _pid else None
+    if slot is not None and slot.run is not None:
+        slot.run.close(error)
+
+
+def owned_by(owner: str, thread: int) -> list[LiveRun]:
+    """Live runs that duplicates of one runner opened in one thread."""
+    with _lock:
+        runs = [slot.run for slot in _slots.values() if slot.run is not None]
+    return [run for run in runs if run.owner == owner and run.thread == thread]
+
+
+def nested() -> NestedRun:
+    """How the task that runs here, on a Dask worker, submits further tasks."""
+    client = distributed.get_client()
+    scope = current_call.get(None)
+    if scope is None:
+        return NestedRun(client, client.id)
+    if scope.nested is None:
+        scope.nested = NestedRun(client, scope.envelope_key[0])
+    run: NestedRun = scope.nested
+    return run
+
+
+@atexit.register
+def _close_all() -> None:
+    if os.getpid() == _pid:
+        for key in list(_slots):
+            with suppress(Exception):
+                close(key, SystemExit("the interpreter ended"))

@@ -1,0 +1,181 @@
+"""Opens the live handles of a flow run at its first submit."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import distributed
+from prefect.context import FlowRunContext, SettingsContext
+from prefect.logging.loggers import get_run_logger
+from prefect_dask.client import PrefectDaskClient
+
+from prefect_htcdask import source_code
+from prefect_htcdask.live import LiveRun, Logger
+from prefect_htcdask.preflight import check_api_reachable, is_loopback, warn_of_local_storage
+from prefect_htcdask.settings import HTCDaskSettings
+
+if TYPE_CHECKING:
+    from prefect_htcdask.task_runner import HTCDaskTaskRunner
+
+
+def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None) -> LiveRun:
+    """Connect to the given cluster, or make one for the flow run. What was begun is undone when it fails.
+
+    Raises:
+        SettingsError: a setting cannot work, or workers could not reach the Prefect API.
+        HTCDaskError: the cluster cannot be had.
+    """
+    logger = _logger(runner, context)
+    api_url = _api_url(context)
+    relay = _Relay()
+    cluster: Any | None = None
+    with ExitStack() as undo:
+        options = dict(runner.client_kwargs)
+        if runner._cluster is not None:
+            logger.info("Connecting to existing Dask cluster %s", runner._cluster)
+            target: Any = runner._cluster
+            if runner.adapt_kwargs:
+                target.adapt(**runner.adapt_kwargs)
+        elif runner.address:
+            logger.info("Connecting to an existing Dask cluster at %s", runner.address)
+            target = runner.address
+        else:
+            cluster = target = _make_cluster(runner, context, api_url, relay, logger)
+            undo.callback(cluster.close)
+        if getattr(target, "security", None) is not None:
+            options.setdefault("security", target.security)
+        client = undo.enter_context(PrefectDaskClient(target, **options))
+        flow = context.flow if context is not None else None
+        _send_code(client, flow, with_package=cluster is None)
+        if client.dashboard_link:
+            logger.info("The Dask dashboard is available at %s", client.dashboard_link)
+        run = LiveRun(
+            key=key,
+            client=client,
+            cluster=cluster,
+            owner=runner._family,
+            api_url=api_url,
+            logger=logger,
+            flow_run_id=context.flow_run.id if context is not None and context.flow_run is not None else None,
+        )
+        if runner.performance_report_path:
+            run.stack.enter_context(distributed.Client.as_current(client))
+            run.stack.enter_context(distributed.performance_report(runner.performance_report_path))
+        undo.pop_all()
+    relay.connect(run)
+    return run
+
+
+class _Relay:
+    """Holds what the cluster says before the live run exists."""
+
+    def __init__(self) -> None:
+        self._early: list[dict[str, Any]] = []
+        self._run: LiveRun | None = None
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._run.on_message(message)
+        else:
+            self._early.append(message)
+
+    def connect(self, run: LiveRun) -> None:
+        self._run = run
+        while self._early:
+            run.on_message(self._early.pop(0))
+
+
+def _make_cluster(
+    runner: HTCDaskTaskRunner,
+    context: FlowRunContext | None,
+    api_url: str | None,
+    relay: _Relay,
+    logger: Logger,
+) -> Any:
+    from prefect_htcdask.condor.worker_job import FlowRunTag
+    from prefect_htcdask.gateway import HTCGatewayCluster
+
+    settings = runner.effective_settings()
+    local = workers_are_local(settings)
+    if context is not None:
+        check_api_reachable(api_url, local)
+        warn_of_local_storage(context.result_store, context.persist_result, local, logger)
+    tag = None
+    if context is not None and context.flow_run is not None:
+        flow_run = context.flow_run
+        tag = FlowRunTag(
+            id=str(flow_run.id),
+            name=flow_run.name,
+            flow_name=context.flow.name if context.flow is not None else "",
+            attempt=flow_run.run_count or 1,
+        )
+    cluster_class = runner.resolved_cluster_class or HTCGatewayCluster
+    logger.info("Creating a Dask cluster with HTCondor workers")
+    cluster = cluster_class(
+        **runner.cluster_kwargs,
+        settings=settings,
+        flow_run=tag,
+        worker_secrets=_worker_secrets(api_url),
+        on_message=relay,
+    )
+    try:
+        if runner.adapt_kwargs or "n_workers" not in runner.cluster_kwargs:
+            cluster.adapt(minimum=settings.adaptive.minimum, maximum=settings.adaptive.maximum)
+    except BaseException:
+        cluster.close()
+        raise
+    return cluster
+
+
+def workers_are_local(settings: HTCDaskSettings) -> bool:
+    """Whether all workers run on this host: those of the embedded pool do."""
+    import dask.config
+
+    configured = settings.gateway.address or dask.config.get("gateway.address", None)
+    if configured and not is_loopback(str(configured)):
+        return False
+    return not (settings.condor.collector or settings.condor.schedd)
+
+
+def _worker_secrets(api_url: str | None) -> dict[str, str]:
+    """Environment of the workers that no other user may see: how to reach the Prefect API."""
+    secrets: dict[str, str] = {}
+    context = SettingsContext.get()
+    if api_url:
+        secrets["PREFECT_API_URL"] = api_url
+    if context is not None:
+        api = context.settings.api
+        if api.key is not None:
+            secrets["PREFECT_API_KEY"] = api.key.get_secret_value()
+        if api.auth_string is not None:
+            secrets["PREFECT_API_AUTH_STRING"] = api.auth_string.get_secret_value()
+    return secrets
+
+
+def _api_url(context: FlowRunContext | None) -> str | None:
+    """The running API's address; with an ephemeral server, that of the server which the flow's client found."""
+    settings = SettingsContext.get()
+    if settings is not None and settings.settings.api.url:
+        return str(settings.settings.api.url)
+    if context is None:
+        return None
+    url = str(context.client.api_url).rstrip("/")
+    return url if url.startswith("http") else None
+
+
+def _send_code(client: distributed.Client, flow: Any | None, with_package: bool) -> None:
+    plugin = source_code.make_plugin(
+        source_code.collect(flow), source_code.own_package() if with_package else None
+    )
+    client.register_plugin(plugin)
+
+
+def _logger(runner: HTCDaskTaskRunner, context: FlowRunContext | None) -> Logger:
+    logger: logging.Logger | logging.LoggerAdapter[Any] = runner.logger
+    if context is not None and context.flow_run is not None:
+        logger = get_run_logger(context)
+    return logger
+
+

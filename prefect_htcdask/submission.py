@@ -1,0 +1,371 @@
+"""The flow's side of `worker_runtime`: a Prefect task becomes a Dask task.
+
+What many calls have in common travels once: the *envelope* (settings, flow run context, task) and, in a `map`, the
+parameters that every call shares. Both are left in the scheduler's task metadata, from where each worker process
+fetches what it has not seen, so they reach workers that join later, survive the loss of any worker, and are no Dask
+dependency that would draw all tasks to the worker which happens to hold it. A call itself is a few hundred bytes.
+
+The Dask tasks name nothing but functions of Dask itself, since a gateway's scheduler unpickles the graph and has
+neither Prefect nor this package nor the user's modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import re
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import cloudpickle
+from dask._expr import LLGExpr
+from dask._task_spec import Alias, DataNode, List
+from dask._task_spec import Task as GraphTask
+from dask.utils import apply, key_split
+from distributed import Client, Future
+from distributed.protocol.pickle import dumps
+from distributed.utils import import_term
+from prefect._internal.uuid7 import uuid7
+from prefect.context import (
+    AssetContext,
+    FlowRunContext,
+    SettingsContext,
+    TagsContext,
+    TaskRunContext,
+    serialize_context,
+)
+from prefect.futures import PrefectDistributedFuture, PrefectFuture
+from prefect.tasks import MaterializingTask, Task
+from prefect.utilities.annotations import quote
+from prefect.utilities.collections import StopVisiting, visit_collection
+from prefect.utilities.engine import collect_task_run_inputs_sync
+
+from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.worker_runtime import METADATA_ROOT, Call, Upstream
+
+if TYPE_CHECKING:
+    from prefect.states import State
+
+RUN_CALL = "prefect_htcdask.worker_runtime.run_call"
+MAX_ENVELOPES = 64
+MAP_BATCH = 2000
+"""Task runs of a `map` that go to the scheduler in one graph; more would hold back the first of them."""
+
+INLINE_LIMIT = 2 * 1024
+METADATA_LIMIT = 8 * 1024**2
+"""Shared parameters up to this size, in bytes, wait at the scheduler; larger ones are Dask data, copied from worker to
+worker."""
+
+_UNSAFE = re.compile(r"[^0-9A-Za-z]+")
+
+
+@functools.lru_cache(maxsize=1024)
+def key_prefix(name: str) -> str:
+    """The start of a Dask key from which Dask reads the task's name again.
+
+    Dask learns durations per name, as `dask.utils.key_split` finds it in the key. A name that it would cut short
+    (``load-2``) is written with underscores.
+    """
+    example = "01890000-0000-7000-8000-000000000000"
+    if name and key_split(f"{name}-{example}") == name:
+        return name
+    safe = _UNSAFE.sub("_", name).strip("_")
+    return safe if safe and key_split(f"{safe}-{example}") == safe else f"task_{safe}".rstrip("_")
+
+
+class Submission:
+    """Turns Prefect tasks into Dask tasks on one client, for one live run.
+
+    Args:
+        client: the Dask client that submits; its worker's own one on a worker.
+        run_id: names this run's part of the scheduler's metadata.
+        api_url: the Prefect API as workers reach it; put into their settings where the flow has none (an ephemeral
+            server).
+    """
+
+    def __init__(self, client: Client, run_id: str, api_url: str | None) -> None:
+        self.client = client
+        self.run_id = run_id
+        self.api_url = api_url
+        self._lock = threading.Lock()
+        self._envelopes: OrderedDict[tuple[Any, ...], tuple[tuple[str, ...], Any]] = OrderedDict()
+        self._blobs: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+
+    def submit(
+        self,
+        task: Task[Any, Any],
+        parameters: dict[str, Any],
+        wait_for: Iterable[Any] | None,
+        dependencies: Mapping[str, set[Any]] | None,
+    ) -> tuple[UUID, Future]:
+        """Submit one task run. Returns its id and Dask's future of its final state."""
+        envelope = self.envelope(task)
+        task_run_id, key, node, _held = self._node(task, envelope, parameters, wait_for, dependencies or {})
+        return task_run_id, self._send({key: node}, [key])[0]
+
+    def submit_many(
+        self,
+        task: Task[Any, Any],
+        calls: list[dict[str, Any]],
+        shared: dict[str, Any],
+        wait_for: Iterable[Any] | None,
+        dependencies: Mapping[str, set[Any]],
+    ) -> list[tuple[UUID, Future]]:
+        """Submit one task run for each of `calls`, all with the parameters in `shared` besides their own.
+
+        Returns:
+            ids and Dask futures, in the order of `calls`.
+        """
+        envelope = self.envelope(task)
+        shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
+        holder = _Futures(self.client)
+        shared = {name: holder.replace(value) for name, value in shared.items()}
+        # Values with upstream states in them differ from plain ones in nothing but that Dask has to fill them.
+        reference: Any = None
+        extra: dict[str, Any] = {}
+        anchor: Future | None = None
+        if shared and not holder.futures:
+            reference, extra, anchor = self._share(shared)
+            own: dict[str, Any] = {}
+        else:
+            own = shared
+        submitted: list[tuple[UUID, Future]] = []
+        for start in range(0, len(calls), MAP_BATCH):
+            graph: dict[str, Any] = dict(extra)
+            keys: list[str] = []
+            ids: list[UUID] = []
+            held: list[Any] = []
+            for parameters in calls[start : start + MAP_BATCH]:
+                task_run_id, key, node, futures = self._node(
+                    task,
+                    envelope,
+                    parameters,
+                    wait_for,
+                    dependencies,
+                    shared_names=tuple(shared),
+                    shared_reference=reference,
+                    shared_inputs=shared_inputs,
+                    replaced=(own, holder.futures),
+                )
+                graph[key] = node
+                keys.append(key)
+                ids.append(task_run_id)
+                held.append(futures)
+            if extra:
+                anchor_key = next(iter(extra))
+                futures_ = self._send(graph, [*keys, anchor_key])
+                anchor = futures_.pop()
+                # Later batches depend on the data that this graph brought.
+                extra = {}
+            else:
+                futures_ = self._send(graph, keys)
+            submitted += zip(ids, futures_, strict=True)
+        del anchor
+        return submitted
+
+    def envelope(self, task: Task[Any, Any]) -> tuple[str, ...]:
+        """Make sure that the scheduler holds the envelope of `task` in the present context; return where."""
+        flow_run, settings, parent = FlowRunContext.get(), SettingsContext.get(), TaskRunContext.get()
+        # A task is an ordinary object that a flow may change between two submits; the identities of its attributes
+        # tell, as long as the attributes are kept alive beside them.
+        attributes = dict(vars(task))
+        kept = (task, flow_run, settings, parent, attributes)
+        identity = (
+            id(task),
+            id(flow_run),
+            id(settings),
+            id(parent),
+            tuple(id(value) for value in attributes.values()),
+        )
+        with self._lock:
+            if identity in self._envelopes:
+                self._envelopes.move_to_end(identity)
+                return self._envelopes[identity][0]
+        blob = self._describe(task)
+        key = (self.run_id, uuid.uuid4().hex)
+        self.client.set_metadata([METADATA_ROOT, *key], blob)
+        with self._lock:
+            self._envelopes[identity] = (key, kept)
+            while len(self._envelopes) > MAX_ENVELOPES:
+                # The scheduler keeps it: task runs that are still queued fetch it.
+                self._envelopes.popitem(last=False)
+        return key
+
+    def keys(self) -> list[tuple[str, ...]]:
+        """Where the scheduler holds what this object left there."""
+        with self._lock:
+            return [key for key, _ in self._envelopes.values()] + list(self._blobs.values())
+
+    def forget(self) -> None:
+        """Remove this run's envelopes and shared parameters from the scheduler."""
+        with self._lock:
+            self._envelopes.clear()
+            self._blobs.clear()
+        self.client.set_metadata([METADATA_ROOT, self.run_id], None)
+
+    def _describe(self, task: Task[Any, Any]) -> bytes:
+        context = serialize_context()
+        for varying in ("tags_context", "asset_context"):
+            context.pop(varying)
+        settings: dict[str, Any] = context["settings_context"].get("settings", {})
+        api = settings["api"] = dict(settings.get("api") or {})
+        if self.api_url:
+            # With an ephemeral server the flow's settings have no address, and every worker would start its own.
+            api["url"] = api.get("url") or self.api_url
+        flow_run = context["flow_run_context"]
+        if flow := flow_run.get("flow"):
+            flow_run["flow"] = _with_inert_runner(flow)
+        current = SettingsContext.get()
+        secrets = ()
+        if current is not None:
+            values = current.settings
+            key, auth = values.api.key, values.api.auth_string
+            secrets = (
+                key.get_secret_value() if key else None,
+                auth.get_secret_value() if auth else None,
+                values.api.tls_insecure_skip_verify,
+                str(values.api.ssl_cert_file),
+                values.api.enable_http2,
+                values.api.request_timeout,
+                repr(values.client.model_dump()),
+            )
+        digest = hashlib.sha256(repr((api.get("url"), *secrets)).encode()).hexdigest()
+        return bytes(cloudpickle.dumps({"context": context, "task": task, "client_key": (digest,)}))
+
+    def _node(
+        self,
+        task: Task[Any, Any],
+        envelope: tuple[str, ...],
+        parameters: dict[str, Any],
+        wait_for: Iterable[Any] | None,
+        dependencies: Mapping[str, set[Any]],
+        *,
+        shared_names: tuple[str, ...] = (),
+        shared_reference: Any = None,
+        shared_inputs: Mapping[str, set[Any]] | None = None,
+        replaced: tuple[dict[str, Any], list[HTCDaskFuture[Any]]] = ({}, []),
+    ) -> tuple[UUID, str, GraphTask, list[Any]]:
+        """One task run as a node of a Dask graph, with the upstream futures that it must outlive."""
+        task_run_id = uuid7()
+        inputs = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
+        inputs.update(shared_inputs or {})
+        for name, more in dependencies.items():
+            if more and name in inputs:
+                inputs[name] = inputs[name] | more
+
+        holder = _Futures(self.client, list(replaced[1]))
+        sent = {name: holder.replace(value) for name, value in parameters.items()}
+        sent.update(replaced[0])
+        waited = holder.replace(list(wait_for)) if wait_for else None
+        call = Call(
+            task_run_id=task_run_id,
+            parameters=sent,
+            order=(*parameters, *shared_names),
+            wait_for=waited,
+            dependencies=inputs,
+            tags=_current_tags(),
+            asset_context=_asset_context(task, task_run_id, inputs),
+            upstreams=len(holder.futures),
+        )
+        upstream: Any = List(*(Alias(future.wrapped_future.key) for future in holder.futures))
+        node = GraphTask(
+            key := f"{key_prefix(task.name)}-{task_run_id}",
+            apply,
+            GraphTask(None, import_term, RUN_CALL),
+            List(
+                envelope,
+                dumps(call),
+                shared_reference,
+                upstream if holder.futures else [],
+            ),
+        )
+        return task_run_id, key, node, holder.futures
+
+    def _share(self, shared: dict[str, Any]) -> tuple[Any, dict[str, Any], Future | None]:
+        """Bring shared parameters where workers find them: inline, at the scheduler, or as Dask data."""
+        blob = dumps(shared)
+        if len(blob) <= INLINE_LIMIT:
+            return blob, {}, None
+        digest = hashlib.sha256(blob).hexdigest()
+        if len(blob) <= METADATA_LIMIT:
+            with self._lock:
+                known = self._blobs.get(digest)
+            if known is None:
+                known = (self.run_id, digest)
+                self.client.set_metadata([METADATA_ROOT, *known], blob)
+                with self._lock:
+                    self._blobs[digest] = known
+            return known, {}, None
+        key = f"shared_parameters-{uuid.uuid4()}"
+        return Alias(key), {key: DataNode(key, blob)}, None
+
+    def _send(self, graph: dict[str, Any], keys: list[str]) -> list[Future]:
+        # The token spares Dask hashing every argument; priority and the like are left to `dask.annotate`.
+        expression = LLGExpr(graph, _determ_token=uuid.uuid4().hex)
+        futures: list[Future] = self.client.get(expression, keys, sync=False, fifo_timeout="100 ms")
+        return futures
+
+
+class _Futures:
+    """Collects the upstream futures of a call, and puts `Upstream` in their places.
+
+    A future whose state this process has already is replaced by the state itself: it would make Dask run a finished
+    task again, if the worker that held the state is gone.
+    """
+
+    def __init__(self, client: Client, futures: list[HTCDaskFuture[Any]] | None = None) -> None:
+        self._client = client
+        self.futures: list[HTCDaskFuture[Any]] = futures or []
+        self._index: dict[int, int] = {id(future): i for i, future in enumerate(self.futures)}
+
+    def replace(self, value: Any) -> Any:
+        if type(value) in (int, float, str, bool, bytes, type(None)):
+            return value
+        return visit_collection(value, visit_fn=self._visit, return_data=True, context={})
+
+    def _visit(self, item: Any, context: dict[str, Any]) -> Any:
+        if isinstance(context.get("annotation"), quote):
+            raise StopVisiting()
+        if not isinstance(item, PrefectFuture) or isinstance(item, PrefectDistributedFuture):
+            return item
+        if isinstance(item, HTCDaskFuture) and item.is_on(self._client):
+            if id(item) not in self._index:
+                self._index[id(item)] = len(self.futures)
+                self.futures.append(item)
+            return Upstream(self._index[id(item)])
+        # In hand already, or another runner's: its state, by value.
+        item.wait()
+        state: State[Any] = item.state
+        return state
+
+
+def _current_tags() -> tuple[str, ...]:
+    context = TagsContext.get()
+    return tuple(context.current_tags) if context else ()
+
+
+def _asset_context(task: Task[Any, Any], task_run_id: UUID, inputs: dict[str, set[Any]]) -> dict[str, Any]:
+    """The call's asset context; empty where there are no assets at all, and the worker's own comes out the same."""
+    flow_run = FlowRunContext.get()
+    tracked = flow_run.task_run_assets if flow_run else {}
+    if not task.asset_deps and not isinstance(task, MaterializingTask) and not tracked:
+        return {}
+    return AssetContext.from_task_and_inputs(
+        task=task, task_run_id=task_run_id, task_inputs=inputs, copy_to_child_ctx=True
+    ).serialize()
+
+
+def _with_inert_runner(flow: Any) -> Any:
+    """The flow as workers need it: its runner without settings, which may hold secrets, and without handles."""
+    from prefect_htcdask.task_runner import HTCDaskTaskRunner
+
+    if not isinstance(flow.task_runner, HTCDaskTaskRunner):
+        return flow
+    sent = copy.copy(flow)
+    sent.task_runner = flow.task_runner.inert()
+    return sent

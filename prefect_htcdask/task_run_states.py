@@ -1,0 +1,186 @@
+"""Task runs that ended without saying so: the Prefect API is told what became of them.
+
+A task run reports its own states from the worker, by events. Where the worker is gone, its last word may have been
+Running; then the flow's process speaks for it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateDetails, StateType, TaskRun
+from prefect.context import SettingsContext, SyncClientContext
+from prefect.exceptions import ObjectNotFound
+from prefect.states import State
+from prefect.tasks import Task
+from prefect.utilities.engine import emit_task_run_state_change_event
+
+logger = logging.getLogger("prefect.task_runner.htcdask")
+
+UNFINISHED = [
+    StateType.SCHEDULED,
+    StateType.PENDING,
+    StateType.RUNNING,
+    StateType.CANCELLING,
+]
+PAGE = 200
+
+
+class StateReporter:
+    """Moves task runs to final states, in the background, with the settings of the context that it is made in.
+
+    Args:
+        flow_run_id: the flow run of the task runs; none outside a flow.
+    """
+
+    def __init__(self, flow_run_id: UUID | None) -> None:
+        self.flow_run_id = flow_run_id
+        self._settings = SettingsContext.get()
+        self._queue: queue.Queue[tuple[UUID, str, Task[Any, Any] | None, State[Any]] | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def report(self, task_run_id: UUID, name: str, task: Task[Any, Any] | None, state: State[Any]) -> None:
+        """Have a task run moved to `state`, unless it has reached a final state by itself."""
+        self._queue.put((task_run_id, name, task, state))
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=contextvars.Context().run, args=(self._work,), name="htcdask-states", daemon=True
+                )
+                self._thread.start()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Wait until all that was reported has been sent, `timeout` seconds at most."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            self._queue.put(None)
+            thread.join(timeout)
+
+    def end_unfinished(
+        self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float = 2.0
+    ) -> int:
+        """Give a final state to those of the task runs that the API still holds for unfinished.
+
+        Args:
+            task_run_ids: the candidates; others of the flow run are left alone.
+            state_type: CRASHED or CANCELLED.
+            message: why, for the state.
+            settle: seconds in which task runs that just ended may still report so.
+
+        Returns:
+            how many task runs were moved.
+        """
+        if self.flow_run_id is None or not task_run_ids:
+            return 0
+        deadline = time.monotonic() + settle
+        with self._client() as client:
+            while True:
+                unfinished = self._unfinished(client) & task_run_ids
+                if not unfinished or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.25)
+            for task_run_id in unfinished:
+                self._set_state(client, task_run_id, _new_state(state_type, message))
+        return len(unfinished)
+
+    @contextmanager
+    def _client(self) -> Iterator[SyncPrefectClient]:
+        settings = self._settings.model_copy() if self._settings is not None else None
+        if settings is not None:
+            settings.__enter__()
+        try:
+            existing = SyncClientContext.get()
+            if existing is not None:
+                yield existing.client
+            else:
+                with get_client(sync_client=True) as client:
+                    yield client
+        finally:
+            if settings is not None:
+                settings.__exit__()
+
+    def _work(self) -> None:
+        with self._client() as client:
+            while (item := self._queue.get()) is not None:
+                task_run_id, name, task, state = item
+                try:
+                    self._tell(client, task_run_id, name, task, state)
+                except Exception:
+                    logger.warning("Could not move task run %s to %s", task_run_id, state.name, exc_info=True)
+
+    def _tell(
+        self, client: SyncPrefectClient, task_run_id: UUID, name: str, task: Task[Any, Any] | None, state: State[Any]
+    ) -> None:
+        try:
+            known = client.read_task_run(task_run_id)
+        except ObjectNotFound:
+            # Its worker died before the API heard of it at all.
+            if task is not None:
+                self._create(task_run_id, name, task, state)
+            return
+        if known.state is None or not known.state.is_final():
+            self._set_state(client, task_run_id, state)
+
+    def _set_state(self, client: SyncPrefectClient, task_run_id: UUID, state: State[Any]) -> None:
+        sent = state.model_copy(update={"data": None})
+        client.set_task_run_state(task_run_id, sent, force=True)
+
+    def _create(self, task_run_id: UUID, name: str, task: Task[Any, Any], state: State[Any]) -> None:
+        sent = state.model_copy(update={"data": None})
+        sent.state_details = StateDetails(task_run_id=task_run_id, flow_run_id=self.flow_run_id)
+        emit_task_run_state_change_event(
+            task_run=TaskRun(
+                id=task_run_id,
+                name=name,
+                flow_run_id=self.flow_run_id,
+                task_key=task.task_key,
+                dynamic_key=str(task_run_id),
+                task_version=task.version,
+                tags=sorted(task.tags),
+                expected_start_time=sent.timestamp,
+                end_time=sent.timestamp,
+                state=sent,
+                state_type=sent.type,
+                state_name=sent.name,
+            ),
+            initial_state=None,
+            validated_state=sent,
+        )
+
+    def _unfinished(self, client: SyncPrefectClient) -> set[UUID]:
+        assert self.flow_run_id is not None
+        found: set[UUID] = set()
+        while True:
+            page = client.read_task_runs(
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[self.flow_run_id])),
+                task_run_filter=TaskRunFilter(
+                    state=TaskRunFilterState(type=TaskRunFilterStateType(any_=UNFINISHED))
+                ),
+                limit=PAGE,
+                offset=len(found),
+            )
+            found |= {task_run.id for task_run in page}
+            if len(page) < PAGE:
+                return found
+
+
+def _new_state(state_type: StateType, message: str) -> State[Any]:
+    return State(type=state_type, name=state_type.value.capitalize(), message=message)

@@ -1,0 +1,375 @@
+"""`HTCDaskTaskRunner`: what Prefect sees."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import distributed
+from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
+from prefect.client.schemas.objects import RunInput
+from prefect.context import FlowRunContext
+from prefect.exceptions import MappingLengthMismatch, MappingMissingIterable
+from prefect.futures import PrefectFuture, PrefectFutureList
+from prefect.tasks import Task
+from prefect.utilities.annotations import allow_failure, opaque, quote, unmapped
+from prefect.utilities.callables import (
+    collapse_variadic_parameters,
+    explode_variadic_parameter,
+    get_parameter_defaults,
+)
+from prefect.utilities.collections import isiterable
+from prefect.utilities.engine import collect_task_run_inputs_sync, resolve_inputs_sync
+from prefect.utilities.importtools import from_qualified_name
+from prefect_dask.task_runners import DaskTaskRunner
+
+from prefect_htcdask import live
+from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+R = TypeVar("R")
+
+
+class HTCDaskTaskRunner(DaskTaskRunner):
+    """Runs a flow's tasks on Dask workers that are HTCondor jobs, behind a Dask Gateway.
+
+    The first submit of a flow run provisions a gateway cluster and worker jobs for it; their number follows the number
+    of queued tasks; at the end of the flow run all of it is removed. Entering the runner provisions nothing.
+
+    Args:
+        cluster: a running Dask cluster to use. It is not closed at the end (a warm pool).
+        address: address of a running Dask scheduler, likewise.
+        cluster_class: `HTCGatewayCluster` (the default), a subclass, or the qualified name of one.
+        cluster_kwargs: arguments of the cluster class: settings of the workers, `n_workers`, cluster options.
+        adapt_kwargs: `minimum` and `maximum` number of workers. Unset: the settings ``adaptive.minimum`` and
+            ``adaptive.maximum``, unless `cluster_kwargs` has `n_workers`.
+        client_kwargs: arguments of the Dask client.
+        performance_report_path: where Dask's performance report is written at the end.
+        settings: all settings at once, instead of those of environment, ``prefect.toml`` and profile.
+        keywords: single settings: a group (``worker={"memory": "4 GiB"}``) or a field of the group `worker`
+            (``memory="4 GiB"``).
+
+    Raises:
+        SettingsError: a setting cannot work; the message names it, its value and the remedy.
+        TypeError: `cluster_class` is another cluster class.
+        ValueError: arguments that exclude each other, as with `DaskTaskRunner`.
+    """
+
+    def __init__(
+        self,
+        cluster: distributed.deploy.Cluster | None = None,
+        address: str | None = None,
+        cluster_class: str | type[Any] | None = None,
+        cluster_kwargs: dict[str, Any] | None = None,
+        adapt_kwargs: dict[str, Any] | None = None,
+        client_kwargs: dict[str, Any] | None = None,
+        performance_report_path: str | None = None,
+        *,
+        settings: HTCDaskSettings | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(
+            cluster=cluster,
+            address=address,
+            cluster_class=_check_cluster_class(cluster_class),
+            cluster_kwargs=cluster_kwargs,
+            adapt_kwargs=adapt_kwargs,
+            client_kwargs=client_kwargs,
+            performance_report_path=performance_report_path,
+        )
+        if settings is not None and keywords:
+            raise SettingsError(f"give either settings= or single settings ({', '.join(keywords)}), not both")
+        self.settings = settings
+        self.overrides = _as_groups(keywords)
+        if cluster is None and address is None:
+            # Found out here rather than when the flow is half done.
+            self.effective_settings()
+        self._family = uuid.uuid4().hex
+        self._live_key: str | None = None
+        self._inert = False
+
+    def effective_settings(self) -> HTCDaskSettings:
+        """The settings of environment, ``prefect.toml`` and profile, with this runner's own on top.
+
+        Raises:
+            SettingsError: a setting cannot work.
+        """
+        if self.settings is not None:
+            groups = {
+                name: getattr(self.settings, name).model_dump(exclude_unset=True)
+                for name in HTCDaskSettings.model_fields
+            }
+        else:
+            groups = {name: dict(values) for name, values in self.overrides.items()}
+        worker = {k: v for k, v in self.cluster_kwargs.items() if k in WorkerSettings.model_fields}
+        groups["worker"] = {**groups.get("worker", {}), **worker}
+        unknown = sorted(set(self.adapt_kwargs) - {"minimum", "maximum"})
+        if unknown:
+            raise SettingsError(
+                f"adapt_kwargs = {self.adapt_kwargs!r}: {', '.join(unknown)} cannot be set; there are minimum and maximum"
+            )
+        groups["adaptive"] = {**groups.get("adaptive", {}), **self.adapt_kwargs}
+        return load_settings(**groups)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another runner has the same settings."""
+        return (
+            isinstance(other, HTCDaskTaskRunner)
+            and super().__eq__(other)
+            and self._cluster is other._cluster
+            and self.settings == other.settings
+            and self.overrides == other.overrides
+            and self.performance_report_path == other.performance_report_path
+        )
+
+    __hash__ = object.__hash__
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        # Handles of this process. A given cluster object is one too; elsewhere its scheduler's address serves.
+        cluster = state.pop("_cluster", None)
+        if cluster is not None and state["address"] is None and not self._inert:
+            state["address"] = getattr(cluster, "scheduler_address", None)
+        state["_cluster"] = None
+        state["_live_key"] = None
+        state["_started"] = False
+        for handle in ("_exit_stack", "_client", "_connect_to", "logger"):
+            state.pop(handle, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from contextlib import ExitStack
+
+        from prefect.logging.loggers import get_logger
+
+        self.__dict__.update(state)
+        self._exit_stack = ExitStack()
+        self.logger = get_logger(f"task_runner.{self.name}")
+
+    def duplicate(self) -> HTCDaskTaskRunner:
+        """A runner with the same settings, not started."""
+        new = copy.copy(self)
+        new._cluster = self._cluster
+        new.address = self.address
+        return new
+
+    def inert(self) -> HTCDaskTaskRunner:
+        """The runner as it travels to workers: without settings, which may hold secrets, and without a cluster."""
+        new = copy.copy(self)
+        new.settings, new.overrides = None, {}
+        new.cluster_kwargs, new.adapt_kwargs, new.client_kwargs = {}, {}, {"set_as_default": False}
+        new.address, new._cluster, new.performance_report_path = None, None, None
+        new._inert = True
+        return new
+
+    @property
+    def client(self) -> Client:
+        """The Dask client of the flow run; asking for it provisions the cluster, as the first submit does."""
+        return self._run().client
+
+    @property
+    def _client(self) -> Client | None:
+        # prefect_dask's get_dask_client looks here.
+        return self._run().client if getattr(self, "_started", False) else None
+
+    @_client.setter
+    def _client(self, value: Client | None) -> None:
+        if value is not None:
+            raise AttributeError("the client of an HTCDaskTaskRunner is found by its flow run")
+
+    def submit(
+        self,
+        task: Task[Any, R],
+        parameters: dict[str, Any],
+        wait_for: Iterable[PrefectFuture[Any]] | None = None,
+        dependencies: dict[str, set[RunInput]] | None = None,
+    ) -> HTCDaskFuture[R]:
+        """Submit one task run.
+
+        Raises:
+            HTCDaskError: the cluster cannot be had or has failed.
+            SettingsError: a setting cannot work.
+        """
+        self._require_started()
+        run = self._run()
+        run.check()
+        task_run_id, wrapped = run.submission.submit(task, parameters, wait_for, dependencies)
+        future: HTCDaskFuture[R] = HTCDaskFuture(task_run_id, wrapped, run.collector, task.name)
+        run.track([future], task)
+        return future
+
+    def map(
+        self,
+        task: Task[Any, R],
+        parameters: dict[str, Any | unmapped[Any] | allow_failure[Any]],
+        wait_for: Iterable[PrefectFuture[Any]] | None = None,
+    ) -> PrefectFutureList[HTCDaskFuture[R]]:
+        """Submit one task run for each element of the iterable parameters, as one Dask graph.
+
+        Raises:
+            MappingMissingIterable: no parameter is iterable.
+            MappingLengthMismatch: the iterables differ in length.
+            HTCDaskError: the cluster cannot be had or has failed.
+            SettingsError: a setting cannot work.
+        """
+        self._require_started()
+        raise_if_flow_run_suspension_requested()
+        inputs = {k: collect_task_run_inputs_sync(v, max_depth=0) for k, v in parameters.items()}
+        calls, shared = expand_mapping(task, parameters)
+        run = self._run()
+        run.check()
+        submitted = run.submission.submit_many(task, calls, shared, wait_for, inputs)
+        futures: list[HTCDaskFuture[R]] = [
+            HTCDaskFuture(task_run_id, wrapped, run.collector, task.name) for task_run_id, wrapped in submitted
+        ]
+        run.track(futures, task)
+        return PrefectFutureList(futures)
+
+    def cancel_all(self) -> None:
+        """Cancel the task runs of this runner's flow run. Prefect calls it on the runner that was duplicated."""
+        import threading
+
+        context = FlowRunContext.get()
+        keys = [self._live_key] if self._live_key else []
+        if context is not None and context.flow_run is not None:
+            keys.append(str(context.flow_run.id))
+        runs = [run for key in keys if (run := live.find(key)) is not None]
+        for run in runs or live.owned_by(self._family, threading.get_ident()):
+            run.cancel()
+
+    def __enter__(self) -> HTCDaskTaskRunner:
+        """Start the runner. Nothing is provisioned yet."""
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        """End the flow run's work: see `live.LiveRun.close`. A second call does nothing."""
+        key, self._live_key = self._live_key, None
+        try:
+            if key is not None:
+                live.close(key, args[1] if len(args) > 1 else None)
+        finally:
+            super().__exit__(*(args or (None, None, None)))
+
+    def _require_started(self) -> None:
+        if not self._started:
+            raise RuntimeError("The task runner must be started before submitting work.")
+
+    def _run(self) -> live.LiveRun | live.NestedRun:
+        """The live handles: the flow run's, opened when first asked for; on a worker, its own client."""
+        if _on_worker():
+            return live.nested()
+        context = FlowRunContext.get()
+        if self._live_key is None:
+            flow_run = context.flow_run if context is not None else None
+            self._live_key = str(flow_run.id) if flow_run is not None else uuid.uuid4().hex
+        from prefect_htcdask.provisioning import open_run
+
+        key = self._live_key
+        return live.find_or_open(key, lambda: open_run(self, key, context))
+
+
+def expand_mapping(
+    task: Task[Any, Any], parameters: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Split the parameters of a `map` into those of each call and those that all calls share.
+
+    The rules are those of `prefect.task_runners.TaskRunner.map`.
+
+    Returns:
+        the parameters of each call, and the shared ones; a call's are its own followed by the shared.
+
+    Raises:
+        MappingMissingIterable: no parameter is iterable.
+        MappingLengthMismatch: the iterables differ in length.
+    """
+    # Only the top level is resolved, so as to know what to map over; what is nested in it is resolved where it is used.
+    parameters = resolve_inputs_sync(parameters, max_depth=0)
+    parameters = explode_variadic_parameter(task.fn, parameters)
+    iterables: dict[str, list[Any]] = {}
+    static: dict[str, Any] = {}
+    annotated: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, (allow_failure, opaque, quote)):
+            annotated[name] = value
+            value = value.unwrap()
+        if isinstance(value, unmapped):
+            static[name] = value.value
+        elif isiterable(value):
+            iterables[name] = list(value)
+        else:
+            static[name] = value
+    if not iterables:
+        raise MappingMissingIterable(
+            "No iterable parameters were received. Parameters for map must include at least one iterable. "
+            f"Parameters: {parameters}"
+        )
+    lengths = {name: len(values) for name, values in iterables.items()}
+    if len(set(lengths.values())) > 1:
+        raise MappingLengthMismatch(
+            "Received iterable parameters with different lengths. Parameters for map must all be the same length. "
+            f"Got lengths: {lengths}"
+        )
+    for name, value in get_parameter_defaults(task.fn).items():
+        if name not in iterables:
+            static.setdefault(name, value)
+    for name, annotation in annotated.items():
+        if name in static:
+            static[name] = annotation.rewrap(static[name])
+    calls = [
+        {
+            name: annotated[name].rewrap(values[index]) if name in annotated else values[index]
+            for name, values in iterables.items()
+        }
+        for index in range(next(iter(lengths.values())))
+    ]
+    collapsed = collapse_variadic_parameters(task.fn, {**(calls[0] if calls else {}), **static})
+    if set(collapsed) != {*iterables, *static}:
+        # Exploded keyword arguments go back into one parameter, which then holds mapped and shared values.
+        return [collapse_variadic_parameters(task.fn, {**call, **static}) for call in calls], {}
+    return calls, static
+
+
+def _on_worker() -> bool:
+    try:
+        distributed.get_worker()
+    except ValueError:
+        return False
+    return True
+
+
+def _check_cluster_class(cluster_class: str | type[Any] | None) -> type[Any] | None:
+    if cluster_class is None:
+        return None
+    from prefect_htcdask.gateway import HTCGatewayCluster
+
+    resolved = from_qualified_name(cluster_class) if isinstance(cluster_class, str) else cluster_class
+    if not (isinstance(resolved, type) and issubclass(resolved, HTCGatewayCluster)):
+        raise TypeError(
+            f"cluster_class = {cluster_class!r} is neither HTCGatewayCluster nor a subclass of it; use "
+            "prefect_dask.DaskTaskRunner for other cluster classes, or pass a running cluster as cluster="
+        )
+    return resolved
+
+
+def _as_groups(keywords: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in keywords.items():
+        if name in HTCDaskSettings.model_fields:
+            if not isinstance(value, dict):
+                raise SettingsError(f"{name} = {value!r} is no mapping of settings, such as {{'field': value}}")
+            groups.setdefault(name, {}).update(value)
+        elif name in WorkerSettings.model_fields:
+            groups.setdefault("worker", {})[name] = value
+        else:
+            raise SettingsError(
+                f"{name} = {value!r} is no setting of HTCDaskTaskRunner; there are the groups "
+                f"{', '.join(HTCDaskSettings.model_fields)} and the fields of worker: "
+                f"{', '.join(WorkerSettings.model_fields)}"
+            )
+    return groups
