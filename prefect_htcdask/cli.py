@@ -46,8 +46,9 @@ def up(
 ) -> None:
     """Start a personal HTCondor pool and a Dask Gateway on loopback, where they do not run already.
 
-    A flow does this by itself when no gateway is configured. Where this machine is configured for an HTCondor pool whose
-    schedd answers, that pool is used. They stop by themselves after embedded.idle_timeout without jobs or clusters.
+    A flow does this by itself when no gateway is configured. Where this machine is configured for an HTCondor pool
+    whose schedd answers, that pool is used. They stop by themselves after embedded.idle_timeout without jobs
+    or clusters.
     """
     settings = _settings(directory)
     with _clear_errors(), output.status("looking for the embedded pool and gateway") as spinner:
@@ -62,7 +63,7 @@ def up(
         report = status(settings)
         if report["pool"] and report["pool"]["cpus"] > cores:
             offered = report["pool"]["cpus"]
-            output.print(f"               the pool offers {offered} cores, and the machine has {cores} (embedded.slots)")
+            output.print(f"               it offers {offered} cores, where the machine has {cores} (embedded.slots)")
     output.print(f"State and logs {endpoint.directory}")
 
 

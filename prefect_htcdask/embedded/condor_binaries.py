@@ -34,8 +34,8 @@ NOT_NEEDED = (
 """Libraries that only HTCondor's Python and Perl tools, or the installation of packages, need."""
 
 REMEDY = (
-    "install HTCondor (https://htcondor.org), or point condor.config_file at a configured pool, or gateway.address at a "
-    "Dask Gateway with condor.* at its pool"
+    "install HTCondor (https://htcondor.org), or point condor.config_file at a configured pool, or gateway.address at "
+    "a Dask Gateway and condor.* at its pool"
 )
 
 Progress = Callable[[str], None]
@@ -162,16 +162,16 @@ def _run(command: list[str | Path], doing: str, cwd: Path | None = None) -> str:
         )
     except FileNotFoundError as error:
         raise EmbeddedError(
-            f"HTCondor is not installed on this machine, and {command[0]}, which would bring it from Debian's packages, "
-            f"is missing; {REMEDY}"
+            f"HTCondor is not installed on this machine, and {command[0]}, which would bring it from Debian's "
+            f"packages, is missing; {REMEDY}"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise EmbeddedError(f"{doing} HTCondor from Debian's packages took over 600 s; {REMEDY}") from error
     if result.returncode != 0:
         last = " ".join(result.stderr.strip().splitlines()[-3:])
         raise EmbeddedError(
-            f"HTCondor is not installed on this machine, and {doing} it from Debian's packages failed: {last}; check the "
-            f"network and apt's sources, or {REMEDY}"
+            f"HTCondor is not installed on this machine, and {doing} it from Debian's packages failed: {last}; check "
+            f"the network and apt's sources, or {REMEDY}"
         )
     return result.stdout
 
@@ -194,14 +194,19 @@ def _download(scratch: Path) -> list[Path]:
     own += ["-o", "Dir::Etc::sourcelist=/dev/null", "-o", f"Dir::Etc::sourceparts={apt}/sources"]
     own += ["-o", f"Dir::State::status={apt}/status"]
     _run(["apt-get", *own, "-qq", "-o", "APT::Update::Error-Mode=any", "update"], "fetching")
-    install: list[str | Path] = ["apt-get", *own, "-qq", "-y", "--no-install-recommends", "--print-uris", "install", "condor"]
+    install: list[str | Path] = ["apt-get", *own, "-qq", "-y", "--no-install-recommends", "--print-uris"]
+    install += ["install", "condor"]
     # Each line is: 'URI' file size hash
     names = [line.split()[1].split("_")[0] for line in _run(install, "resolving").splitlines() if line.startswith("'")]
-    needed = [name for name in names if name == "condor" or name.startswith("lib") and not name.startswith(NOT_NEEDED)]
+    needed = [name for name in names if name == "condor" or _is_needed(name)]
     packages = scratch / "packages"
     packages.mkdir()
     _run(["apt-get", *own, "-qq", "download", *needed], "fetching", cwd=packages)
     return sorted(packages.glob("*.deb"))
+
+
+def _is_needed(library: str) -> bool:
+    return library.startswith("lib") and not library.startswith(NOT_NEEDED)
 
 
 def _mirror(own: list[str]) -> str:

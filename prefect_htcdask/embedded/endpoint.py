@@ -21,6 +21,7 @@ from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.embedded.gateway_server import check_installed, free_port, get_json, list_clusters
 from prefect_htcdask.embedded.launch import LaunchOrder
 from prefect_htcdask.embedded.leftovers import end_leftovers
+from prefect_htcdask.embedded.pool import pool_user
 from prefect_htcdask.embedded.pool_query import query_pool
 from prefect_htcdask.embedded.state import Process, State, StateDirectory, write_private
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from prefect_htcdask.settings import EmbeddedSettings
 
 DISTRIBUTIONS = (
-    "prefect-htcdask", "prefect", "prefect-dask", "dask", "distributed", "dask-gateway", "dask-gateway-server", "htcondor"
+    "prefect-htcdask", "prefect", "prefect-dask", "dask", "distributed", "dask-gateway", "dask-gateway-server",
+    "htcondor"
 )  # fmt: skip
 
 CONFIGURATIONS = ("/etc/condor/condor_config", "/usr/local/etc/condor_config", "~condor/condor_config")
@@ -78,7 +80,8 @@ def ensure_running(
     """
     if not settings.enabled:
         raise EmbeddedError(
-            "no Dask Gateway is configured, and embedded.enabled is False; set gateway.address, or embedded.enabled = True"
+            "no Dask Gateway is configured, and embedded.enabled is False; set gateway.address, or embedded.enabled "
+            "to True"
         )
     tell = progress or (lambda message: None)
     directory = StateDirectory(settings.directory)
@@ -172,8 +175,9 @@ def status(settings: EmbeddedSettings) -> dict[str, Any]:
     report["processes"] = {name: process.pid for name, process in state.processes.items()}
     if state.phase != "running":
         return report
-    pool = query_pool(state.condor_config)
-    report["pool"] = pool and {"embedded": state.condor_config is not None, "condor_config": state.condor_config, **pool}
+    config = state.condor_config
+    pool = query_pool(config)
+    report["pool"] = pool and {"embedded": config is not None, "condor_config": config, **pool}
     report["gateway"] = _gateway_status(directory, state)
     if state.idle_timeout:
         since = max(state.idle_since, directory.last_use())
@@ -266,8 +270,8 @@ def _mapping() -> str:
     """The user namespace for HTCondor's daemons: one for root, who may own no jobs."""
     if os.geteuid() != 0:
         return "-"
-    entry = min((e for e in pwd.getpwall() if e.pw_uid not in (0, 65534)), key=lambda e: e.pw_uid)
-    mapping = f"{entry.pw_uid}:{entry.pw_gid}"
+    user = pool_user()
+    mapping = f"{user.pw_uid}:{user.pw_gid}"
     trial = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), "SIGKILL", mapping, "true"]
     result = subprocess.run(trial, capture_output=True, text=True)
     if result.returncode != 0:

@@ -80,8 +80,8 @@ def check_installed() -> None:
     """Raises `EmbeddedError` where dask-gateway-server is not installed."""
     if find_spec("dask_gateway_server") is None:
         raise EmbeddedError(
-            "dask-gateway-server is not installed, so there is no embedded gateway; install prefect-htcdask[embedded], or "
-            "set gateway.address to a Dask Gateway"
+            "dask-gateway-server is not installed, so there is no embedded gateway; install prefect-htcdask[embedded], "
+            "or set gateway.address to a Dask Gateway"
         )
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,8 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 8.0
 """Seconds for the daemons to end by themselves before they are killed."""
+ORPHAN_TIMEOUT = 3.0
+"""Seconds for the daemons of a dead condor_master to end by themselves."""
 MOST_START_FAILURES = 3
 LONGEST_BACKOFF = 30.0
 STEADY = 60.0
@@ -69,8 +72,9 @@ class Service:
 
     def start(self) -> None:
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+            launcher = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), self.end.name, self.mapping]
             self.popen = subprocess.Popen(
-                [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), self.end.name, self.mapping, *self.command],
+                [*launcher, *self.command],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -136,6 +140,7 @@ class Keeper:
         """Start all, keep it until told to stop or idle, and stop it. Returns an exit status."""
         self.directory.write(self.state)
         try:
+            self._start_guard()
             self._prepare()
             for service in self.services:
                 service.start()
@@ -149,6 +154,14 @@ class Keeper:
         finally:
             if self.state.phase != "failed":
                 self._stop(phase="stopped", message="")
+
+    def _start_guard(self) -> None:
+        """Start the process that cleans up should we be killed: it sees our end of its input vanish."""
+        self._guard = subprocess.Popen(
+            [sys.executable, "-m", "prefect_htcdask.embedded.guard", str(self.directory.path)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     def _prepare(self) -> None:
         # Imported here, because it imports the bindings.
@@ -236,8 +249,33 @@ class Keeper:
             service = children.pop(ended.si_pid, None)
             if service is not None and service.popen is not None:
                 service.ended(service.popen.wait())
+                if service.name == "condor" and not self.stopping:
+                    self._end_orphans(ended.si_pid)
             else:
                 os.waitpid(ended.si_pid, 0)
+
+    def _end_orphans(self, master: int) -> None:
+        """End what a dead master's daemons and jobs left in our care, before a new master starts beside them.
+
+        They are told from other descendants of ours by the mark that HTCondor puts into their environment.
+        """
+        mark = f"_CONDOR_ANCESTOR_{master}"
+        deadline = time.monotonic() + ORPHAN_TIMEOUT
+        number = signal.SIGQUIT
+        asked: set[psutil.Process] = set()
+        while True:
+            self._reap()
+            orphans = {process for process in psutil.Process().children(recursive=True) if _is_marked(process, mark)}
+            if not orphans:
+                return
+            if time.monotonic() > deadline:
+                number = signal.SIGKILL
+                asked.clear()
+            for process in orphans - asked:
+                logger.info("ending %s (pid %d), whose condor_master died", process.name(), process.pid)
+                _signal(process.pid, number)
+            asked |= orphans
+            time.sleep(0.05)
 
     def _record(self) -> None:
         processes = {s.name: p for s in self.services if s.popen is not None and (p := Process.of(s.popen.pid))}
@@ -321,18 +359,24 @@ class Keeper:
 
     def _forget(self) -> None:
         """Remove what must not come to life again: the job queue, sockets, the working directories of schedulers."""
-        for leftover in (self.directory.pool / "spool", self.directory.pool / "execute", self.directory.gateway / "clusters"):
+        pool, gateway = self.directory.pool, self.directory.gateway
+        for leftover in (pool / "spool", pool / "execute", gateway / "clusters"):
             shutil.rmtree(leftover, ignore_errors=True)
         if self.state.socket_directory:
             shutil.rmtree(self.state.socket_directory, ignore_errors=True)
 
 
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return mark in process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
 def _signal(pid: int, number: signal.Signals) -> None:
     """Signal a descendant. Its id cannot have been given to another: its reaper is us, or its own parent."""
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _tail(log: Path) -> str:

@@ -90,6 +90,8 @@ def configure_pool(
     if os.geteuid() == 0:
         # Jobs look for their home directory under the user name that stands for root, which has none of use.
         config["STARTER_JOB_ENVIRONMENT"] = f'"HOME={pwd.getpwuid(0).pw_dir}"'
+        # Root's own programs (condor_q and so on) stay root, instead of looking for a user "condor".
+        config["CONDOR_IDS"] = "0.0"
     # Detached: the keeper ends the daemons itself, and not at some deletion of this object.
     personal = PersonalPool(local_dir=pool, config=config, detach=True, use_config=False)
     personal.initialize()

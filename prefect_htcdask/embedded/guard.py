@@ -1,0 +1,23 @@
+"""The keeper's guard: a command that waits for the end of its input, which the keeper holds, and then cleans up.
+
+    python -m prefect_htcdask.embedded.guard DIRECTORY
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from prefect_htcdask.embedded.leftovers import end_leftovers
+from prefect_htcdask.embedded.state import StateDirectory
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    directory = StateDirectory(sys.argv[1])
+    sys.stdin.read()
+    end_leftovers(directory.read())
+
+
+if __name__ == "__main__":
+    main()
