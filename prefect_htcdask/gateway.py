@@ -1,6 +1,6 @@
 """`HTCGateway` and `HTCGatewayCluster`: dask_gateway's client, with workers that are HTCondor jobs.
 
-Any stock gateway will do: it gives the scheduler, and never starts a worker. The workers belong to a supervisor process.
+Any stock gateway will do: it gives the scheduler, and never starts a worker. Those belong to a supervisor process.
 """
 
 from __future__ import annotations
@@ -8,24 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import cloudpickle
 from dask_gateway import Gateway, GatewayCluster, GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
 from .condor.worker_job import FlowRunTag, WorkerJobError, cluster_constraint
+from .gateway_checks import GatewayUnreachable, ask_for_options, check_scheduler_versions, local_versions
 from .gateway_comm import gateway_address
-from .resolution import Parts, is_loopback, resolve_parts, run_directory, versions_here, worker_spec
+from .resolution import Parts, is_loopback, resolve_parts, worker_spec
+from .run_files import prune, run_directory
 from .scaling import demand as demand_module
-from .settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
+from .settings import HTCDaskSettings, WorkerSettings, load_settings
 from .supervisor import oneshot
 from .supervisor.handle import SupervisorError, SupervisorHandle
 from .supervisor.protocol import GatewayAccess, HandOff, Preflight
@@ -36,12 +35,8 @@ _WORKER_FIELDS = frozenset(WorkerSettings.model_fields)
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-class GatewayUnreachable(GatewayClusterError):
-    """The gateway does not answer, or does not let us in. The message names the setting and the remedy."""
-
-
 class HTCGateway(Gateway):
-    """A client of a Dask Gateway whose clusters have HTCondor workers; drop-in for `dask_gateway.Gateway`.
+    """A client of a Dask Gateway whose clusters have HTCondor workers; drop-in for dask_gateway's.
 
     Args:
         address: URL of the gateway. Default: settings, Dask's configuration, else the embedded gateway.
@@ -115,8 +110,9 @@ class HTCGateway(Gateway):
         return self.sync(self._stop_cluster_and_jobs, cluster_name, **kwargs)
 
     async def _stop_cluster_and_jobs(self, cluster_name: str) -> None:
-        await _in_thread(remove_jobs, self.parts, cluster_name)
+        # The scheduler first: a supervisor that hears no demand submits nothing in place of what is removed.
         await self._stop_cluster(cluster_name)
+        await _in_thread(remove_jobs, self.parts, cluster_name)
 
     def __repr__(self) -> str:
         return f"HTCGateway<{self.address}>"
@@ -282,7 +278,7 @@ class HTCGatewayCluster(GatewayCluster):
             await self._ask_gateway()
         try:
             await super()._start_async()
-            self._check_scheduler_versions(await self.scheduler_comm.versions())
+            check_scheduler_versions(await self.scheduler_comm.versions(), self.gateway.address)
             if not self._connected:
                 await self._give_workers_to_supervisor()
         except BaseException:
@@ -292,51 +288,10 @@ class HTCGatewayCluster(GatewayCluster):
 
     async def _ask_gateway(self) -> None:
         """Reach the gateway, log in, and take up its option for an image."""
-        address = self.gateway.address
-        try:
-            options = await self.gateway._cluster_options()
-        except aiohttp.ClientResponseError as exc:
-            if exc.status in (401, 403):
-                raise GatewayUnreachable(
-                    f"the gateway at gateway.address = {address!r} does not accept our login ({exc.status}); check "
-                    "gateway.username and gateway.password, or gateway.token"
-                ) from exc
-            raise GatewayUnreachable(
-                f"the gateway at {address!r} answers with status {exc.status}: {exc.message}"
-            ) from exc
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as exc:
-            raise GatewayUnreachable(
-                f"the gateway at gateway.address = {address!r} cannot be reached: {exc or type(exc).__name__}; is it "
-                "running, and is the address right?"
-            ) from exc
+        options = await ask_for_options(self.gateway)
         image = self.settings.worker.image
         if image and "image" in options and self._cluster_options is None:
             self._cluster_kwargs.setdefault("image", image)
-
-    def _check_scheduler_versions(self, answer: Mapping[str, Any]) -> None:
-        """Compare the scheduler's versions with ours, before anything is submitted.
-
-        Raises:
-            SettingsError: they differ; the message says which.
-        """
-        packages = answer.get("packages", {})
-        theirs = {
-            "python": ".".join(
-                str(dict(answer.get("host", {})).get("python") or packages.get("python")).split(".")[:2]
-            ),
-            "dask": packages.get("dask"),
-            "distributed": packages.get("distributed"),
-        }
-        different = [
-            f"{name} {theirs[name]} on the scheduler, {here} here"
-            for name, here in versions_here().items()
-            if theirs[name] not in (None, "None", here)
-        ]
-        if different:
-            raise SettingsError(
-                f"the scheduler of {self.gateway.address} has other versions: {'; '.join(different)}. Install the same "
-                "here, or choose another image of the gateway (worker.image, cluster_options)"
-            )
 
     def _start_supervisor(self) -> SupervisorHandle:
         logs = run_directory(self.settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
@@ -382,7 +337,7 @@ class HTCGatewayCluster(GatewayCluster):
                 "host": host,
                 "preload": ["prefect_htcdask.worker_runtime"] if self.flow_run else [],
                 "death_timeout": max(60.0, settings.lease.duration),
-                "versions": versions_here(),
+                "versions": local_versions(),
             },
             worker_secrets=self._worker_secrets,
             flow_run=self.flow_run,
@@ -486,15 +441,6 @@ def _worker_count(n: Any) -> int:
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise ValueError(f"{n!r} is no number of workers; it is a whole number from 0")
     return n
-
-
-def prune(directory: Path, keep: float) -> None:
-    """Delete what clusters left in the logs' directory more than `keep` seconds ago."""
-    with suppress(OSError):
-        for entry in directory.iterdir():
-            with suppress(OSError):
-                if entry.stat().st_mtime < time.time() - keep:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 __all__ = ["GatewayUnreachable", "HTCGateway", "HTCGatewayCluster", "SupervisorError", "WorkerJobError"]

@@ -10,12 +10,9 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 import dask
-import platformdirs
 from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
 
 from .condor.worker_job import WorkerSpec
@@ -139,7 +136,7 @@ def gateway_auth(gateway: GatewaySettings, auth: str | None) -> GatewayAuth:
         return get_auth(kind)
     except (ImportError, TypeError, ValueError, AttributeError) as exc:
         raise SettingsError(
-            f"gateway.auth = {kind!r} cannot be used: {exc}; it is 'basic', 'jupyterhub', 'kerberos' or an importable class"
+            f"gateway.auth = {kind!r} cannot be used: {exc}; it is 'basic', 'jupyterhub', 'kerberos' or a class's name"
         ) from exc
 
 
@@ -193,21 +190,3 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def run_directory(settings: HTCDaskSettings, name: str) -> Path:
-    """Where the logs and, while it lives, the staged files of a cluster are."""
-    base = settings.condor.directory
-    root = Path(base).expanduser() if base else Path(platformdirs.user_state_dir("prefect-htcdask")) / "runs"
-    return root / name
-
-
-def versions_here() -> dict[str, Any]:
-    """Versions that scheduler, workers and client must share: Python's without its micro number."""
-    import distributed
-
-    return {
-        "python": ".".join(map(str, sys.version_info[:2])),
-        "dask": dask.__version__,
-        "distributed": distributed.__version__,
-    }

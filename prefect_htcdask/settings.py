@@ -293,7 +293,7 @@ def load_settings(**overrides: Any) -> HTCDaskSettings:
     ]
     if problems:
         raise SettingsError("; ".join(problems))
-    return HTCDaskSettings(**groups)
+    return HTCDaskSettings.model_validate(groups)
 
 
 def _describe(group: str, error: dict[str, Any]) -> str:

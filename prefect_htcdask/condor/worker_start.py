@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +117,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def job_identity() -> tuple[str, int]:
@@ -147,8 +147,7 @@ def run_worker(sandbox: Path) -> int:
     # At the end: an installed package of the site's own comes first.
     sys.path.append(str(sandbox / PACKAGE_FILE))
     try:
-        import dask
-        import distributed
+        import distributed  # noqa: F401  (whether it can be imported is the question)
     except ImportError as exc:
         say(
             f"{sys.executable} on {os.uname().nodename} has no {exc.name}: install dask and distributed "
@@ -157,8 +156,8 @@ def run_worker(sandbox: Path) -> int:
         return EXIT_MISSING
     here = {
         "python": ".".join(map(str, sys.version_info[:2])),
-        "dask": dask.__version__,
-        "distributed": distributed.__version__,
+        "dask": version("dask"),
+        "distributed": version("distributed"),
     }
     differences = [
         f"{name} {here[name]} on the worker, {wanted} on the flow's host"
@@ -200,7 +199,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
         # The same form as condor.worker_job.worker_name, whose module need not be importable here.
         name=f"htcdask-{job_id}-{starts}",
         nthreads=config["nthreads"],
-        memory_limit=config["memory_limit"] or None,
+        memory_limit=config["memory_limit"] or 0,
         host=config.get("host"),
         local_directory=str(sandbox / "dask-scratch"),
         resources=config.get("resources") or None,

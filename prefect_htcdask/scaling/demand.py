@@ -19,7 +19,7 @@ WORKER_PREFIX = "htcdask-"
 logger = logging.getLogger("distributed.scheduler")
 
 
-class DemandPlugin(SchedulerPlugin):  # type: ignore[misc]
+class DemandPlugin(SchedulerPlugin):
     """Answers the supervisor's question for demand, and grants it the cluster for a time.
 
     Args:

@@ -80,7 +80,7 @@ class PolicySettings:
     Attributes:
         threads: tasks that one worker runs at once.
         residence: how long a worker may be idle before it is removed.
-        max_idle_jobs: jobs that may wait in the queue at once.
+        max_idle_jobs: jobs that may wait in the queue at once, while adapting.
         submit_allowed: False while a failure budget or a backoff forbids new jobs.
     """
 
@@ -130,19 +130,22 @@ def decide(demand: Demand | None, supply: Supply, target: Target, settings: Poli
         the decision: pending jobs go before joined workers, busy workers are never chosen while adapting. A fixed
         number that is lower than the busy workers lets busy ones go too, last and fewest: the user asked for it.
     """
-    if demand is None and target.fixed is None:
+    if demand is None:
         return Decision(target=supply.total)
-    wanted = wanted_workers(demand or Demand(), target, settings.threads)
+    wanted = wanted_workers(demand, target, settings.threads)
     missing = wanted - supply.total
     if missing > 0:
-        return _grow(wanted, missing, demand, supply, settings)
+        return _grow(wanted, missing, demand, supply, target, settings)
     if missing < 0:
         return _shrink(wanted, -missing, demand, supply, target, settings)
     return Decision(target=wanted)
 
 
-def _grow(wanted: int, missing: int, demand: Demand | None, supply: Supply, settings: PolicySettings) -> Decision:
-    room = max(0, settings.max_idle_jobs - supply.unstarted)
+def _grow(
+    wanted: int, missing: int, demand: Demand, supply: Supply, target: Target, settings: PolicySettings
+) -> Decision:
+    # Who asks for a number by name gets it; politeness is for what is asked by arithmetic.
+    room = max(0, settings.max_idle_jobs - supply.unstarted) if target.fixed is None else missing
     submit = min(missing, room) if settings.submit_allowed else 0
     if not submit:
         return Decision(target=wanted)
@@ -150,9 +153,9 @@ def _grow(wanted: int, missing: int, demand: Demand | None, supply: Supply, sett
 
 
 def _shrink(
-    wanted: int, surplus: int, demand: Demand | None, supply: Supply, target: Target, settings: PolicySettings
+    wanted: int, surplus: int, demand: Demand, supply: Supply, target: Target, settings: PolicySettings
 ) -> Decision:
-    if target.fixed is None and demand is not None and demand.queued:
+    if target.fixed is None and demand.queued:
         # Tasks wait for a thread: nothing that could serve them goes, whatever the arithmetic of threads says.
         return Decision(target=wanted)
     # The newest go first: the oldest are next to start.
@@ -162,7 +165,7 @@ def _shrink(
     longest_idle = sorted(supply.idle, key=lambda name: (-supply.idle[name], name))
     retire = tuple(name for name in longest_idle if supply.idle[name] >= residence)[:surplus]
     surplus -= len(retire)
-    if target.fixed is not None and surplus > 0 and demand is not None:
+    if target.fixed is not None and surplus > 0:
         fewest_tasks = sorted(supply.busy, key=lambda name: (demand.in_hand.get(name, 0), name))
         retire += tuple(fewest_tasks[:surplus])
     gone = len(remove) + len(retire)
@@ -170,6 +173,5 @@ def _shrink(
     return Decision(target=wanted, remove_pending=remove, retire=retire, reason=reason)
 
 
-def _state(demand: Demand | None, supply: Supply) -> str:
-    queued = f"{demand.queued} queued" if demand is not None else "demand unknown"
-    return f"{queued}, {len(supply.busy) + len(supply.idle)} workers, {len(supply.pending)} pending"
+def _state(demand: Demand, supply: Supply) -> str:
+    return f"{demand.queued} queued, {len(supply.busy) + len(supply.idle)} workers, {len(supply.pending)} pending"

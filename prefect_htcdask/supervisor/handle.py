@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -179,10 +180,8 @@ class SupervisorHandle:
 
     def _close_stdin(self) -> None:
         assert self._process.stdin is not None
-        try:
+        with suppress(OSError):
             self._process.stdin.close()
-        except OSError:
-            pass
 
     def _send(self, line: bytes) -> None:
         assert self._process.stdin is not None
@@ -198,8 +197,6 @@ class SupervisorHandle:
             return future.result(timeout)
         except TimeoutError as exc:
             raise SupervisorError(f"{complaint} within {timeout:.0f} s; its log is {self._log_path}") from exc
-        except SupervisorError:
-            raise
 
     # The reading thread
 

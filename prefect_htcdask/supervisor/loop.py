@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..condor.diagnosis import Diagnosis, diagnose_exit, diagnose_hold, diagnose_waiting
-from ..condor.job_events import EventLogReader, JobChange, JobReader, JobState, QueueReader
+from ..condor.job_events import EventLogReader, JobChange, JobReader, JobRecord, JobState, QueueReader
 from ..condor.schedd import ScheddClient, ScheddError
 from ..condor.staging import RunDirectory
 from ..condor.worker_job import JobFiles, cluster_constraint, submit_description
@@ -27,7 +27,6 @@ from .scheduler_link import GatewayLink, SchedulerLink
 logger = logging.getLogger(__name__)
 
 _DEFAULT_GROUP = "default"
-_SILENT_ROUNDS = 3
 _MAX_BACKOFF = 60.0
 
 
@@ -61,7 +60,6 @@ class Supervisor:
         self._files: dict[str, JobFiles] = {}
         self._renew_at = 0.0
         self._waiting_since: float | None = None
-        self._silent = 0
         self._request_seen = 0
         self._no_submit_before = 0.0
         self._backoff = 1.0
@@ -117,19 +115,26 @@ class Supervisor:
 
     async def run(self) -> None:
         """Look, decide and act until it is over."""
+        over = asyncio.ensure_future(self.over.wait())
         while not self.over.is_set():
-            started = time.monotonic()
+            round_ends = time.monotonic() + self.plan.interval
+            # A round may wait for a scheduler that does not answer; the end does not wait for the round.
+            tick = asyncio.ensure_future(self.tick())
+            await asyncio.wait([tick, over], return_when=asyncio.FIRST_COMPLETED)
+            if not tick.done():
+                tick.cancel()
             try:
-                await self.tick()
+                await tick
+            except asyncio.CancelledError:
+                continue
             except ScheddError as exc:
                 self.tell_once("warning", f"{exc}; trying again")
             except Exception:
                 logger.exception("a round failed; the next one goes on")
-            pause = max(0.05, self.plan.interval - (time.monotonic() - started))
-            waits = [asyncio.ensure_future(self.wake.wait()), asyncio.ensure_future(self.over.wait())]
-            await asyncio.wait(waits, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
+            woken = asyncio.ensure_future(self.wake.wait())
+            pause = max(0.05, round_ends - time.monotonic())
+            await asyncio.wait([woken, over], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            woken.cancel()
             self.wake.clear()
 
     async def tick(self) -> None:
@@ -157,12 +162,10 @@ class Supervisor:
     async def take_answer(self, answer: dict[str, Any] | None) -> Demand | None:
         """Take in what the scheduler said; returns the demand, or `None` where it is unknown."""
         if answer is None:
-            self._silent += 1
-            if self._silent % _SILENT_ROUNDS == 0 and await self.gateway.is_over():
+            if await self.gateway.is_over():
                 self.fail(f"gateway cluster {self.plan.access.cluster_name} is gone: its scheduler was stopped or lost")
                 self.end("the gateway cluster is gone")
             return None
-        self._silent = 0
         if answer["status"] == "superseded":
             # Another supervisor owns the workers now: leave them alone.
             self.say(
@@ -254,76 +257,63 @@ class Supervisor:
     # What the jobs tell
 
     async def read_jobs(self) -> None:
-        """Take in what happened to the jobs."""
+        """Take in what happened to the jobs, and say it: one line for all jobs that share a fate."""
         assert self._reader is not None
+        fates: dict[tuple[str, str], list[str]] = {}
         for change in await self.condor(self._reader.read, self.fleet.table):
-            await self.take_change(change)
+            fate = await self.take_change(change)
+            if fate is not None:
+                fates.setdefault(fate, []).append(change.job_id)
+        for (level, text), job_ids in fates.items():
+            jobs = ", ".join(job_ids[:3]) + (f" and {len(job_ids) - 3} more" if len(job_ids) > 3 else "")
+            self.say({"kind": "log", "level": level, "text": f"HTCondor job{'s'[: len(job_ids) > 1]} {jobs} {text}"})
 
-    async def take_change(self, change: JobChange) -> None:
-        """Take in one job's change: say what matters, count failures, replace what is held."""
+    async def take_change(self, change: JobChange) -> tuple[str, str] | None:
+        """Take in one job's change: count failures, replace what is held.
+
+        Returns:
+            level and words for the flow run's log, or `None` where there is nothing to say.
+        """
         failed_start = self.fleet.saw_change(change)
         record = self.fleet.table.records[change.job_id]
         expected = change.job_id in self.fleet.leaving
         self.say(
-            {
-                "kind": "job",
-                "what": change.what,
-                "job": change.job_id,
-                "host": record.host,
-                "reason": change.reason,
-            }
+            {"kind": "job", "what": change.what, "job": change.job_id, "host": record.host, "reason": change.reason}
         )
+        if failed_start:
+            self.count_failure(record)
         if change.what == "held":
-            found = diagnose_hold(record.hold_code, record.hold_subcode, record.reason)
-            self.tell_once("error", f"HTCondor job {change.job_id} is {found}", key=str(found))
             if record.hold_code != 1:
                 # It would stay in the queue for ever; a fresh one may land on a better host.
                 self.fleet.leaving.add(change.job_id)
-                await self.condor(self.schedd.remove, [change.job_id], "prefect_htcdask: held workers are replaced")
-        elif change.what == "exited" and not expected:
-            found = diagnose_exit(record.exit_code, record.exit_signal, self.directory.stderr_tail(change.job_id))
-            if record.exit_code or record.exit_signal is not None or failed_start:
-                self.say(
-                    {
-                        "kind": "log",
-                        "level": "warning",
-                        "text": f"HTCondor job {change.job_id} on {record.host}: {found}",
-                    }
-                )
-        elif change.what == "removed" and not expected:
-            self.say(
-                {
-                    "kind": "log",
-                    "level": "warning",
-                    "text": f"HTCondor job {change.job_id} was removed: {change.reason}",
-                }
-            )
-        elif change.what == "evicted" and not expected:
-            self.say(
-                {
-                    "kind": "log",
-                    "level": "info",
-                    "text": f"HTCondor job {change.job_id} was evicted from {record.host}: {change.reason}",
-                }
-            )
-        if failed_start:
-            self.count_failure(record.job_id)
+                reason = "prefect_htcdask: held workers are replaced"
+                await self.condor(self.schedd.remove, [change.job_id], reason)
+            return "error", f"held: {diagnose_hold(record.hold_code, record.hold_subcode, record.reason)}"
+        if expected:
+            return None
+        if change.what == "exited" and (record.exit_code or record.exit_signal is not None or failed_start):
+            return "warning", f"ended on {record.host}: {self.why_it_ended(record)}"
+        if change.what == "removed":
+            return "warning", f"removed: {change.reason}"
+        if change.what == "evicted":
+            return "info", f"evicted from {record.host}: {change.reason}"
+        return None
 
-    def count_failure(self, job_id: str) -> None:
+    def why_it_ended(self, record: JobRecord) -> Diagnosis:
+        """The diagnosis of a job that is held or ended by itself."""
+        if record.state is JobState.HELD:
+            return diagnose_hold(record.hold_code, record.hold_subcode, record.reason)
+        return diagnose_exit(record.exit_code, record.exit_signal, self.directory.stderr_tail(record.job_id))
+
+    def count_failure(self, record: JobRecord) -> None:
         """One more worker ended before it joined: wait longer, or give up."""
         self.delay_submission()
-        if self.fleet.failures < self.plan.max_failures:
-            return
-        record = self.fleet.table.records[job_id]
-        found: Diagnosis
-        if record.state is JobState.HELD:
-            found = diagnose_hold(record.hold_code, record.hold_subcode, record.reason)
-        else:
-            found = diagnose_exit(record.exit_code, record.exit_signal, self.directory.stderr_tail(job_id))
-        self.fail(
-            f"{self.fleet.failures} workers in a row ended before they joined the scheduler; no more are submitted. "
-            f"The last, HTCondor job {job_id}{f' on {record.host}' if record.host else ''}: {found}"
-        )
+        if self.fleet.failures >= self.plan.max_failures:
+            self.fail(
+                f"{self.fleet.failures} workers in a row ended before they joined the scheduler; no more are "
+                f"submitted. The last, HTCondor job {record.job_id}{f' on {record.host}' if record.host else ''}: "
+                f"{self.why_it_ended(record)}"
+            )
 
     def delay_submission(self) -> None:
         """Wait before the next submission, longer each time until a worker joins."""
@@ -341,7 +331,7 @@ class Supervisor:
         idle = self.fleet.table.in_state(JobState.IDLE)
         running = self.fleet.table.in_state(JobState.RUNNING)
         if running:
-            why = f"{len(running)} worker jobs run, but none has joined the scheduler: can they reach the gateway's proxy?"
+            why = f"{len(running)} worker jobs run, but none joined the scheduler: can they reach the gateway's proxy?"
         else:
             try:
                 slots = await self.condor(self.schedd.slots)

@@ -34,8 +34,7 @@ def call(schedd: ScheddSettings, operation: str, *arguments: Any, timeout: float
         done = subprocess.run(
             [sys.executable, "-m", "prefect_htcdask.supervisor.oneshot"],
             input=encode((schedd, operation, arguments)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=timeout,
             env=clean_environment(os.environ),
             check=False,
