@@ -1,0 +1,126 @@
+"""A Prefect server of one's own on loopback, for the demo, the tests and the benchmarks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_TIMEOUT = 90.0
+STOP_TIMEOUT = 20.0
+
+
+class ServerError(RuntimeError):
+    """The Prefect server did not start. The message ends with what it said last."""
+
+
+@dataclass(frozen=True)
+class PrefectServer:
+    """A running server.
+
+    Attributes:
+        url: address of its API.
+        environment: what a process needs to use it, and nobody's else profile or database.
+        log: what it and its services say.
+    """
+
+    url: str
+    environment: dict[str, str]
+    log: Path
+
+    @property
+    def ui(self) -> str:
+        """Address of the UI."""
+        return self.url.removesuffix("/api")
+
+    def tail(self, lines: int = 60) -> str:
+        """The last lines of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def free_port() -> int:
+    """A port that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def prefect_server(directory: Path, *, ui: bool = False, database: str | None = None) -> Iterator[PrefectServer]:
+    """Run a server while the block lasts.
+
+    Args:
+        directory: for its database, its home and its log; made with mode 0700.
+        ui: whether it serves the UI.
+        database: SQLAlchemy URL of its database; SQLite in `directory` by default.
+
+    Raises:
+        ServerError: it did not answer in time.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for _ in range(3):
+        process, server = _start(directory, ui, database)
+        try:
+            if _wait_until_healthy(process, server):
+                yield server
+                return
+        finally:
+            _stop(process)
+        # Somebody else may have taken the port between finding it and using it.
+    raise ServerError(f"the Prefect server did not start:\n{server.tail()}")
+
+
+def _start(directory: Path, ui: bool, database: str | None) -> tuple[subprocess.Popen[bytes], PrefectServer]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    environment = {
+        "PREFECT_HOME": str(directory / "home"),
+        "PREFECT_API_URL": url,
+        "PREFECT_PROFILES_PATH": str(directory / "profiles.toml"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    own = {"PREFECT_API_DATABASE_CONNECTION_URL": database or f"sqlite+aiosqlite:///{directory / 'prefect.db'}"}
+    log = directory / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--ui" if ui else "--no-ui"],
+            env={**os.environ, **environment, **own},
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return process, PrefectServer(url, environment, log)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], server: PrefectServer) -> bool:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{server.url}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(STOP_TIMEOUT)
