@@ -260,7 +260,7 @@ class HTCGatewayCluster(GatewayCluster):
     @property
     def workers_are_local(self) -> bool:
         """Whether all workers run on this machine, and so share its files and its loopback."""
-        return self.parts.embedded
+        return self.parts.workers_are_local
 
     @property
     def run_directory(self) -> Path:
@@ -407,6 +407,14 @@ class HTCGatewayCluster(GatewayCluster):
             raise GatewayClusterError(str(exc)) from exc
 
     # End
+
+    def close(self, shutdown: bool | None = None) -> Any:
+        """Close this object, and where `shutdown` (default: `shutdown_on_close`) the cluster and its workers too."""
+        closing = super().close(shutdown=shutdown)
+        if not self.asynchronous:
+            # dask_gateway closes its client once more when it is collected, and stumbles over the stopped loop.
+            self.gateway.__dict__.pop("_loop_runner", None)
+        return closing
 
     async def _stop_internal(self, shutdown: bool | None = None) -> None:
         self._shutdown_wanted = self.shutdown_on_close if shutdown is None else shutdown

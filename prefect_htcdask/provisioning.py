@@ -13,8 +13,7 @@ from prefect_dask.client import PrefectDaskClient
 
 from prefect_htcdask import source_code
 from prefect_htcdask.live import LiveRun, Logger
-from prefect_htcdask.preflight import check_api_reachable, is_loopback, warn_of_local_storage
-from prefect_htcdask.settings import HTCDaskSettings
+from prefect_htcdask.preflight import check_api_reachable, warn_of_local_storage
 
 if TYPE_CHECKING:
     from prefect_htcdask.task_runner import HTCDaskTaskRunner
@@ -96,9 +95,16 @@ def _make_cluster(
 ) -> Any:
     from prefect_htcdask.condor.worker_job import FlowRunTag
     from prefect_htcdask.gateway import HTCGatewayCluster
+    from prefect_htcdask.resolution import resolve_parts
 
     settings = runner.effective_settings()
-    local = workers_are_local(settings)
+    arguments = dict(runner.cluster_kwargs)
+    parts = resolve_parts(
+        settings,
+        **{name: arguments.pop(name, None) for name in ("address", "proxy_address", "public_address", "auth")},
+        progress=logger.info,
+    )
+    local = parts.workers_are_local
     if context is not None:
         check_api_reachable(api_url, local)
         warn_of_local_storage(context.result_store, context.persist_result, local, logger)
@@ -114,8 +120,9 @@ def _make_cluster(
     cluster_class = runner.resolved_cluster_class or HTCGatewayCluster
     logger.info("Creating a Dask cluster with HTCondor workers")
     cluster = cluster_class(
-        **runner.cluster_kwargs,
+        **arguments,
         settings=settings,
+        parts=parts,
         flow_run=tag,
         worker_secrets=_worker_secrets(api_url),
         on_message=relay,
@@ -127,16 +134,6 @@ def _make_cluster(
         cluster.close()
         raise
     return cluster
-
-
-def workers_are_local(settings: HTCDaskSettings) -> bool:
-    """Whether all workers run on this host: those of the embedded pool do."""
-    import dask.config
-
-    configured = settings.gateway.address or dask.config.get("gateway.address", None)
-    if configured and not is_loopback(str(configured)):
-        return False
-    return not (settings.condor.collector or settings.condor.schedd)
 
 
 def _worker_secrets(api_url: str | None) -> dict[str, str]:

@@ -40,6 +40,11 @@ class Parts:
     schedd: ScheddSettings
     embedded: bool
 
+    @property
+    def workers_are_local(self) -> bool:
+        """Whether all workers run on this machine: no other could reach a proxy that listens on loopback."""
+        return self.embedded or is_loopback(str(self.proxy_address or self.address))
+
 
 def resolve_parts(
     settings: HTCDaskSettings,
