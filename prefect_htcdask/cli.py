@@ -119,6 +119,8 @@ def _plain(text: str) -> str:
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     rows: dict[str, object] = {"state": report["phase"], "directory": report["directory"]}
     if report["message"]:
         rows["message"] = report["message"]

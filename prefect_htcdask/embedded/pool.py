@@ -141,6 +141,8 @@ def _cycles() -> dict[str, str]:
         "NEGOTIATOR_INTERVAL": "1",
         "NEGOTIATOR_MIN_INTERVAL": "1",
         "NEGOTIATOR_CYCLE_DELAY": "1",
+        # The schedd tells of new jobs at once, not 5 s after its last word.
+        "SCHEDD_MIN_INTERVAL": "0",
         "SCHEDD_INTERVAL": "5",
         "PERIODIC_EXPR_INTERVAL": "5",
         "MAX_PERIODIC_EXPR_INTERVAL": "5",
