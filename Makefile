@@ -20,7 +20,7 @@ venv:
 	@$(PYTHON) tools/bootstrap.py
 
 demo: venv
-	@$(VENV) flows/demo.py
+	@$(VENV) -m tools.demo
 
 test: venv
 	@$(VENV) -m pytest $(ARGS)
