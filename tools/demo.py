@@ -67,10 +67,9 @@ def _run() -> int:
         _complain(str(exc))
     except Exception as exc:
         _complain(f"{type(exc).__name__}: {exc}")
-    left = [process for process in psutil.Process().children(recursive=True) if _lives(process)]
+    left = _left_behind()
     if left:
-        names = ", ".join(f"{process.pid} ({process.name()})" for process in left)
-        return _complain(f"these processes are left behind: {names}")
+        return _complain(f"these processes are left behind: {', '.join(left)}")
     seconds = time.monotonic() - started
     console.print(f"Server, pool and gateway are stopped, and no process is left; {seconds:.0f} s in all.")
     return status
@@ -136,11 +135,19 @@ def _complain(text: str) -> int:
     return 1
 
 
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _left_behind() -> list[str]:
+    """Processes of this user that have to do with the demo's state directory, by command line or environment."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            told = [*process.cmdline(), *process.environ().values()]
+            if any(str(STATE) in text for text in told):
+                left.append(f"{process.pid} ({process.name()})")
+        except psutil.Error:  # ended meanwhile, or another user's
+            continue
+    return left
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ def main(picture: str) -> None:
     # As `python flows/dimuon.py` has it: the modules beside the flow are found, and travel to the workers.
     sys.path.insert(0, str(FLOWS))
     import dask
-    from dimuon import dimuon
 
+    from dimuon import dimuon
     from prefect_htcdask import HTCDaskTaskRunner
     from tools.demo_cluster import DemoCluster
 
