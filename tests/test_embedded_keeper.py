@@ -76,6 +76,7 @@ def test_starts_on_the_leftovers_of_a_dead_keeper_and_guard(own: EmbeddedSetting
     guard = next(process for process in processes if "prefect_htcdask.embedded.guard" in process.cmdline())
     guard.kill()
     processes[0].kill()
+    until(lambda: not living(processes[:1]))
     again = ensure_running(own)
     assert living(processes) == []
     assert status(own)["running"] and again.directory == endpoint.directory
