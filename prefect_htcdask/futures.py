@@ -20,7 +20,7 @@ from uuid import UUID
 import distributed
 from distributed import Client
 from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect.states import Crashed, State
 from prefect_dask.task_runners import PrefectDaskFuture
 
@@ -115,6 +115,8 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
             else:
                 ask = False
         if ask:
+            # Whoever asks to be called is about to wait, as `prefect.futures.as_completed` does.
+            _free_worker_slot()
             self.collector.ask(self)
         else:
             fn(self)
@@ -187,7 +189,7 @@ class Collector:
         """Block until `future` has its final state, or `timeout` seconds are over."""
         self.ask(future)
         deadline = None if timeout is None else time.monotonic() + timeout
-        with _worker_slot_freed(future), self.condition:
+        with _worker_slot_freed(future._final_state is None), self.condition:
             while future._final_state is None:
                 left = POLL if deadline is None else min(POLL, deadline - time.monotonic())
                 if left <= 0:
@@ -316,30 +318,47 @@ def lost_reason(future: HTCDaskFuture[Any]) -> BaseException:
     return TaskRunLost(f"{about} was lost: its result left the cluster with its worker ({wrapped.status})")
 
 
-@contextmanager
-def _worker_slot_freed(future: HTCDaskFuture[Any]) -> Iterator[None]:
-    """While a task waits for another that it has submitted, its slot on the worker is free for that one."""
+class HTCDaskFutureList(PrefectFutureList[R]):
+    """The futures of a `map`. A task that waits for them frees its slot on the worker meanwhile."""
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for all of them, `timeout` seconds at most."""
+        with _worker_slot_freed(any(future._final_state is None for future in self)):
+            super().wait(timeout)
+
+    def result(self: HTCDaskFutureList[R], timeout: float | None = None, raise_on_failure: bool = True) -> list[R]:
+        """The results of all, in order; see `prefect.futures.PrefectFutureList.result`."""
+        with _worker_slot_freed(any(future._final_state is None for future in self)):
+            return super().result(timeout, raise_on_failure)
+
+
+def _free_worker_slot() -> bool:
+    """Give the slot of the Dask task that runs in this thread to another; False where none does, or it did already."""
     try:
-        worker = distributed.get_worker()
-        key = worker.get_current_task()
-        ready = future._final_state is not None
-    except (ValueError, AttributeError, KeyError):
-        ready, key = True, None
-    if ready or key is None:
-        yield
-        return
-    try:
+        key = distributed.get_worker().get_current_task()
+        if getattr(_seceded, "key", None) == key:
+            return False
         distributed.secede()
-    except Exception:
-        # Not in the thread that runs the task, so it holds no slot.
-        yield
-        return
+    except (ValueError, KeyError, AttributeError):
+        # Not the thread that runs a task of a worker, so it holds no slot.
+        return False
+    _seceded.key = key
+    return True
+
+
+@contextmanager
+def _worker_slot_freed(blocks: bool) -> Iterator[None]:
+    """While a task waits for others that it has submitted, its slot on the worker is free for those."""
+    freed = blocks and _free_worker_slot()
     try:
         yield
     finally:
-        distributed.rejoin()
+        if freed:
+            distributed.rejoin()
+            _seceded.key = None
 
 
+_seceded = threading.local()
 _collectors_lock = threading.Lock()
 _collectors: dict[str, Collector] = {}
 

@@ -236,7 +236,8 @@ class LiveRun:
 
     def _watch(self) -> None:
         """Notice what nobody waits for: lost task runs, a lost scheduler, versions that do not match."""
-        compared = False
+        # A cluster of our own compares versions as its workers start.
+        compared = self.cluster is not None
         while not self._stop.wait(WATCH_INTERVAL):
             try:
                 self.unfinished()

@@ -12,6 +12,7 @@ neither Prefect nor this package nor the user's modules.
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import hashlib
 import re
@@ -41,7 +42,7 @@ from prefect.context import (
 )
 from prefect.futures import PrefectDistributedFuture, PrefectFuture
 from prefect.tasks import MaterializingTask, Task
-from prefect.utilities.annotations import quote
+from prefect.utilities.annotations import BaseAnnotation, allow_failure, opaque, quote, unmapped
 from prefect.utilities.collections import StopVisiting, visit_collection
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
@@ -76,6 +77,16 @@ def key_prefix(name: str) -> str:
         return name
     safe = _UNSAFE.sub("_", name).strip("_")
     return safe if safe and key_split(f"{safe}-{example}") == safe else f"task_{safe}".rstrip("_")
+
+
+def _reduce_annotation(annotation: BaseAnnotation[Any]) -> tuple[type[BaseAnnotation[Any]], tuple[Any]]:
+    return type(annotation), (annotation.unwrap(),)
+
+
+# Annotations are tuples whose constructor takes the one value in them, which pickle does not know: it would hand them
+# their own tuple, and a task would get a tuple round its argument.
+for _annotation in (allow_failure, opaque, quote, unmapped):
+    copyreg.pickle(_annotation, _reduce_annotation)  # type: ignore[arg-type]
 
 
 class Submission:

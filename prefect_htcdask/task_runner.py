@@ -26,7 +26,7 @@ from prefect.utilities.importtools import from_qualified_name
 from prefect_dask.task_runners import DaskTaskRunner
 
 from prefect_htcdask import live
-from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.futures import HTCDaskFuture, HTCDaskFutureList
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             HTCDaskFuture(task_run_id, wrapped, run.collector, task.name) for task_run_id, wrapped in submitted
         ]
         run.track(futures, task)
-        return PrefectFutureList(futures)
+        return HTCDaskFutureList(futures)
 
     def cancel_all(self) -> None:
         """Cancel the task runs of this runner's flow run. Prefect calls it on the runner that was duplicated."""

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,17 +118,27 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
 
 
 @pytest.fixture
-def prefect_api(prefect_server: PrefectServer, request: pytest.FixtureRequest) -> Iterator[PrefectServer]:
+def prefect_api(prefect_server: PrefectServer) -> PrefectServer:
     """The Prefect server; the end of its log is shown where the test fails."""
-    yield prefect_server
-    report = getattr(request.node, "rep_call", None)
-    if report is not None and report.failed:
-        print(f"--- Prefect server log ---\n{prefect_server.tail()}")
+    return prefect_server
 
 
-@pytest.hookimpl(hookwrapper=True)
+@pytest.fixture(scope="session")
+def local_pool(prefect_server: PrefectServer) -> Iterator[Any]:
+    """Two Dask workers of one thread each: a warm pool that flow runs share."""
+    import distributed
+
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", resources={"GPU": 1}
+    ) as cluster:
+        yield cluster
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Leave each phase's report on the test item, for fixtures that have to know how the test ended."""
-    outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
-    setattr(item, f"rep_{report.when}", report)
+    """Show the server's log below the failure of a test that uses it."""
+    report = yield
+    server = getattr(item, "funcargs", {}).get("prefect_server") or getattr(item, "funcargs", {}).get("prefect_api")
+    if report.failed and server is not None:
+        report.sections.append(("Prefect server log", server.tail()))
+    return report
