@@ -21,7 +21,9 @@ def main(
     names = [name.strip() for name in only.split(",") if name.strip()] or list(NAMES)
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
-        raise typer.BadParameter(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}", param_hint="--only")
+        raise typer.BadParameter(
+            f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}", param_hint="--only"
+        )
     failed = []
     for name in names:
         print(f"benchmark {name} …", file=sys.stderr, flush=True)

@@ -21,7 +21,9 @@ def run() -> Result:
         slots = 8
         flow = subprocess.Popen(
             [sys.executable, str(FLOW), str(IDLE_JOBS + slots), str(IDLE_JOBS)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert flow.stdout is not None
         line = flow.stdout.readline()

@@ -1,4 +1,4 @@
-"""From a flow's first ``submit`` to its first result with nothing provisioned, against DaskTaskRunner on HTCondorCluster.
+"""From a flow's first ``submit`` to its first result, nothing provisioned, against DaskTaskRunner on HTCondorCluster.
 
 Each run is a new process, as a scheduled flow run is; the two take turns.
 """
@@ -46,9 +46,7 @@ def run() -> Result:
 
 
 def _first_result(who: str) -> float:
-    done = subprocess.run(
-        [sys.executable, str(FLOW), who], capture_output=True, text=True, timeout=180, check=False
-    )
+    done = subprocess.run([sys.executable, str(FLOW), who], capture_output=True, text=True, timeout=180, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the flow of {who} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])

@@ -1,4 +1,4 @@
-"""The flow of the `start` benchmark: ``start_flow.py ours|peer`` prints the seconds from first submit to first result."""
+"""The flow of the `start` benchmark: ``start_flow.py ours|peer`` prints the seconds to its first result."""
 
 from __future__ import annotations
 

@@ -42,7 +42,10 @@ def _peer() -> float:
     from dask_jobqueue import HTCondorCluster
 
     with HTCondorCluster(
-        cores=1, memory="300 MiB", disk="100 MiB", job_extra_directives={"requirements": "false"},
+        cores=1,
+        memory="300 MiB",
+        disk="100 MiB",
+        job_extra_directives={"requirements": "false"},
         scheduler_options={"dashboard_address": None, "host": "127.0.0.1"},
     ) as cluster:
         watch = QueueWatch("DaskWorkerName =!= undefined", JOBS)

@@ -94,6 +94,24 @@ def resolve_parts(
     )
 
 
+def resolve_running_parts(settings: HTCDaskSettings) -> Parts | None:
+    """Find the gateway and the schedd without starting anything; `None` where the embedded ones do not run.
+
+    Raises:
+        SettingsError: a setting cannot work.
+    """
+    from .embedded import find
+
+    address = settings.gateway.address or dask.config.get("gateway.address", None)
+    condor = settings.condor
+    needs_embedded = address is None or not (
+        any((condor.collector, condor.schedd, condor.config_file)) or _condor_is_configured()
+    )
+    if needs_embedded and find(settings.embedded) is None:
+        return None
+    return resolve_parts(settings)
+
+
 def _configured(
     settings: HTCDaskSettings,
     address: str,

@@ -33,6 +33,9 @@ DISTRIBUTIONS = (
     "htcondor"
 )  # fmt: skip
 
+WAYS_FOR_ROOT = ("namespace", "capability")
+"""The ways of `child` for root to run HTCondor, best first."""
+
 CONFIGURATIONS = ("/etc/condor/condor_config", "/usr/local/etc/condor_config", "~condor/condor_config")
 """Where HTCondor's programs look for their configuration, after the environment variable CONDOR_CONFIG."""
 
@@ -102,6 +105,15 @@ def ensure_running(
         raise EmbeddedError(
             f"the embedded pool and gateway were not ready within {timeout:.0f} s; see the logs in {directory.path}"
         ) from error
+    return _endpoint(directory, state)
+
+
+def find(settings: EmbeddedSettings) -> EmbeddedEndpoint | None:
+    """How to reach the embedded pool and gateway if they run, and `None` if not: nothing is started."""
+    directory = StateDirectory(settings.directory)
+    state = directory.read()
+    if state is None or not state.alive or state.phase != "running":
+        return None
     return _endpoint(directory, state)
 
 
@@ -223,7 +235,7 @@ def _launch(
 ) -> tuple[LaunchOrder, Process | None]:
     """Start a keeper; the caller holds the start lock. Returns what it was told to start, and the keeper's process."""
     check_installed()
-    mapping = _mapping()
+    identity = _identity()
     binaries = None
     found = None
     if settings.use_configured_pool and _is_configured():
@@ -243,7 +255,7 @@ def _launch(
         collector_port=free_port(),
         cpus=settings.slots,
         memory=settings.memory,
-        mapping=mapping,
+        identity=identity,
         versions=versions,
     )
     order.write(directory)
@@ -266,20 +278,27 @@ def _is_configured() -> bool:
     return any(os.path.exists(os.path.expanduser(path)) for path in CONFIGURATIONS)
 
 
-def _mapping() -> str:
-    """The user namespace for HTCondor's daemons: one for root, who may own no jobs."""
+def _identity() -> str:
+    """As whom HTCondor's daemons run: root, who may own no jobs, has to be someone else.
+
+    Raises:
+        EmbeddedError: where that cannot be.
+    """
     if os.geteuid() != 0:
-        return "-"
+        return "same"
     user = pool_user()
-    mapping = f"{user.pw_uid}:{user.pw_gid}"
-    trial = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), "SIGKILL", mapping, "true"]
-    result = subprocess.run(trial, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise EmbeddedError(
-            "HTCondor runs no jobs as root, and this machine gives root no user namespace to run it in "
-            f"({result.stderr.strip()}); run as an ordinary user, or allow user namespaces"
-        )
-    return mapping
+    refused = []
+    for way in WAYS_FOR_ROOT:
+        identity = f"{way}:{user.pw_uid}:{user.pw_gid}"
+        trial = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), "SIGKILL", identity, "true"]
+        result = subprocess.run(trial, capture_output=True, text=True)
+        if result.returncode == 0:
+            return identity
+        refused.append(f"{way}: {result.stderr.strip()}")
+    raise EmbeddedError(
+        "HTCondor runs no jobs as root, and this machine lets root be no other user who can read root's files "
+        f"({'; '.join(refused)}); run as an ordinary user, or allow user namespaces"
+    )
 
 
 def _await_running(directory: StateDirectory, launch: str, keeper: Process | None, deadline: float) -> State:
