@@ -5,34 +5,32 @@ Any stock gateway will do: it gives the scheduler, and never starts a worker. Th
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
+import operator
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 from dask_gateway import Gateway, GatewayCluster, GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
-from .condor.worker_job import FlowRunTag, WorkerJobError, cluster_constraint
-from .gateway_checks import GatewayUnreachable, ask_for_options, check_scheduler_versions, local_versions
-from .gateway_comm import gateway_address
-from .resolution import Parts, is_loopback, resolve_parts, worker_spec
+from .condor.worker_job import FlowRunTag, WorkerJobError
+from .gateway_checks import GatewayUnreachable, ask_for_options, check_scheduler_versions
+from .hand_off import hand_off, scheduler_plugin
+from .resolution import Parts, resolve_parts, worker_spec
 from .run_files import prune, run_directory
-from .scaling import demand as demand_module
+from .scaling.demand import PLUGIN_NAME
 from .settings import HTCDaskSettings, WorkerSettings, load_settings
 from .supervisor import oneshot
 from .supervisor.handle import SupervisorError, SupervisorHandle
-from .supervisor.protocol import GatewayAccess, HandOff, Preflight
+from .supervisor.protocol import Preflight
+from .threads import in_thread
 
 logger = logging.getLogger(__name__)
 
 _WORKER_FIELDS = frozenset(WorkerSettings.model_fields)
-_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 class HTCGateway(Gateway):
@@ -112,21 +110,10 @@ class HTCGateway(Gateway):
     async def _stop_cluster_and_jobs(self, cluster_name: str) -> None:
         # The scheduler first: a supervisor that hears no demand submits nothing in place of what is removed.
         await self._stop_cluster(cluster_name)
-        await _in_thread(remove_jobs, self.parts, cluster_name)
+        await in_thread(oneshot.remove_jobs, self.parts.schedd, cluster_name)
 
     def __repr__(self) -> str:
         return f"HTCGateway<{self.address}>"
-
-
-def remove_jobs(parts: Parts, cluster_name: str) -> int:
-    """Remove the worker jobs of a gateway cluster, whoever submitted them; returns how many there were."""
-    removed: int = oneshot.call(
-        parts.schedd,
-        "remove",
-        cluster_constraint(cluster_name),
-        f"prefect_htcdask: cluster {cluster_name} was stopped",
-    )
-    return removed
 
 
 class HTCGatewayCluster(GatewayCluster):
@@ -274,7 +261,7 @@ class HTCGatewayCluster(GatewayCluster):
             return
         if not self._connected:
             # Both take about a second: the checks run while the gateway starts the scheduler.
-            self._supervisor = await _in_thread(self._start_supervisor)
+            self._supervisor = await in_thread(self._start_supervisor)
             await self._ask_gateway()
         try:
             await super()._start_async()
@@ -295,69 +282,34 @@ class HTCGatewayCluster(GatewayCluster):
 
     def _start_supervisor(self) -> SupervisorHandle:
         logs = run_directory(self.settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
-        prune(logs.parent, self.settings.condor.keep_logs)
+        prune(logs.parent, self.settings.condor.keep_logs, self.settings.lease.duration)
         preflight = Preflight(schedd=self.parts.schedd, groups={"default": self.spec})
         return SupervisorHandle(preflight, logs, self._take_message)
 
     async def _give_workers_to_supervisor(self) -> None:
         """Install the scheduler plugin, then hand the cluster over."""
         assert self._supervisor is not None
-        await _in_thread(self._supervisor.wait_checked)
-        cloudpickle.register_pickle_by_value(demand_module)
-        try:
-            plugin = cloudpickle.dumps(demand_module.DemandPlugin(lease=self.settings.lease.duration))
-        finally:
-            cloudpickle.unregister_pickle_by_value(demand_module)
-        await self.scheduler_comm.register_scheduler_plugin(
-            plugin=plugin, name=demand_module.PLUGIN_NAME, idempotent=True
-        )
-        await _in_thread(self._supervisor.hand_off, self._hand_off())
-
-    def _hand_off(self) -> HandOff:
-        proxy = self.gateway.proxy_address.removeprefix("gateway://")
-        host = "127.0.0.1" if is_loopback(proxy) else None
-        settings = self.settings
-        return HandOff(
-            owner=f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:8]}",
-            parent_pid=os.getpid(),
-            access=GatewayAccess(
-                address=self.gateway.address,
-                proxy_address=self.gateway.proxy_address,
-                public_address=self.gateway._public_address,
-                auth=self.gateway.auth,
-                cluster_name=self.name,
-                scheduler_address=self.scheduler_address,
-                tls_cert=self.security.tls_cert,
-                tls_key=self.security.tls_key,
-            ),
+        await in_thread(self._supervisor.wait_checked)
+        plugin = scheduler_plugin(lease=self.settings.lease.duration)
+        await self.scheduler_comm.register_scheduler_plugin(plugin=plugin, name=PLUGIN_NAME, idempotent=True)
+        plan = hand_off(
+            self,
+            spec=self.spec,
+            settings=self.settings,
             schedd=self.parts.schedd,
-            groups={"default": self.spec},
-            worker_config={
-                "scheduler_address": gateway_address(proxy, self.name),
-                "host": host,
-                "preload": ["prefect_htcdask.worker_runtime"] if self.flow_run else [],
-                "death_timeout": max(60.0, settings.lease.duration),
-                "versions": local_versions(),
-            },
-            worker_secrets=self._worker_secrets,
             flow_run=self.flow_run,
-            run_directory=str(self.run_directory),
-            lease=settings.lease.duration,
-            lost_schedd=settings.lease.lost_schedd,
-            interval=settings.adaptive.interval,
-            residence=settings.adaptive.residence,
-            max_idle_jobs=settings.adaptive.max_idle_jobs,
-            max_failures=settings.adaptive.max_failures,
-            start_timeout=settings.worker.start_timeout,
-            detached=not self.shutdown_on_close,
+            worker_secrets=self._worker_secrets,
+            run_directory=self.run_directory,
             fixed=self._fixed,
         )
+        await in_thread(self._supervisor.hand_off, plan)
+        self._supervisor.keep_log_in(self.run_directory)
 
     def _take_message(self, message: dict[str, Any]) -> None:
         if self._on_message is not None:
             self._on_message(message)
         elif message["kind"] == "log":
-            logger.log(_LEVELS.get(message["level"], logging.INFO), message["text"])
+            logger.log(logging.getLevelName(message["level"].upper()), message["text"])
         elif message["kind"] == "failed":
             logger.error(message["text"])
 
@@ -388,9 +340,8 @@ class HTCGatewayCluster(GatewayCluster):
             raise ValueError(
                 f"adapt: minimum = {low} is above maximum = {high}; raise the maximum or lower the minimum"
             )
-        if not active:
-            return self.gateway.sync(self._set_target, {"op": "hold"}, **kwargs)
-        return self.gateway.sync(self._set_target, {"op": "adapt", "minimum": low, "maximum": high}, **kwargs)
+        request = {"op": "adapt", "minimum": low, "maximum": high} if active else {"op": "hold"}
+        return self.gateway.sync(self._set_target, request, **kwargs)
 
     async def _set_target(self, request: dict[str, Any]) -> None:
         if self._supervisor is None:
@@ -398,11 +349,11 @@ class HTCGatewayCluster(GatewayCluster):
             with suppress(Exception):
                 if (await self.scheduler_comm.htcdask_scale(request=request))["owner"] is not None:
                     return
-            self._supervisor = await _in_thread(self._start_supervisor)
+            self._supervisor = await in_thread(self._start_supervisor)
             await self._give_workers_to_supervisor()
         arguments = {name: value for name, value in request.items() if name != "op"}
         try:
-            await _in_thread(self._supervisor.request, request["op"], **arguments)
+            await in_thread(self._supervisor.request, request["op"], **arguments)
         except SupervisorError as exc:
             raise GatewayClusterError(str(exc)) from exc
 
@@ -425,30 +376,26 @@ class HTCGatewayCluster(GatewayCluster):
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
             if self._shutdown_wanted or self.name is None:
-                self.summary = await _in_thread(supervisor.close)
+                self.summary = await in_thread(supervisor.close)
             else:
-                await _in_thread(supervisor.detach)
+                await in_thread(supervisor.detach)
         elif self._shutdown_wanted and self.name is not None and self._connected:
-            await _in_thread(remove_jobs, self.parts, self.name)
+            # The scheduler first: its owner submits nothing in place of what is removed.
+            await self.gateway._stop_cluster(self.name)
+            await in_thread(oneshot.remove_jobs, self.parts.schedd, self.name)
 
     def __repr__(self) -> str:
         return f"HTCGatewayCluster<{self.name}, status={self.status}>"
 
 
-async def _in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call what blocks, off the event loop; at interpreter exit there are no more threads, and blocking is right."""
-    try:
-        return await asyncio.to_thread(function, *args, **kwargs)
-    except RuntimeError as exc:
-        if "shutdown" not in str(exc):
-            raise
-    return function(*args, **kwargs)
-
-
 def _worker_count(n: Any) -> int:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+    try:
+        count = -1 if isinstance(n, bool) else operator.index(n)
+    except TypeError:
+        count = -1
+    if count < 0:
         raise ValueError(f"{n!r} is no number of workers; it is a whole number from 0")
-    return n
+    return count
 
 
 __all__ = ["GatewayUnreachable", "HTCGateway", "HTCGatewayCluster", "SupervisorError", "WorkerJobError"]

@@ -81,8 +81,12 @@ class JobTable:
         return [record for record in self.records.values() if record.state in states]
 
 
+SPOOLING = 16
+"""Hold code of a job whose input is still being spooled: the schedd lets it go by itself."""
+
 # Names of htcondor2.JobEventType, so that tests need no event log.
 _RUN_ENDS = {
+    "EXECUTE",  # one that follows another: the end of the first run was not told
     "JOB_EVICTED",
     "SHADOW_EXCEPTION",
     "JOB_RECONNECT_FAILED",
@@ -90,6 +94,7 @@ _RUN_ENDS = {
     "JOB_ABORTED",
     "JOB_HELD",
 }
+_KNOWN = _RUN_ENDS | {"SUBMIT", "JOB_RELEASED", "IMAGE_SIZE"}
 
 
 def apply(table: JobTable, event: str, job_id: str, when: float, data: Mapping[str, Any]) -> JobChange | None:
@@ -105,23 +110,30 @@ def apply(table: JobTable, event: str, job_id: str, when: float, data: Mapping[s
     Returns:
         the change, or `None` where nothing changed.
     """
+    if event not in _KNOWN:
+        return None
+    new = job_id not in table.records
     record = table.get(job_id)
     before = record.state
-    if not record.in_queue and event != "SUBMIT":
+    if not record.in_queue:
+        return None
+    if event == "JOB_HELD" and int(data.get("HoldReasonCode") or 0) == SPOOLING:
         return None
     if event in _RUN_ENDS and before is JobState.RUNNING and record.started is not None:
         record.run_seconds += max(0.0, when - record.started)
         record.started = None
-    if event in ("SUBMIT", "CLUSTER_SUBMIT"):
+    if event == "SUBMIT":
         record.submitted = record.submitted or when
-        return JobChange(job_id, None, record.state, "submitted")
+        return JobChange(job_id, None if new else before, record.state, "submitted")
     if event == "EXECUTE":
         record.state, record.started, record.starts = JobState.RUNNING, when, record.starts + 1
         record.host = str(data.get("SlotName") or data.get("ExecuteHost") or "")
         return JobChange(job_id, before, record.state, "started", record.host)
     if event in ("JOB_EVICTED", "SHADOW_EXCEPTION", "JOB_RECONNECT_FAILED"):
+        if before is JobState.HELD:
+            return None
         record.state, record.evictions = JobState.IDLE, record.evictions + 1
-        record.reason = str(data.get("Reason") or data.get("Message") or event.lower())
+        record.reason = str(data.get("Reason") or data.get("Message") or "")
         return JobChange(job_id, before, record.state, "evicted", record.reason)
     if event == "JOB_HELD":
         record.state, record.holds = JobState.HELD, record.holds + 1
@@ -130,6 +142,8 @@ def apply(table: JobTable, event: str, job_id: str, when: float, data: Mapping[s
         record.hold_subcode = int(data.get("HoldReasonSubCode") or 0)
         return JobChange(job_id, before, record.state, "held", record.reason)
     if event == "JOB_RELEASED":
+        if before is not JobState.HELD:
+            return None
         record.state = JobState.IDLE
         return JobChange(job_id, before, record.state, "released", str(data.get("Reason") or ""))
     if event == "JOB_TERMINATED":
@@ -155,6 +169,9 @@ class JobReader(Protocol):
     def read(self, table: JobTable) -> list[JobChange]:
         """Changes since the last read."""
 
+    def hurry(self) -> None:
+        """Have the next read look in any case."""
+
     def close(self) -> None:
         """Let go of what is open."""
 
@@ -169,11 +186,17 @@ class EventLogReader:
         """Changes that the log tells since the last read."""
         changes = []
         for event in self._log.events(stop_after=0):
-            data = {name: event[name] for name in event}
-            change = apply(table, event.type.name, f"{event.cluster}.{event.proc}", float(event.timestamp), data)
+            name = event.type.name
+            if name not in _KNOWN:
+                continue
+            data = {attribute: event[attribute] for attribute in event}
+            change = apply(table, name, f"{event.cluster}.{event.proc}", float(event.timestamp), data)
             if change is not None:
                 changes.append(change)
         return changes
+
+    def hurry(self) -> None:
+        """Reading the log is never put off."""
 
     def close(self) -> None:
         """Close the log."""
@@ -268,16 +291,18 @@ class QueueReader:
         if gone:
             for ad in self._schedd.history(self._constraint, _PROJECTION):
                 ads.setdefault(f"{ad['ClusterId']}.{ad['ProcId']}", ad)
-        changes = []
         for job_id in gone:
-            if job_id not in ads:
-                ads[job_id] = {"JobStatus": 3, "RemoveReason": "no longer in the queue, nor in the history"}
-        for job_id, ad in ads.items():
-            for event, when, data in events_of_ad(table.records.get(job_id), ad):
-                change = apply(table, event, job_id, when, data)
-                if change is not None:
-                    changes.append(change)
-        return changes
+            ads.setdefault(job_id, {"JobStatus": 3, "RemoveReason": "no longer in the queue, nor in the history"})
+        return [
+            change
+            for job_id, ad in ads.items()
+            for event, when, data in events_of_ad(table.records.get(job_id), ad)
+            if (change := apply(table, event, job_id, when, data)) is not None
+        ]
+
+    def hurry(self) -> None:
+        """Look at the next read, whenever the last one was."""
+        self._next = 0.0
 
     def close(self) -> None:
         """Nothing is open."""

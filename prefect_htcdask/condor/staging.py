@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ class RunDirectory:
             secret_inputs=(*_SECRET_FILES, *(str(directory / name) for name in _SECRET_FILES)),
             event_log=str(self.event_log) if log_is_local else None,
         )
+
+    def touch(self) -> None:
+        """Show that the cluster lives: what is old is pruned (`run_files.prune`)."""
+        with suppress(OSError):
+            os.utime(self.path)
 
     def clear_staging(self) -> None:
         """Delete what the jobs took with them, secrets first of all; the logs stay."""

@@ -1,13 +1,14 @@
 """What one worker job is: from a specification to the commands of a submit description.
 
-Values in, values out: nothing here talks to HTCondor. `classad2` does the quoting, so that a flow name with quotes,
-newlines or ClassAd operators in it stays a string.
+Values in, values out: nothing here talks to HTCondor. A flow name with quotes, backslashes, macros or ClassAd operators
+in it stays a string.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -22,42 +23,20 @@ FLOW_RUN_ATTRIBUTE = "PrefectFlowRunId"
 
 LEASE_REASON = "the lease of prefect_htcdask was not renewed: the process that looks after this worker is gone"
 
-# Commands that make a worker job what it is: a site's own additions may not replace them.
-RESERVED_COMMANDS = frozenset(
-    [
-        "universe",
-        "executable",
-        "arguments",
-        "environment",
-        "getenv",
-        "log",
-        "output",
-        "error",
-        "initialdir",
-        "transfer_executable",
-        "should_transfer_files",
-        "when_to_transfer_output",
-        "transfer_input_files",
-        "transfer_output_files",
-        "encrypt_input_files",
-        "request_cpus",
-        "request_memory",
-        "request_disk",
-        "request_gpus",
-        "requirements",
-        "periodic_remove",
-        "leave_in_queue",
-        "job_lease_duration",
-        "job_max_vacate_time",
-        "kill_sig",
-        "want_graceful_removal",
-        "accounting_group",
-        "priority",
-        "batch_name",
-        "container_image",
-        "queue",
-    ]
-)
+# Commands that make a worker job what it is, and the attributes that they set, without underscores: a site's own
+# additions may not replace them.
+# fmt: off
+RESERVED_COMMANDS = frozenset([
+    "accountinggroup", "acctgroup", "args", "arguments", "batchname", "cmd", "containerimage", "dockerimage",
+    "encryptinputfiles", "env", "environment", "err", "error", "executable", "getenv", "initialdir", "iwd",
+    "jobbatchname", "jobleaseduration", "jobmaxvacatetime", "jobprio", "jobuniverse", "killsig", "leaveinqueue",
+    "leavejobinqueue", "log", "maxidle", "maxmaterialize", "out", "output", "periodicremove",
+    "periodicremovereason", "priority", "queue", "requestcpus", "requestdisk", "requestgpus", "requestmemory",
+    "requirements", "shouldtransferfiles", "transferexecutable", "transferinput", "transferinputfiles",
+    "transferoutput", "transferoutputfiles", "universe", "userlog", "wantgracefulremoval",
+    "whentotransferoutput",
+])
+# fmt: on
 
 
 class WorkerJobError(ValueError):
@@ -159,12 +138,12 @@ def submit_description(
         "transfer_executable": "false",
         "arguments": quote_arguments([spec.python, files.start_script]),
         "environment": quote_environment(spec.environment),
-        "initialdir": _plain(files.directory, "directory"),
+        "initialdir": _plain(files.directory, "condor.directory"),
         "output": "logs/worker.$(Cluster).$(Process).out",
         "error": "logs/worker.$(Cluster).$(Process).err",
         "should_transfer_files": "YES",
         "when_to_transfer_output": "ON_EXIT",
-        "transfer_input_files": ",".join(_plain(path, "transfer_input_files") for path in files.inputs),
+        "transfer_input_files": ",".join(_path(path, "condor.directory") for path in files.inputs),
         # Without this, HTCondor would bring back every new file in the sandbox, the Dask spill directory included.
         "transfer_output_files": '""',
         "encrypt_input_files": ",".join(files.secret_inputs),
@@ -187,7 +166,7 @@ def submit_description(
         "My.JobBatchName": quote(flow_run.name if flow_run else cluster_name),
     }
     if files.event_log:
-        commands["log"] = _plain(files.event_log, "log")
+        commands["log"] = _plain(files.event_log, "condor.directory")
     if flow_run:
         commands[f"My.{FLOW_RUN_ATTRIBUTE}"] = quote(flow_run.id)
         commands["My.PrefectFlowName"] = quote(flow_run.flow_name)
@@ -203,13 +182,31 @@ def submit_description(
     return commands
 
 
+# What HTCondor would expand at match time (`$$(Attr)`), or what `$(DOLLAR)` cannot protect.
+_EXPANDED = re.compile(r"\${2,}(?=\w*\()|\$(?=\(DOLLAR\))", re.IGNORECASE)
+
+
 def quote(text: str) -> str:
-    """A ClassAd string literal for a submit description, safe from its macro expansion."""
-    # A schedd refuses control characters in an ad other than the ones that `quote` escapes.
-    printable = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
-    quoted: str = classad2.quote(printable)
-    quoted = quoted.replace("\n", "\\n").replace("\t", "\\t")
-    return quoted.replace("$", "$(DOLLAR)")
+    """A string literal for an attribute in a submit description, safe from its macro expansion.
+
+    Submit descriptions and the wire use old ClassAd syntax, where a backslash is itself unless a quote follows
+    (HTCondor, `ConvertEscapingOldToNew`); `classad2.quote` writes the new one. Control characters cannot stand in an
+    ad: line breaks become spaces, others a question mark. Dollars that HTCondor would expand at match time, which
+    would hold the job, are parted by spaces.
+    """
+    plain = "".join(" " if c in "\n\r\t" else "?" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    plain = _EXPANDED.sub(lambda match: "$ " * len(match.group()), plain)
+    return '"' + _protect_dollars(plain.replace('"', '\\"')) + '"'
+
+
+def _protect_dollars(text: str) -> str:
+    """`text` with each lone dollar kept from macro expansion; a run of dollars is left alone by HTCondor."""
+    return re.sub(r"(?<!\$)\$(?!\$)", "$(DOLLAR)", text)
+
+
+def string_literal(text: str) -> str:
+    """A ClassAd string literal for a constraint; non-ASCII characters stay as they are, as the schedd wants them."""
+    return '"' + "".join(c if ord(c) > 127 else classad2.quote(c)[1:-1] for c in text) + '"'
 
 
 def quote_arguments(arguments: Iterable[str]) -> str:
@@ -241,7 +238,15 @@ def _new_syntax(value: str, setting: str) -> str:
 def _plain(value: str, setting: str) -> str:
     if any(c in value for c in "\n\r\0"):
         raise WorkerJobError(f"{setting} = {value!r}: a submit description cannot hold a line break; remove it")
-    return value.replace("$", "$(DOLLAR)")
+    if _EXPANDED.search(value):
+        raise WorkerJobError(f"{setting} = {value!r}: HTCondor would expand the dollars in it; remove them")
+    return _protect_dollars(value)
+
+
+def _path(value: str, setting: str) -> str:
+    if "," in value:
+        raise WorkerJobError(f"{setting} = {value!r}: HTCondor takes no comma in a path here; choose another directory")
+    return _plain(value, setting)
 
 
 def checked_expression(expression: str, setting: str) -> str:
@@ -268,7 +273,7 @@ def checked_extra_submit(extra: Mapping[str, str]) -> dict[str, str]:
     checked = {}
     for command, value in extra.items():
         name = command.strip()
-        plain = name.removeprefix("+").lower().removeprefix("my.")
+        plain = name.removeprefix("+").lower().removeprefix("my.").replace("_", "")
         if not re.fullmatch(r"(\+|[Mm][Yy]\.)?[A-Za-z_][A-Za-z0-9_.]*", name):
             raise WorkerJobError(f"worker.extra_submit: {command!r} is no submit command")
         if plain in RESERVED_COMMANDS or plain.startswith("htcdask") or plain.startswith("prefectflow"):
@@ -284,12 +289,12 @@ def checked_extra_submit(extra: Mapping[str, str]) -> dict[str, str]:
 
 def cluster_constraint(cluster_name: str) -> str:
     """Constraint for all worker jobs of a gateway cluster."""
-    return f"{CLUSTER_ATTRIBUTE} == {classad2.quote(cluster_name)}"
+    return f"{CLUSTER_ATTRIBUTE} == {string_literal(cluster_name)}"
 
 
 def flow_run_constraint(flow_run_id: str, before_attempt: int | None = None) -> str:
     """Constraint for the worker jobs of a flow run; only those of attempts before `before_attempt`, if given."""
-    constraint = f"{FLOW_RUN_ATTRIBUTE} == {classad2.quote(flow_run_id)}"
+    constraint = f"{FLOW_RUN_ATTRIBUTE} == {string_literal(flow_run_id)}"
     if before_attempt is not None:
         constraint += f" && HTCDaskAttempt < {int(before_attempt)}"
     return constraint

@@ -45,14 +45,21 @@ def guard(sandbox: Path) -> int:
     for name in (SECRETS_FILE, KEY_FILE):
         (sandbox / name).chmod(0o600)
     config = read_config(sandbox)
-    child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], cwd=sandbox)
+    child: subprocess.Popen[bytes] | None = None
+    told_early = False
 
     def pass_on(signum: int, _frame: object) -> None:
-        if child.poll() is None:
+        nonlocal told_early
+        if child is None:
+            told_early = True
+        elif child.poll() is None:
             child.send_signal(signal.SIGTERM)
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, pass_on)
+    child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], cwd=sandbox)
+    if told_early:
+        child.terminate()
     limit = int(config["memory_limit"])
     while True:
         try:

@@ -111,12 +111,16 @@ class DemandPlugin(SchedulerPlugin):
         alive = self.owner is not None and time.monotonic() < self.expires
         return {"owner": self.owner if alive else None, "number": self.request_number}
 
-    async def retire(self, names: list[str]) -> list[str]:
+    async def retire(self, names: list[str], idle_only: bool = False) -> list[str]:
         """Move results off workers, then close them; returns the names of those that went.
 
-        A busy worker's tasks go back to the queue without being marked suspicious.
+        Args:
+            names: the workers.
+            idle_only: leave those alone that got a task since they were chosen. Else a busy worker's tasks go back to
+                the queue, without being marked suspicious.
         """
-        known = [name for name in names if name in self.scheduler.aliases]
+        workers = {str(ws.name): ws for ws in self.scheduler.workers.values()}
+        known = [name for name in names if name in workers and not (idle_only and workers[name].processing)]
         retired = await self.scheduler.retire_workers(
             names=known, remove=True, close_workers=True, stimulus_id=f"htcdask-retire-{time.time()}"
         )

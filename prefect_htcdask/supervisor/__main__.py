@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -15,19 +14,14 @@ import htcondor2
 
 from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError
 from ..condor.worker_job import JobFiles, WorkerJobError, submit_description
-from . import cleanup
+from .cleanup import Cleanup
 from .flow_watch import flow_run_ended
 from .loop import Supervisor
+from .outbox import Outbox
 from .parent import ParentWatch
-from .protocol import HandOff, Preflight, decode, from_line, to_line
+from .protocol import HandOff, Preflight, decode, from_line
 
 logger = logging.getLogger(__name__)
-
-
-def say(message: dict[str, Any]) -> None:
-    """Send a message to the flow's process; one that is gone hears nothing."""
-    with contextlib.suppress(OSError):
-        os.write(1, to_line(message))
 
 
 def preflight(request: Preflight) -> ScheddClient:
@@ -55,8 +49,11 @@ def preflight(request: Preflight) -> ScheddClient:
     return schedd
 
 
-async def serve(schedd: ScheddClient, plan: HandOff, takeover: bool, commands: asyncio.StreamReader) -> None:
+async def serve(
+    schedd: ScheddClient, plan: HandOff, takeover: bool, commands: asyncio.StreamReader, outbox: Outbox
+) -> None:
     """Run the supervisor for a plan until it is over, then clean up."""
+    say = outbox.say
     supervisor = Supervisor(plan, schedd, say)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -81,6 +78,7 @@ async def serve(schedd: ScheddClient, plan: HandOff, takeover: bool, commands: a
             try:
                 if command["op"] in ("scale", "adapt", "hold"):
                     supervisor.set_target(command)
+                    reply["fixed"] = supervisor.target.fixed
                 elif command["op"] == "status":
                     reply["summary"] = supervisor.fleet.summary(time.time())
                 elif command["op"] == "detach":
@@ -104,14 +102,16 @@ async def serve(schedd: ScheddClient, plan: HandOff, takeover: bool, commands: a
             await asyncio.sleep(10)
             supervisor.end(f"the flow run is {state}")
 
+    # Kept by name: asyncio itself holds tasks weakly only.
     helpers = [asyncio.ensure_future(take_commands()), asyncio.ensure_future(watch_flow())]
     await supervisor.run()
-    summary = await cleanup.close(supervisor)
+    cleanup = Cleanup(supervisor)
+    summary = await cleanup.close()
     say({"kind": "summary", **summary, "ended_because": supervisor.ended_because})
     await asyncio.sleep(0)  # a close request may stand in the pipe behind what ended us
     if close_request is not None:
         say({"kind": "reply", "id": close_request.get("id"), "ok": True, "summary": summary})
-    await cleanup.finish(supervisor)
+    await cleanup.finish()
     watch.close()
     for helper in helpers:
         helper.cancel()
@@ -120,6 +120,18 @@ async def serve(schedd: ScheddClient, plan: HandOff, takeover: bool, commands: a
 async def main() -> int:
     """Preflight, then hand-off, then the loop. Returns the exit status."""
     loop = asyncio.get_running_loop()
+    outbox = Outbox()
+    await outbox.open()
+    try:
+        return await work(loop, outbox)
+    finally:
+        await outbox.flush()
+
+
+async def work(loop: asyncio.AbstractEventLoop, outbox: Outbox) -> int:
+    """What `main` does, between the opening of the outbox and its flush."""
+    # Until there is something to clean up, the parent's end is ours: a forked child of it may hold the pipe.
+    early = ParentWatch(os.getppid(), lambda: os._exit(0))
     commands = asyncio.StreamReader(limit=2**26)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin.buffer)
     line = await commands.readline()
@@ -130,18 +142,19 @@ async def main() -> int:
     try:
         schedd = await asyncio.to_thread(preflight, request)
     except (ScheddError, WorkerJobError) as exc:
-        say({"kind": "refused", "text": str(exc)})
+        outbox.say({"kind": "refused", "text": str(exc)})
         return 1
-    say({"kind": "checked"})
+    outbox.say({"kind": "checked"})
     line = await commands.readline()
     if not line:
         return 0
     plan, takeover = decode(line)
     try:
-        await serve(schedd, plan, takeover, commands)
+        early.close()
+        await serve(schedd, plan, takeover, commands, outbox)
     except Exception as exc:
         logger.exception("the supervisor failed")
-        say({"kind": "refused", "text": f"{type(exc).__name__}: {exc}"})
+        outbox.say({"kind": "refused", "text": f"{type(exc).__name__}: {exc}"})
         return 1
     return 0
 

@@ -5,52 +5,49 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..condor.schedd import ScheddError
-from .loop import Supervisor
+from .loop import SUPERSEDED, Supervisor
 
 logger = logging.getLogger(__name__)
 
 _SETTLE_TIME = 3.0
 _GONE_TIMEOUT = 60.0
 _FIRST_PAUSE = 0.1
+_REMOVED = 3  # JobStatus
 
 
-async def ask_for_removal(supervisor: Supervisor) -> None:
-    """Have the schedd remove all jobs, and the gateway stop the cluster; both until they took the request.
+async def insist(deadline: float, attempt: Callable[[], Awaitable[bool]]) -> bool:
+    """Try until it works, with growing pauses, until `deadline` (monotonic seconds); returns whether it did."""
+    pause = 0.5
+    while not await attempt():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, 15.0)
+    return True
+
+
+async def remove_jobs(supervisor: Supervisor) -> bool:
+    """Have the schedd remove all jobs; returns whether it took the request.
 
     A schedd that stays away is asked until the jobs' lease has run out: then it removes them by itself when it is back.
     """
-    deadline = time.monotonic() + supervisor.plan.lease
-    stopped = not supervisor.stop_cluster
-    removed = supervisor.ended_because == "superseded"
+
+    async def attempt() -> bool:
+        reason = f"prefect_htcdask: {supervisor.ended_because}"
+        try:
+            count = await supervisor.condor(supervisor.schedd.remove, supervisor.constraint, reason)
+        except ScheddError as exc:
+            supervisor.tell_once("warning", f"{exc}; asking again until the lease ends")
+            return False
+        logger.info("asked the schedd to remove %d jobs", count)
+        return True
+
     supervisor.fleet.leaving.update(record.job_id for record in supervisor.fleet.queued_jobs())
-    pause = 0.5
-    while not (stopped and removed):
-        if not removed:
-            try:
-                count = await supervisor.condor(
-                    supervisor.schedd.remove,
-                    supervisor.constraint,
-                    f"prefect_htcdask: {supervisor.ended_because}",
-                )
-                logger.info("asked the schedd to remove %d jobs", count)
-                removed = True
-            except ScheddError as exc:
-                supervisor.tell_once("warning", f"{exc}; asking again until the lease ends")
-        if not stopped:
-            stopped = await supervisor.gateway.stop()
-        if time.monotonic() > deadline:
-            logger.error(
-                "gave up: jobs removed: %s, gateway cluster stopped: %s; the leases do the rest",
-                removed,
-                stopped,
-            )
-            return
-        if not (stopped and removed):
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 15.0)
+    return await insist(time.monotonic() + supervisor.plan.lease, attempt)
 
 
 async def wait_until_gone(supervisor: Supervisor, timeout: float) -> bool:
@@ -60,11 +57,16 @@ async def wait_until_gone(supervisor: Supervisor, timeout: float) -> bool:
     while time.monotonic() < deadline:
         try:
             await supervisor.read_jobs()
-            if not supervisor.fleet.queued_jobs():
-                # The queue has the last word: a job may have been submitted that the log has not told of.
-                if not await supervisor.condor(supervisor.schedd.query, supervisor.constraint, ["ClusterId"], 1):
+            # A log costs the schedd nothing; only where it tells of no job, or there is none, the queue is asked. The
+            # queue has the last word: a job may have been submitted that the log has not told of.
+            if not supervisor.schedd.address.is_local or not supervisor.fleet.queued_jobs():
+                left = await supervisor.condor(supervisor.schedd.query, supervisor.constraint, ["JobStatus"], 1)
+                if not left:
+                    supervisor.hurry()
+                    await supervisor.read_jobs()
                     return True
-                await supervisor.condor(supervisor.schedd.remove, supervisor.constraint, "prefect_htcdask: closed")
+                if left[0]["JobStatus"] != _REMOVED:
+                    await supervisor.condor(supervisor.schedd.remove, supervisor.constraint, "prefect_htcdask: closed")
         except ScheddError as exc:
             logger.info("%s", exc)
         await asyncio.sleep(pause)
@@ -72,18 +74,35 @@ async def wait_until_gone(supervisor: Supervisor, timeout: float) -> bool:
     return False
 
 
-async def close(supervisor: Supervisor) -> dict[str, Any]:
-    """Ask for removal, give the jobs a moment to go, and return the summary."""
-    await ask_for_removal(supervisor)
-    if supervisor.ended_because != "superseded":
-        await wait_until_gone(supervisor, _SETTLE_TIME)
-    return supervisor.fleet.summary(time.time())
+class Cleanup:
+    """What is done when the supervisor is over, in two parts: what the flow waits for, and the rest."""
 
+    def __init__(self, supervisor: Supervisor) -> None:
+        self.supervisor = supervisor
+        self.owns_jobs = supervisor.ended_because != SUPERSEDED
+        self._stopping: asyncio.Task[bool] | None = None
 
-async def finish(supervisor: Supervisor) -> None:
-    """Wait for the last job, delete what the jobs took with them, and let go of everything."""
-    if supervisor.ended_because != "superseded" and not await wait_until_gone(supervisor, _GONE_TIMEOUT):
-        logger.error("%d jobs are still in the queue; their lease removes them", len(supervisor.fleet.queued_jobs()))
-    supervisor.directory.clear_staging()
-    await supervisor.scheduler.close()
-    supervisor.schedd.close()
+    async def close(self) -> dict[str, Any]:
+        """Have jobs and cluster go, give them a moment for it, and return the summary."""
+        supervisor = self.supervisor
+        if supervisor.stop_cluster:
+            deadline = time.monotonic() + supervisor.plan.lease
+            self._stopping = asyncio.ensure_future(insist(deadline, supervisor.gateway.stop))
+        if self.owns_jobs and await remove_jobs(supervisor):
+            await wait_until_gone(supervisor, _SETTLE_TIME)
+        if self._stopping is not None:
+            await asyncio.wait([self._stopping], timeout=_SETTLE_TIME)
+        return supervisor.fleet.summary(time.time())
+
+    async def finish(self) -> None:
+        """Wait for the last job, delete what the jobs took with them, and let go of everything."""
+        supervisor = self.supervisor
+        if self.owns_jobs:
+            if not await wait_until_gone(supervisor, _GONE_TIMEOUT):
+                left = len(supervisor.fleet.queued_jobs())
+                logger.error("%d jobs are still in the queue; the lease is on them", left)
+            supervisor.directory.clear_staging()
+        if self._stopping is not None and not await self._stopping:
+            logger.error("the gateway did not take the request to stop the cluster; the scheduler's lease ends it")
+        await supervisor.scheduler.close()
+        supervisor.schedd.close()

@@ -21,6 +21,7 @@ class Fleet:
     Attributes:
         table: all jobs known.
         joined: names of workers at the scheduler now, by job id.
+        names: the last name of each job's worker, also of those that left.
         ever_joined: ids of jobs whose worker was at the scheduler at some time.
         leaving: ids of jobs that were told to go, by removal or retirement.
         failures: workers in a row that ended before they joined.
@@ -28,10 +29,10 @@ class Fleet:
 
     table: JobTable = field(default_factory=JobTable)
     joined: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     ever_joined: set[str] = field(default_factory=set)
     leaving: set[str] = field(default_factory=set)
     failures: int = 0
-    submitted: int = 0
     peak: int = 0
     evictions: int = 0
     holds: int = 0
@@ -41,7 +42,6 @@ class Fleet:
         for job_id in job_ids:
             record = self.table.get(job_id)
             record.group, record.submitted = group, now
-            self.submitted += 1
 
     def saw_workers(self, names: Iterable[str]) -> list[str]:
         """Take in the workers that the scheduler has now; returns the ids of jobs whose worker is new there."""
@@ -51,7 +51,10 @@ class Fleet:
             job_id = job_of_worker(name)
             if job_id is None:
                 continue
-            self.joined[job_id] = name
+            if job_id in self.leaving and self.names.get(job_id, name) != name:
+                # Told to leave, it was evicted instead, and its job has started again.
+                self.leaving.discard(job_id)
+            self.joined[job_id] = self.names[job_id] = name
             if job_id not in self.ever_joined:
                 self.ever_joined.add(job_id)
                 new.append(job_id)

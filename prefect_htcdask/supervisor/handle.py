@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one only since Python 3.11
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT = 60.0
 _MAX_RESTARTS = 5
+_LONG_LIFE = 600.0  # a supervisor that lived this long in seconds was no failed start
 # Names of environment variables whose values are nobody's business in a new process.
 _SECRET_WORDS = ("KEY", "AUTH_STRING", "PASSWORD", "TOKEN", "SECRET")
 
@@ -34,7 +36,7 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if not (name.startswith(("PREFECT_", "JUPYTERHUB_")) and any(word in name for word in _SECRET_WORDS))
+        if not (name.startswith(("PREFECT_", "JUPYTERHUB_", "DASK_")) and any(word in name for word in _SECRET_WORDS))
     }
 
 
@@ -53,12 +55,17 @@ class SupervisorHandle:
         self._on_message = on_message
         self._lock = threading.RLock()
         self._plan: HandOff | None = None
-        self._replies: dict[int, Future[dict[str, Any]]] = {}
+        # Commands without a reply yet, with their lines: a new supervisor gets them again.
+        self._pending: dict[int, tuple[Future[dict[str, Any]], bytes]] = {}
         self._next_id = 0
+        self._has_plan = False
         self._checked: Future[None] = Future()
         self._ready: Future[None] = Future()
         self._closing = False
+        self._detached = False
         self._restarts = 0
+        self._started = 0.0
+        self._refusal = ""
         self.summary: dict[str, Any] = {}
         self.ended = threading.Event()
         self._process = self._start()
@@ -85,8 +92,9 @@ class SupervisorHandle:
         finally:
             os.close(descriptor)
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(encode(self._preflight))
-        process.stdin.flush()
+        self._has_plan = False
+        self._started = time.monotonic()
+        self._send(encode(self._preflight), process)
         threading.Thread(
             target=self._read, args=(process, process.stdout), name="htcdask-supervisor", daemon=True
         ).start()
@@ -111,6 +119,7 @@ class SupervisorHandle:
         with self._lock:
             self._plan = plan
             self._send(encode((plan, False)))
+            self._has_plan = True
         self._await(self._ready, timeout, "the supervisor did not take the cluster over")
 
     def request(self, op: str, timeout: float = _ANSWER_TIMEOUT, **arguments: Any) -> dict[str, Any]:
@@ -121,17 +130,23 @@ class SupervisorHandle:
         """
         reply: Future[dict[str, Any]] = Future()
         with self._lock:
+            if self.ended.is_set():
+                raise SupervisorError(f"the supervisor has ended; its log is {self.log_path}")
             self._remember(op, arguments)
             self._next_id += 1
             number = self._next_id
-            self._replies[number] = reply
-            self._send(to_line({"op": op, "id": number, **arguments}))
+            line = to_line({"op": op, "id": number, **arguments})
+            self._pending[number] = reply, line
+            if self._has_plan:
+                self._send(line)
         try:
             answer = self._await(reply, timeout, f"the supervisor did not answer {op!r}")
         finally:
-            self._replies.pop(number, None)
+            self._pending.pop(number, None)
         if not answer.get("ok"):
             raise SupervisorError(str(answer.get("error")))
+        if op == "hold":
+            self._remember("scale", {"n": answer["fixed"]})
         return answer
 
     def _remember(self, op: str, arguments: Mapping[str, Any]) -> None:
@@ -159,35 +174,55 @@ class SupervisorHandle:
         deadline = time.monotonic() + timeout
         with self._lock:
             first, self._closing = not self._closing, True
-        if first and self._process.poll() is None:
-            if self._ready.done() and self._ready.exception() is None:
+        if first and not self.ended.is_set():
+            if self._took_over():
                 try:
                     self.request("close", timeout=timeout)
                 except SupervisorError as exc:
                     logger.warning("%s; it goes on cleaning up by itself", exc)
-            self._close_stdin()
-        try:
-            self._process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+                self._close_stdin()
+            else:
+                # It has nothing to clean up, and a forked child may keep the pipe from ending.
+                self._close_stdin()
+                self._process.terminate()
+        if not self.ended.wait(max(0.1, deadline - time.monotonic())):
             logger.warning("the supervisor (pid %d) still waits for the last jobs to leave", self._process.pid)
-        self.ended.wait(1)
         return self.summary
 
     def detach(self) -> None:
         """Leave the supervisor to itself: the cluster is to live on without us."""
         self.request("detach")
-        self._closing = True
+        self._detached = True
+        self._close_stdin()
+
+    def keep_log_in(self, directory: Path) -> None:
+        """Move the log into the cluster's directory, now that there is one; the process goes on writing it."""
+        target = directory / "supervisor.log"
+        if target.exists():  # of an earlier supervisor of the same cluster
+            target = directory / self._log_path.name
+        with self._lock, suppress(OSError):
+            self._log_path.rename(target)
+            self._log_path = target
+
+    @property
+    def log_path(self) -> Path:
+        """The file that the process's stderr goes to."""
+        return self._log_path
+
+    def _took_over(self) -> bool:
+        return self._ready.done() and self._ready.exception() is None
 
     def _close_stdin(self) -> None:
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
 
-    def _send(self, line: bytes) -> None:
-        assert self._process.stdin is not None
+    def _send(self, line: bytes, process: subprocess.Popen[bytes] | None = None) -> None:
+        stdin = (process or self._process).stdin
+        assert stdin is not None
         try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
+            stdin.write(line)
+            stdin.flush()
         except (OSError, ValueError) as exc:
             # A supervisor that just died is replaced, with the newest target; it is no reason for the flow to fail.
             logger.info("the supervisor did not take a message: %s", exc)
@@ -195,7 +230,7 @@ class SupervisorHandle:
     def _await(self, future: Future[Any], timeout: float, complaint: str) -> Any:
         try:
             return future.result(timeout)
-        except TimeoutError as exc:
+        except FutureTimeoutError as exc:
             raise SupervisorError(f"{complaint} within {timeout:.0f} s; its log is {self._log_path}") from exc
 
     # The reading thread
@@ -213,24 +248,42 @@ class SupervisorHandle:
     def _take(self, message: dict[str, Any]) -> None:
         kind = message.get("kind")
         if kind == "reply":
-            reply = self._replies.get(message["id"])
+            reply, _ = self._pending.get(message["id"]) or (None, b"")
             if reply is not None and not reply.done():
                 reply.set_result(message)
         elif kind == "checked":
             self._settle(self._checked, None)
             with self._lock:
-                if self._plan is not None and self._restarts:
-                    self._send(encode((self._plan, True)))
+                if self._plan is not None and not self._has_plan:
+                    self._take_up()
         elif kind == "ready":
             self._settle(self._ready, None)
         elif kind == "refused":
-            error = SupervisorError(message["text"])
+            self._refusal = message["text"]
+            error = SupervisorError(self._refusal)
             self._settle(self._checked, error)
             self._settle(self._ready, error)
+        elif kind == "target":
+            # Another process's wish, which this one's plan must not undo in a successor.
+            with self._lock:
+                op = "adapt" if message["fixed"] is None else "scale"
+                self._remember(op, {**message, "n": message["fixed"]})
+                if self._plan is not None:
+                    self._plan = dataclasses.replace(self._plan, request_seen=message["number"])
         else:
             if kind == "summary":
                 self.summary = {name: value for name, value in message.items() if name != "kind"}
             self._on_message(message)
+
+    def _take_up(self) -> None:
+        """Give a new supervisor what the lost one had, and what that one left unanswered."""
+        self._send(encode((self._plan, True)))
+        self._has_plan = True
+        for _, line in self._pending.values():
+            self._send(line)
+        if self._closing:
+            self._send(to_line({"op": "close", "id": 0}))
+            self._close_stdin()
 
     @staticmethod
     def _settle(future: Future[None], error: Exception | None) -> None:
@@ -243,24 +296,32 @@ class SupervisorHandle:
 
     def _after_end(self, process: subprocess.Popen[bytes]) -> None:
         """A supervisor ended: that is the end of it, or it died and a new one takes its place."""
-        with self._lock:
-            died = not self._closing and not self.summary and self._plan is not None and self._ready.done()
-            if died and self._restarts < _MAX_RESTARTS:
-                self._restarts += 1
+        died = self._took_over() and not self.summary and not self._detached
+        if died:
+            if time.monotonic() - self._started > _LONG_LIFE:
+                self._restarts = 0
+            if self._restarts < _MAX_RESTARTS:
+                # The first successor comes at once: workers wait for their lease to be renewed.
+                time.sleep(2 ** (self._restarts - 1) if self._restarts else 0)
                 logger.warning("the supervisor (pid %d) died; a new one takes over", process.pid)
-                self._process = self._start()
+                with self._lock:
+                    self._restarts += 1
+                    self._close_stdin()
+                    self._process = self._start()
                 return
         error = SupervisorError(f"the supervisor ended with status {process.returncode}; its log is {self._log_path}")
         self._settle(self._checked, error)
         self._settle(self._ready, error)
-        for reply in list(self._replies.values()):
-            if not reply.done():
-                reply.set_exception(error)
-        self.ended.set()
+        with self._lock:
+            self.ended.set()
+            unanswered = [reply for reply, _ in self._pending.values() if not reply.done()]
+        for reply in unanswered:
+            reply.set_exception(error)
         if died:
+            why = f" (the last one: {self._refusal})" if self._refusal else ""
             self._on_message(
                 {
                     "kind": "failed",
-                    "text": f"the supervisor died {self._restarts + 1} times; see {self._log_path}",
+                    "text": f"the supervisor died {self._restarts + 1} times{why}; see {self._log_path}",
                 }
             )

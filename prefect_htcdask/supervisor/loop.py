@@ -26,8 +26,12 @@ from .scheduler_link import GatewayLink, SchedulerLink
 
 logger = logging.getLogger(__name__)
 
+SUPERSEDED = "superseded"
+"""Why a supervisor ends whose cluster another one took over: it leaves the jobs alone."""
+
 _DEFAULT_GROUP = "default"
 _MAX_BACKOFF = 60.0
+_MAX_RENEWAL_INTERVAL = 600.0
 
 
 class Supervisor:
@@ -60,12 +64,17 @@ class Supervisor:
         self._files: dict[str, JobFiles] = {}
         self._renew_at = 0.0
         self._waiting_since: float | None = None
-        self._request_seen = 0
+        self._request_seen = plan.request_seen
         self._no_submit_before = 0.0
         self._backoff = 1.0
         self._failed = False
         self._told: set[str] = set()
         self._background: set[asyncio.Task[Any]] = set()
+
+    def hurry(self) -> None:
+        """Have the next `read_jobs` look at the queue, however short ago it did."""
+        if self._reader is not None:
+            self._reader.hurry()
 
     async def condor(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call the bindings in their own thread: they are not thread-safe among themselves."""
@@ -82,6 +91,12 @@ class Supervisor:
         Raises:
             RuntimeError: another supervisor owns the cluster.
         """
+        # The claim comes first: an owner that lives has its files in the same place.
+        answer = await self.scheduler.claim(force=False)
+        if not answer["granted"]:
+            raise RuntimeError(
+                f"cluster {self.plan.access.cluster_name} is looked after by another supervisor ({answer['owner']})"
+            )
         self.directory.prepare()
         for group, spec in self.plan.groups.items():
             config = {
@@ -99,17 +114,12 @@ class Supervisor:
                 secrets=self.plan.worker_secrets,
                 log_is_local=self.schedd.address.is_local,
             )
-        answer = await self.scheduler.claim(force=False)
-        if not answer["granted"]:
-            raise RuntimeError(
-                f"cluster {self.plan.access.cluster_name} is looked after by another supervisor ({answer['owner']})"
-            )
-        if self.schedd.address.is_local:
-            self._reader = EventLogReader(self.directory.event_log)
-        else:
-            self._reader = QueueReader(self.schedd, self.constraint)
-        if takeover:
+        queue = QueueReader(self.schedd, self.constraint)
+        self._reader = EventLogReader(self.directory.event_log) if self.schedd.address.is_local else queue
+        if takeover or answer["epoch"] > 1:
+            # Jobs that a predecessor submitted, of which the log may not tell: it may have been on another host.
             await self.read_jobs()
+            await self.condor(queue.read, self.fleet.table)
 
     # The loop
 
@@ -139,12 +149,18 @@ class Supervisor:
 
     async def tick(self) -> None:
         """One round."""
-        await self.read_jobs()
+        try:
+            await self.read_jobs()
+        except ScheddError as exc:
+            # The scheduler's lease is renewed by the question for demand, schedd or no schedd.
+            self.tell_once("warning", f"{exc}; trying again")
         answer = await self.scheduler.demand()
         demand = await self.take_answer(answer)
         if self.over.is_set():
             return
         decision = decide(demand, self.fleet.supply(answer if demand else None), self.target, self.policy())
+        if demand is not None and decision.target == 0:
+            self._waiting_since = None  # nobody waits for a worker any more
         await self.act(decision)
         await self.renew()
         await self.check_start(demand)
@@ -177,7 +193,7 @@ class Supervisor:
             )
             self.stop_cluster = False
             self.fleet.leaving.clear()
-            self.end("superseded")
+            self.end(SUPERSEDED)
             return None
         for job_id in self.fleet.saw_workers(answer["joined"]):
             self._backoff = 1.0
@@ -186,6 +202,7 @@ class Supervisor:
         if request and request["number"] > self._request_seen:
             self._request_seen = request["number"]
             self.set_target(request)
+            self.say({**request, "kind": "target", "fixed": self.target.fixed})
         return Demand(queued=answer["queued"], in_hand=answer["in_hand"])
 
     def set_target(self, request: dict[str, Any]) -> None:
@@ -212,9 +229,9 @@ class Supervisor:
             self.fleet.leaving.update(decision.remove_pending)
             await self.condor(self.schedd.remove, decision.remove_pending, "prefect_htcdask: fewer workers are needed")
         if decision.retire:
-            names = set(decision.retire)
-            self.fleet.leaving.update(job for job, name in self.fleet.joined.items() if name in names)
-            self._spawn(self.retire(sorted(names)))
+            jobs = {name: job for job, name in self.fleet.joined.items() if name in set(decision.retire)}
+            self.fleet.leaving.update(jobs.values())
+            self._spawn(self.retire(jobs, idle_only=self.target.fixed is None))
 
     async def submit(self, count: int) -> None:
         """Submit workers in one transaction, if the schedd takes them."""
@@ -239,20 +256,25 @@ class Supervisor:
         self.fleet.submitted_jobs(job_ids, _DEFAULT_GROUP, time.time())
         logger.info("submitted %d jobs: %s to %s", count, job_ids[0], job_ids[-1])
 
-    async def retire(self, names: list[str]) -> None:
-        """Retire workers; those whose results nobody else could take stay in the fleet."""
-        retired = set(await self.scheduler.retire(names))
-        for job, name in list(self.fleet.joined.items()):
-            if name in names and name not in retired:
-                self.fleet.leaving.discard(job)
+    async def retire(self, jobs: dict[str, str], idle_only: bool) -> None:
+        """Retire workers, given with their jobs; those that cannot go now stay in the fleet."""
+        retired = await self.scheduler.retire(sorted(jobs), idle_only)
+        self.fleet.leaving.difference_update(job for name, job in jobs.items() if name not in retired)
+        # A worker process that hangs in its end would keep the slot.
+        await asyncio.sleep(2 * self.plan.groups[_DEFAULT_GROUP].vacate_time)
+        queued = {record.job_id for record in self.fleet.queued_jobs()}
+        stuck = [jobs[name] for name in retired if jobs[name] in queued & self.fleet.leaving]
+        await self.condor(self.schedd.remove, stuck, "prefect_htcdask: the worker was retired but did not end")
 
     async def renew(self) -> None:
         """Renew the lease of all jobs, at a third of it."""
         now = time.monotonic()
-        if now < self._renew_at or not self.fleet.queued_jobs():
+        if now < self._renew_at:
             return
-        await self.condor(self.schedd.renew, self.constraint, self.plan.lease)
-        self._renew_at = now + self.plan.lease / 3
+        self.directory.touch()
+        if self.fleet.queued_jobs():
+            await self.condor(self.schedd.renew, self.constraint, self.plan.lease)
+        self._renew_at = now + min(self.plan.lease / 3, _MAX_RENEWAL_INTERVAL)
 
     # What the jobs tell
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
+from ..condor.worker_job import cluster_constraint
 from .handle import SupervisorError, clean_environment
 from .protocol import ScheddSettings, decode, encode
 
@@ -49,6 +50,17 @@ def call(schedd: ScheddSettings, operation: str, *arguments: Any, timeout: float
     if "error" in answer:
         raise SupervisorError(answer["error"])
     return answer["result"]
+
+
+def remove_jobs(schedd: ScheddSettings, cluster_name: str) -> int:
+    """Remove the worker jobs of a gateway cluster, whoever submitted them; returns how many there were.
+
+    Raises:
+        SupervisorError: the schedd could not be asked.
+    """
+    reason = f"prefect_htcdask: cluster {cluster_name} was stopped"
+    removed: int = call(schedd, "remove", cluster_constraint(cluster_name), reason)
+    return removed
 
 
 def main() -> int:

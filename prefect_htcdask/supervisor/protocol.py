@@ -54,7 +54,11 @@ class GatewayAccess:
 
 @dataclass(frozen=True)
 class HandOff:
-    """All that a supervisor needs. Times in seconds."""
+    """All that a supervisor needs. Times in seconds.
+
+    Attributes:
+        request_seen: number of the last wish of another process (`DemandPlugin.scale`) that the target includes.
+    """
 
     owner: str
     parent_pid: int
@@ -77,6 +81,7 @@ class HandOff:
     minimum: int = 0
     maximum: int = 0
     adaptive: bool = False
+    request_seen: int = 0
 
 
 def encode(message: Any) -> bytes:

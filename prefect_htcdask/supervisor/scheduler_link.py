@@ -51,10 +51,10 @@ class SchedulerLink:
             logger.info("no answer from the scheduler: %s: %s", type(exc).__name__, exc)
             return None
 
-    async def retire(self, names: list[str]) -> list[str]:
-        """Retire workers; returns the names of those that went. Those that could not are kept."""
+    async def retire(self, names: list[str], idle_only: bool) -> list[str]:
+        """Retire workers; returns the names of those that went. Those that could not, or are busy again, are kept."""
         try:
-            retired: list[str] = await self._ask("htcdask_retire", timeout=60, names=names)
+            retired: list[str] = await self._ask("htcdask_retire", timeout=60, names=names, idle_only=idle_only)
             return retired
         except Exception as exc:
             logger.warning("retirement failed: %s: %s", type(exc).__name__, exc)

@@ -1,0 +1,100 @@
+"""What a cluster's supervisor and scheduler get from the flow's process: the hand-off, and the plugin by value."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import cloudpickle
+from dask_gateway import GatewayCluster
+
+from .condor.worker_job import FlowRunTag, WorkerSpec
+from .gateway_checks import local_versions
+from .gateway_comm import gateway_address
+from .resolution import is_loopback
+from .scaling import demand as demand_module
+from .settings import HTCDaskSettings
+from .supervisor.protocol import GatewayAccess, HandOff, ScheddSettings
+
+# Pickling by value is registered for a whole process.
+_pickle_lock = threading.Lock()
+
+
+def scheduler_plugin(lease: float) -> bytes:
+    """The scheduler's plugin, pickled by value: the scheduler's image needs nothing of ours.
+
+    Args:
+        lease: seconds that the cluster lives without a supervisor's renewal.
+    """
+    with _pickle_lock:
+        cloudpickle.register_pickle_by_value(demand_module)
+        try:
+            plugin: bytes = cloudpickle.dumps(demand_module.DemandPlugin(lease=lease))
+            return plugin
+        finally:
+            cloudpickle.unregister_pickle_by_value(demand_module)
+
+
+def hand_off(
+    cluster: GatewayCluster,
+    *,
+    spec: WorkerSpec,
+    settings: HTCDaskSettings,
+    schedd: ScheddSettings,
+    flow_run: FlowRunTag | None,
+    worker_secrets: Mapping[str, str],
+    run_directory: Path,
+    fixed: int,
+) -> HandOff:
+    """All that a supervisor needs to look after a cluster that runs.
+
+    Args:
+        cluster: the cluster, connected.
+        spec: what one worker is.
+        settings: the settings.
+        schedd: how to reach the schedd.
+        flow_run: the flow run that the workers belong to, if any.
+        worker_secrets: environment variables for the worker processes alone.
+        run_directory: where the cluster's files are.
+        fixed: workers to start with.
+    """
+    gateway = cluster.gateway
+    proxy = gateway.proxy_address.removeprefix("gateway://")
+    return HandOff(
+        owner=f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:8]}",
+        parent_pid=os.getpid(),
+        access=GatewayAccess(
+            address=gateway.address,
+            proxy_address=gateway.proxy_address,
+            public_address=gateway._public_address,
+            auth=gateway.auth,
+            cluster_name=cluster.name,
+            scheduler_address=cluster.scheduler_address,
+            tls_cert=cluster.security.tls_cert,
+            tls_key=cluster.security.tls_key,
+        ),
+        schedd=schedd,
+        groups={"default": spec},
+        worker_config={
+            "scheduler_address": gateway_address(proxy, cluster.name),
+            "host": "127.0.0.1" if is_loopback(proxy) else None,
+            "preload": ["prefect_htcdask.worker_runtime"] if flow_run else [],
+            "death_timeout": max(60.0, settings.lease.duration),
+            "versions": local_versions(),
+        },
+        worker_secrets=worker_secrets,
+        flow_run=flow_run,
+        run_directory=str(run_directory),
+        lease=settings.lease.duration,
+        lost_schedd=settings.lease.lost_schedd,
+        interval=settings.adaptive.interval,
+        residence=settings.adaptive.residence,
+        max_idle_jobs=settings.adaptive.max_idle_jobs,
+        max_failures=settings.adaptive.max_failures,
+        start_timeout=settings.worker.start_timeout,
+        detached=not cluster.shutdown_on_close,
+        fixed=fixed,
+    )
