@@ -53,15 +53,10 @@ def remove_leftover_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[A
 
 def stop_clusters(parts: Parts, names: list[str]) -> list[str]:
     """Stop gateway clusters; returns the names of those that were there."""
-    from dask_gateway import Gateway
+    from prefect_htcdask.gateway import HTCGateway
 
     stopped = []
-    with Gateway(
-        address=parts.address,
-        proxy_address=parts.proxy_address,
-        public_address=parts.public_address,
-        auth=parts.auth,
-    ) as gateway:
+    with HTCGateway(parts=parts) as gateway:
         running = {report.name for report in gateway.list_clusters()}
         for name in names:
             if name in running:

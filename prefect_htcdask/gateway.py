@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 _WORKER_FIELDS = frozenset(WorkerSettings.model_fields)
 
 
+def _forget_loop(gateway: Gateway) -> None:
+    """Spare a closed client: dask_gateway closes it once more when collected, and stumbles over the stopped loop."""
+    gateway.__dict__.pop("_loop_runner", None)
+
+
 class HTCGateway(Gateway):
     """A client of a Dask Gateway whose clusters have HTCondor workers; drop-in for dask_gateway's.
 
@@ -60,9 +65,10 @@ class HTCGateway(Gateway):
         loop: Any = None,
         *,
         settings: HTCDaskSettings | None = None,
+        parts: Parts | None = None,
     ) -> None:
         self.settings = settings or load_settings()
-        self.parts = resolve_parts(
+        self.parts = parts or resolve_parts(
             self.settings,
             address=address,
             proxy_address=proxy_address,
@@ -102,6 +108,13 @@ class HTCGateway(Gateway):
             settings=self.settings,
             parts=self.parts,
         )
+
+    def close(self) -> Any:
+        """Close this client; its clusters live on."""
+        closing = super().close()
+        if not self.asynchronous:
+            _forget_loop(self)
+        return closing
 
     def stop_cluster(self, cluster_name: str, **kwargs: Any) -> Any:
         """Stop a cluster and remove its worker jobs, found by their ads."""
@@ -363,8 +376,7 @@ class HTCGatewayCluster(GatewayCluster):
         """Close this object, and where `shutdown` (default: `shutdown_on_close`) the cluster and its workers too."""
         closing = super().close(shutdown=shutdown)
         if not self.asynchronous:
-            # dask_gateway closes its client once more when it is collected, and stumbles over the stopped loop.
-            self.gateway.__dict__.pop("_loop_runner", None)
+            _forget_loop(self.gateway)
         return closing
 
     async def _stop_internal(self, shutdown: bool | None = None) -> None:
