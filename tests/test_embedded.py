@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from prefect_htcdask.embedded import EmbeddedEndpoint, EmbeddedError, ensure_running, status, stop
+from prefect_htcdask.embedded import endpoint as module
 from prefect_htcdask.embedded.gateway_server import get_json
 from prefect_htcdask.settings import EmbeddedSettings
 from tests.pool_fixtures import living
@@ -203,8 +204,35 @@ def test_the_pool_accepts_no_other_user(embedded: EmbeddedEndpoint) -> None:
     assert stat.S_IMODE(embedded.condor_config.parent.stat().st_mode) == 0o700
 
 
-def test_a_job_starts_soon_and_reads_what_its_user_can(embedded: EmbeddedEndpoint, tmp_path: Path) -> None:
-    private = tmp_path / "private"
+def test_root_needs_no_user_namespace(own: EmbeddedSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a container forbids them, the pool runs as another user, with leave to read root's files."""
+    monkeypatch.setattr(module, "WAYS_FOR_ROOT", ("capability",))
+    endpoint = ensure_running(own)
+    master = psutil.Process(status(own)["processes"]["condor"])
+    assert 0 not in master.uids()
+    run_private_job(endpoint, tmp_path / "private")
+    if os.geteuid() == 0:
+        assert in_pool(endpoint, COUNT_JOBS_AS, str(pwd.getpwnam("nobody").pw_uid)).returncode != 0
+    stop(own)
+    assert living([master]) == []
+    monkeypatch.undo()
+    # The other way takes over the files of this one.
+    run_private_job(ensure_running(own), tmp_path / "again")
+
+
+def test_root_who_can_be_nobody_else_is_told(
+    own: EmbeddedSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WAYS_FOR_ROOT", ())
+    if os.geteuid() == 0:
+        with pytest.raises(EmbeddedError, match=r"no jobs as root.*run as an ordinary user"):
+            ensure_running(own)
+    else:
+        assert module._identity() == "same"
+
+
+def run_private_job(endpoint: EmbeddedEndpoint, private: Path) -> None:
+    """Run a job that reads and writes where only its user may."""
     private.mkdir(mode=0o700)
     (private / "input").write_text("from a private directory")
     job = {
@@ -216,13 +244,17 @@ def test_a_job_starts_soon_and_reads_what_its_user_can(embedded: EmbeddedEndpoin
         "request_memory": "50",
         "request_disk": "1MB",
     }
-    started = time.monotonic()
-    result = in_pool(embedded, SUBMIT, json.dumps(job), "1")
+    result = in_pool(endpoint, SUBMIT, json.dumps(job), "1")
     assert result.returncode == 0, result.stderr
-    until(lambda: "Job terminated" in (private / "log").read_text(), timeout=20)
+    until(lambda: "Job terminated" in (private / "log").read_text(), timeout=30)
     assert (private / "output").read_text() == "from a private directory\n"
+
+
+def test_a_job_starts_soon_and_reads_what_its_user_can(embedded: EmbeddedEndpoint, tmp_path: Path) -> None:
+    started = time.monotonic()
+    run_private_job(embedded, tmp_path / "private")
     assert time.monotonic() - started < 10
-    assert (private / "output").stat().st_uid == os.geteuid()
+    assert (tmp_path / "private" / "output").stat().st_uid == os.geteuid()
 
 
 def test_down_is_quick_and_forgets_the_jobs(own: EmbeddedSettings, tmp_path: Path) -> None:

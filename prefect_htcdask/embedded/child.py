@@ -1,12 +1,17 @@
-"""Run one command as a child that dies with its parent, and, for root, as an ordinary user of a user namespace.
+"""Run one command as a child that dies with its parent, and, for root, as an ordinary user who reads root's files.
 
 Started by file path and kept to the standard library, because it stands before every daemon that the keeper starts::
 
-    python child.py PARENT SIGNAL UID:GID|- COMMAND [ARGUMENT ...]
+    python child.py PARENT SIGNAL IDENTITY COMMAND [ARGUMENT ...]
 
-HTCondor refuses to run jobs as root. In a user namespace that maps root to an ordinary user, its daemons and jobs see
-themselves as that user, while the kernel still treats their files as root's: an interpreter or package under a
-home directory of mode 0700 stays readable. See user_namespaces(7).
+IDENTITY is "same", or one of the two ways in which root has HTCondor, which runs no jobs as root, be someone else:
+
+"namespace:UID:GID": a user namespace that maps root to that user. Daemons and jobs see themselves as that user, while
+the kernel still treats their files as root's: an interpreter under a home directory of mode 0700 stays readable, and
+they may do nothing to the files of others. See user_namespaces(7).
+
+"capability:UID:GID": that very user, with the ambient capabilities to pass over file permissions. For containers, which
+often forbid user namespaces. See capabilities(7).
 """
 
 from __future__ import annotations
@@ -17,7 +22,18 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+PR_SET_SECUREBITS = 28
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
+SECBIT_NO_SETUID_FIXUP = 1 << 2  # capabilities(7): keep capabilities over setuid, and heed them in access(2)
+CAP_DAC_OVERRIDE = 1
+CAP_FOWNER = 3
+CAPABILITY_VERSION_3 = 0x20080522  # capset(2)
 CLONE_NEWUSER = 0x10000000  # unshare(2)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _check(result: int, what: str) -> None:
@@ -33,8 +49,7 @@ def enter_user_namespace(uid: int, gid: int) -> None:
         OSError: where the kernel or a container forbids user namespaces.
     """
     outer_uid, outer_gid = os.geteuid(), os.getegid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    _check(libc.unshare(CLONE_NEWUSER), "unshare")
+    _check(_libc().unshare(CLONE_NEWUSER), "unshare")
     # A process without CAP_SETGID outside may map a group only once setgroups is given up.
     for name, text in (
         ("setgroups", "deny"),
@@ -45,20 +60,42 @@ def enter_user_namespace(uid: int, gid: int) -> None:
             file.write(text)
 
 
+def become_user_with_file_access(uid: int, gid: int) -> None:
+    """Become `uid`:`gid`, who with all children may still read and write root's files.
+
+    Raises:
+        OSError: where root itself lacks these capabilities.
+    """
+    libc = _libc()
+    _check(libc.prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0), "PR_SET_SECUREBITS")
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    capabilities = (CAP_DAC_OVERRIDE, CAP_FOWNER)
+    mask = sum(1 << capability for capability in capabilities)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    # Effective, permitted, inheritable; then the same for capabilities above 31.
+    sets = (ctypes.c_uint32 * 6)(mask, mask, mask, 0, 0, 0)
+    _check(libc.capset(header, sets), "capset")
+    for capability in capabilities:
+        _check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0), "PR_CAP_AMBIENT_RAISE")
+
+
 def die_with_parent(parent: int, number: int) -> None:
     """Have the kernel send signal `number` when `parent` (a process id) ends. Exits if it has ended already."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    _check(libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0), "prctl")
+    _check(_libc().prctl(PR_SET_PDEATHSIG, number, 0, 0, 0), "PR_SET_PDEATHSIG")
     if os.getppid() != parent:
         sys.exit(1)
 
 
 def main(arguments: list[str]) -> None:
-    parent, number, mapping, *command = arguments
+    parent, number, identity, *command = arguments
     try:
-        if mapping != "-":
-            uid, gid = mapping.split(":")
-            enter_user_namespace(int(uid), int(gid))
+        way, *ids = identity.split(":")
+        if way == "namespace":
+            enter_user_namespace(*map(int, ids))
+        elif way == "capability":
+            become_user_with_file_access(*map(int, ids))
         # After the change of credentials, which would clear it.
         die_with_parent(int(parent), signal.Signals[number])
         os.execvp(command[0], command)

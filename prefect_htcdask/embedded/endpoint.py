@@ -135,9 +135,7 @@ def stop(settings: EmbeddedSettings, *, timeout: float = 30) -> bool:
     if state is None:
         return False
     if not state.alive:
-        left = [process for process in (*state.processes.values(), *state.others) if process.alive]
-        end_leftovers(state)
-        return bool(left)
+        return end_leftovers(directory)
     assert state.keeper is not None
     state.keeper.send(signal.SIGTERM)
     deadline = time.monotonic() + timeout

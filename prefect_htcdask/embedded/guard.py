@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 
 from prefect_htcdask.embedded.leftovers import end_leftovers
 from prefect_htcdask.embedded.state import StateDirectory
@@ -16,7 +17,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     directory = StateDirectory(sys.argv[1])
     sys.stdin.read()
-    end_leftovers(directory.read())
+    # The kernel closes a dying process's files a moment before the process is gone.
+    deadline = time.monotonic() + 5
+    while (state := directory.read()) is not None and state.alive and time.monotonic() < deadline:
+        time.sleep(0.02)
+    end_leftovers(directory)
 
 
 if __name__ == "__main__":

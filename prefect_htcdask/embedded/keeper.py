@@ -56,7 +56,7 @@ class Service:
         end: the signal that ends it, sent by the kernel too when the keeper dies.
         environment: its environment.
         log: the file for its output.
-        mapping: "UID:GID" of the user namespace to run in, or "-".
+        identity: as whom it runs: see `child`.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Service:
     end: signal.Signals
     environment: dict[str, str]
     log: Path
-    mapping: str = "-"
+    identity: str = "same"
     popen: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     failures: int = 0
@@ -72,7 +72,7 @@ class Service:
 
     def start(self) -> None:
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
-            launcher = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), self.end.name, self.mapping]
+            launcher = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), self.end.name, self.identity]
             self.popen = subprocess.Popen(
                 [*launcher, *self.command],
                 env=self.environment,
@@ -179,6 +179,7 @@ class Keeper:
                 cpus=self.order.cpus,
                 memory=self.order.memory,
                 sockets=sockets,
+                identity=self.order.identity,
             )
             self.state.condor_config = str(config)
             master = Service(
@@ -187,7 +188,7 @@ class Keeper:
                 signal.SIGQUIT,  # HTCondor's fast shutdown
                 {**environment, "CONDOR_CONFIG": str(config)},
                 self.directory.path / "condor_master.log",
-                mapping=self.order.mapping,
+                identity=self.order.identity,
             )
             self.services.append(master)
         self.server.configure()
@@ -278,13 +279,9 @@ class Keeper:
             time.sleep(0.05)
 
     def _record(self) -> None:
-        processes = {s.name: p for s in self.services if s.popen is not None and (p := Process.of(s.popen.pid))}
-        children = {process.pid for process in processes.values()}
-        self.state.processes = processes
-        self.state.others = [p for pid in self._descendants() if pid not in children and (p := Process.of(pid))]
-        self._write()
-
-    def _write(self) -> None:
+        """Write the state file, if there is anything new to say."""
+        running = {s.name: p for s in self.services if s.popen is not None and (p := Process.of(s.popen.pid))}
+        self.state.processes = running
         text = self.state.to_json()
         if text != self._written:
             self.directory.write(self.state)
@@ -350,7 +347,7 @@ class Keeper:
                 os.read(self._wakeup, 4096)
         self._forget()
         self.state.phase, self.state.message = phase, message
-        self.state.processes, self.state.others = {}, []
+        self.state.processes = {}
         self.directory.write(self.state)
         logger.info("all stopped")
 
@@ -418,7 +415,7 @@ def main() -> int:
     except Timeout:
         logger.error("another keeper holds %s: not starting twice", directory.path)
         return 1
-    end_leftovers(directory.read())
+    end_leftovers(directory)
     return Keeper(directory, LaunchOrder.read(directory)).run()
 
 

@@ -23,7 +23,7 @@ class LaunchOrder:
         collector_port: TCP port of the pool.
         cpus: cores that the pool offers; `None` for the machine's.
         memory: bytes that the pool offers; `None` for the machine's.
-        mapping: "UID:GID" of the user namespace for HTCondor, or "-".
+        identity: as whom HTCondor runs: see `child`.
         versions: of what is used, for the record.
     """
 
@@ -34,7 +34,7 @@ class LaunchOrder:
     collector_port: int = 0
     cpus: int | None = None
     memory: int | None = None
-    mapping: str = "-"
+    identity: str = "same"
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, directory: StateDirectory) -> None:

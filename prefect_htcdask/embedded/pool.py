@@ -48,7 +48,14 @@ def socket_directory(pool: Path) -> Path | None:
 
 
 def configure_pool(
-    pool: Path, binaries: CondorBinaries, *, port: int, cpus: int | None, memory: int | None, sockets: Path | None
+    pool: Path,
+    binaries: CondorBinaries,
+    *,
+    port: int,
+    cpus: int | None,
+    memory: int | None,
+    sockets: Path | None,
+    identity: str,
 ) -> Path:
     """Write the directories and the configuration of a personal pool.
 
@@ -59,6 +66,7 @@ def configure_pool(
         cpus: cores to offer; `None` for the machine's, and `MINIMUM_CPUS` at least.
         memory: bytes to offer; `None` for the machine's.
         sockets: directory for Unix sockets, if not `pool`'s own.
+        identity: as whom the daemons will run: see `child`.
 
     Returns:
         the configuration file (CONDOR_CONFIG).
@@ -92,12 +100,26 @@ def configure_pool(
         config["STARTER_JOB_ENVIRONMENT"] = f'"HOME={pwd.getpwuid(0).pw_dir}"'
         # Root's own programs (condor_q and so on) stay root, instead of looking for a user "condor".
         config["CONDOR_IDS"] = "0.0"
+    if identity.startswith("capability"):
+        config["CERTIFICATE_MAPFILE"] = str(pool / "mapfile")
     # Detached: the keeper ends the daemons itself, and not at some deletion of this object.
     personal = PersonalPool(local_dir=pool, config=config, detach=True, use_config=False)
     personal.initialize()
     pool.chmod(0o700)
     (sockets or pool / "sock").mkdir(mode=0o700, exist_ok=True)
+    if os.geteuid() == 0:
+        (pool / "mapfile").write_text(f"FS root {pool_user().pw_name}\n")
+        owner = pool_user() if identity.startswith("capability") else pwd.getpwuid(0)
+        for top in (pool, *([sockets] if sockets else [])):
+            _give_to(owner, top)
     return Path(personal.config_file)
+
+
+def _give_to(owner: pwd.struct_passwd, top: Path) -> None:
+    """Have the user as whom the kernel knows the daemons own their files, also those of an earlier start."""
+    for directory, _, files in os.walk(top):
+        for path in (directory, *(os.path.join(directory, name) for name in files)):
+            os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
 
 
 def _network(port: int, sockets: Path) -> dict[str, str]:

@@ -74,7 +74,6 @@ class State:
         launch: the id of the order that the keeper was started with.
         keeper: the keeper's own process.
         processes: its children by name: condor, gateway, proxy.
-        others: their descendants, to be ended if the keeper was killed.
         gateway_address: URL of the gateway.
         proxy_address: host:port of the schedulers' TLS connections.
         username: the one user whom the gateway accepts.
@@ -90,7 +89,6 @@ class State:
     launch: str = ""
     keeper: Process | None = None
     processes: dict[str, Process] = field(default_factory=dict)
-    others: list[Process] = field(default_factory=list)
     gateway_address: str = ""
     proxy_address: str = ""
     username: str = ""
@@ -112,7 +110,6 @@ class State:
         return cls(
             keeper=Process(**keeper) if keeper else None,
             processes={name: Process(**value) for name, value in raw.pop("processes").items()},
-            others=[Process(**value) for value in raw.pop("others")],
             **raw,
         )
 
