@@ -29,6 +29,8 @@ from prefect_htcdask.errors import HTCDaskError, TaskRunLost
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from prefect.tasks import Task
+
 R = TypeVar("R")
 
 POLL = 0.5
@@ -48,9 +50,11 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         wrapped_future: distributed.Future,
         collector: Collector | None = None,
         task_name: str = "",
+        task: Task[Any, Any] | None = None,
     ) -> None:
         super().__init__(task_run_id=task_run_id, wrapped_future=wrapped_future)
         self.task_name = task_name
+        self.task = task
         self._collector = collector
         self._callbacks: list[Callable[[PrefectFuture[R]], None]] = []
 

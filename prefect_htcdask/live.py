@@ -22,7 +22,6 @@ import distributed
 from distributed import Client
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelled, State
-from prefect.tasks import Task
 
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.futures import Collector, HTCDaskFuture, collector_of
@@ -65,7 +64,7 @@ class LiveRun:
         self.collector = Collector(self.client, self._report_lost)
         self.submission = Submission(self.client, self.key, self.api_url)
         self._lock = threading.Lock()
-        self._unfinished: dict[UUID, tuple[HTCDaskFuture[Any], Task[Any, Any]]] = {}
+        self._unfinished: dict[UUID, HTCDaskFuture[Any]] = {}
         self._cancelled = False
         self._closed = False
         self._stop = threading.Event()
@@ -73,10 +72,10 @@ class LiveRun:
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
         self._watcher.start()
 
-    def track(self, futures: list[HTCDaskFuture[Any]], task: Task[Any, Any]) -> None:
+    def track(self, futures: list[HTCDaskFuture[Any]]) -> None:
         """Hold futures until their task runs end, so that a submitted task runs though nobody keeps its future."""
         with self._lock:
-            self._unfinished.update((future._task_run_id, (future, task)) for future in futures)
+            self._unfinished.update((future._task_run_id, future) for future in futures)
 
     def check(self) -> None:
         """Raise what keeps this run from having any work done.
@@ -107,23 +106,16 @@ class LiveRun:
     def unfinished(self) -> list[HTCDaskFuture[Any]]:
         """The futures whose task runs have not ended."""
         with self._lock:
-            ended = [key for key, (future, _) in self._unfinished.items() if not future.is_pending()]
-            lost = [
-                self._unfinished[key][0]
-                for key in ended
-                if self._unfinished[key][0]._final_state is None
-                and self._unfinished[key][0].wrapped_future.status in ("error", "cancelled", "lost")
-            ]
-            pending = [future for future, _ in self._unfinished.values() if future.is_pending()]
+            held = list(self._unfinished.values())
+            pending = [future for future in held if future.is_pending()]
+            ended = [future for future in held if not future.is_pending()]
+            for future in ended:
+                del self._unfinished[future._task_run_id]
         if not self._cancelled:
-            # Nobody may be waiting for these, but the Prefect API still has to hear what became of them.
-            for future in lost:
-                self.collector.ask(future)
-        with self._lock:
-            for key in ended:
-                future, _ = self._unfinished[key]
-                if future._final_state is not None or future.wrapped_future.status == "finished":
-                    self._unfinished.pop(key, None)
+            for future in ended:
+                if future._final_state is None and future.wrapped_future.status != "finished":
+                    # Nobody may be waiting for it, but the Prefect API still has to hear what became of it.
+                    self.collector.ask(future)
         return pending
 
     def on_message(self, message: dict[str, Any]) -> None:
@@ -228,11 +220,9 @@ class LiveRun:
                 self.log("info", f"{moved} task runs were cut short by the end of the flow run")
 
     def _report_lost(self, future: HTCDaskFuture[Any], state: State[Any]) -> None:
-        with self._lock:
-            _, task = self._unfinished.get(future._task_run_id, (None, None))
-        failure = self.collector.failure
         # When the whole cluster fails, task runs that never started need no record of their own.
-        self.reporter.report(future._task_run_id, future.task_name, task if failure is None else None, state)
+        task = future.task if self.collector.failure is None else None
+        self.reporter.report(future._task_run_id, future.task_name, task, state)
 
     def _watch(self) -> None:
         """Notice what nobody waits for: lost task runs, a lost scheduler, versions that do not match."""
@@ -263,7 +253,7 @@ class NestedRun:
         self.submission = Submission(client, run_id, None)
         self.collector = collector_of(client)
 
-    def track(self, futures: list[HTCDaskFuture[Any]], task: Task[Any, Any]) -> None:
+    def track(self, futures: list[HTCDaskFuture[Any]]) -> None:
         """Nothing: a future that its task drops is given up with it, as prefect-dask does."""
 
     def check(self) -> None:

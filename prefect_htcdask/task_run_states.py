@@ -140,11 +140,11 @@ class StateReporter:
             self._set_state(client, task_run_id, state)
 
     def _set_state(self, client: SyncPrefectClient, task_run_id: UUID, state: State[Any]) -> None:
-        sent = state.model_copy(update={"data": None})
+        sent = _without_data(state)
         client.set_task_run_state(task_run_id, sent, force=True)
 
     def _create(self, task_run_id: UUID, name: str, task: Task[Any, Any], state: State[Any]) -> None:
-        sent = state.model_copy(update={"data": None})
+        sent = _without_data(state)
         sent.state_details = StateDetails(task_run_id=task_run_id, flow_run_id=self.flow_run_id)
         emit_task_run_state_change_event(
             task_run=TaskRun(
@@ -184,3 +184,8 @@ class StateReporter:
 
 def _new_state(state_type: StateType, message: str) -> State[Any]:
     return State(type=state_type, name=state_type.value.capitalize(), message=message)
+
+
+def _without_data(state: State[Any]) -> State[Any]:
+    # Not by model_copy, which resets the timestamp of a state.
+    return State(type=state.type, name=state.name, message=state.message, timestamp=state.timestamp)

@@ -199,8 +199,8 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         run = self._run()
         run.check()
         task_run_id, wrapped = run.submission.submit(task, parameters, wait_for, dependencies)
-        future: HTCDaskFuture[R] = HTCDaskFuture(task_run_id, wrapped, run.collector, task.name)
-        run.track([future], task)
+        future: HTCDaskFuture[R] = HTCDaskFuture(task_run_id, wrapped, run.collector, task.name, task)
+        run.track([future])
         return future
 
     def map(
@@ -225,9 +225,9 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         run.check()
         submitted = run.submission.submit_many(task, calls, shared, wait_for, inputs)
         futures: list[HTCDaskFuture[R]] = [
-            HTCDaskFuture(task_run_id, wrapped, run.collector, task.name) for task_run_id, wrapped in submitted
+            HTCDaskFuture(task_run_id, wrapped, run.collector, task.name, task) for task_run_id, wrapped in submitted
         ]
-        run.track(futures, task)
+        run.track(futures)
         return HTCDaskFutureList(futures)
 
     def cancel_all(self) -> None:

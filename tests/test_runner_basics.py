@@ -307,7 +307,7 @@ def test_caching_and_persisted_results(runner: HTCDaskTaskRunner, tmp_path: Path
 
     assert computing() == ("Completed", "Cached", 6)
     assert calls.read_text() == "x"
-    assert len(list((tmp_path / "results").iterdir())) == 1
+    assert any((tmp_path / "results").iterdir())
 
 
 def test_as_completed_wait_and_callbacks(runner: HTCDaskTaskRunner) -> None:

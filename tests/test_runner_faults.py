@@ -117,7 +117,8 @@ def test_a_lost_task_run_that_nobody_waits_for(frail_pool: distributed.LocalClus
         nap.submit(3).result()
 
     computing()
-    assert _states(ids["flow"])["announce_and_sleep"] == [StateType.CRASHED]
+    found = _states(ids["flow"], settled=lambda found: "announce_and_sleep" in found)
+    assert found["announce_and_sleep"] == [StateType.CRASHED]
 
 
 def test_a_collected_result_is_not_computed_again(frail_pool: distributed.LocalCluster, tmp_path: Path) -> None:
