@@ -11,6 +11,8 @@ import io
 import json
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -91,8 +93,9 @@ def find_inputs(patterns: list[str]) -> list[Source]:
     return [Source(name, path.read_bytes() if path and small else None) for name, path in found.items()]
 
 
-def open_events(source: Source, tree: str) -> Any:
-    """The event tree of a file.
+@contextmanager
+def open_events(source: Source, tree: str) -> Iterator[Any]:
+    """The event tree of a file, which is closed at the end of the block.
 
     Raises:
         InputError: where the file is not there, is no ROOT file, or has no such tree with muons.
@@ -110,28 +113,30 @@ def open_events(source: Source, tree: str) -> Any:
         file = uproot.open(readable)
     except ValueError as exc:  # what uproot raises for content that is not ROOT's
         raise InputError(f"{source.address} is no ROOT file: {exc}") from exc
-    if tree not in file:
-        names = ", ".join(sorted(set(file.keys(cycle=False)))) or "nothing"
-        raise InputError(f"{source.address} has no tree {tree!r}; it holds {names}")
-    events = file[tree]
-    missing = [name for name in BRANCHES if name not in events]
-    if missing:
-        raise InputError(f"{source.address}: tree {tree!r} has no {', '.join(missing)}; NanoAOD with muons is needed")
-    return events
+    with file:
+        if tree not in file:
+            names = ", ".join(sorted(set(file.keys(cycle=False)))) or "nothing"
+            raise InputError(f"{source.address} has no tree {tree!r}; it holds {names}")
+        events = file[tree]
+        missing = ", ".join(name for name in BRANCHES if name not in events)
+        if missing:
+            raise InputError(f"{source.address}: tree {tree!r} has no {missing}; NanoAOD with muons is needed")
+        yield events
 
 
 @task(retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=worth_retrying, tags=["nanoaod"])
 def inspect(source: Source, tree: str) -> Contents:
     """How many events a file holds, and of which data set."""
-    events = open_events(source, tree)
-    kind = "simulation" if "genWeight" in events else "data"
-    return Contents(int(events.num_entries), f"{Path(source.address).stem} ({kind})")
+    with open_events(source, tree) as events:
+        kind = "simulation" if "genWeight" in events else "data"
+        return Contents(int(events.num_entries), f"{Path(source.address).stem} ({kind})")
 
 
 @task(retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=worth_retrying, tags=["nanoaod"])
 def fill(source: Source, tree: str, dataset: str, start: int, stop: int, min_pt: float, max_eta: float) -> Result:
     """Histogram the opposite-sign pairs of the events from `start` up to `stop`."""
-    muons = open_events(source, tree).arrays(BRANCHES, entry_start=start, entry_stop=stop)
+    with open_events(source, tree) as events:
+        muons = events.arrays(BRANCHES, entry_start=start, entry_stop=stop)
     return fill_histograms(muons, dataset, min_pt, max_eta)
 
 

@@ -83,7 +83,7 @@ def _isolate() -> None:
     os.environ[f"{SETTING}EMBEDDED_DIRECTORY"] = str(STATE / "embedded")
     os.environ[f"{SETTING}EMBEDDED_USE_CONFIGURED_POOL"] = "false"
     # A safety net: should this process be killed, they stop by themselves.
-    os.environ[f"{SETTING}EMBEDDED_IDLE_TIMEOUT"] = "60"
+    os.environ[f"{SETTING}EMBEDDED_IDLE_TIMEOUT"] = "300"
     os.environ[f"{SETTING}CONDOR_DIRECTORY"] = str(STATE / "runs")
     os.environ["DASK_CONFIG"] = str(STATE / "dask")
 
@@ -121,7 +121,11 @@ def _analyse() -> int:
         # Ctrl-C in a terminal has reached it too; a plain `kill` has not. It removes its workers, then ends.
         if process.poll() is None and not os.isatty(0):
             process.send_signal(signal.SIGINT)
-        process.wait(60)
+        try:
+            process.wait(45)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         raise
 
 
