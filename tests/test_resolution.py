@@ -1,0 +1,108 @@
+"""Which gateway, which schedd: arguments, then settings, then Dask's configuration, then the embedded pool."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+from dask_gateway.auth import BasicAuth, JupyterHubAuth
+
+from prefect_htcdask.resolution import gateway_auth, is_loopback, resolve_parts, worker_spec
+from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
+
+
+@pytest.fixture(autouse=True)
+def no_configured_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONDOR_CONFIG", "ONLY_ENV")
+
+
+def configured(**groups: Any) -> HTCDaskSettings:
+    return load_settings(**{"condor": {"collector": "pool:9618"}, "embedded": {"enabled": False}, **groups})
+
+
+def test_an_argument_wins_over_a_setting_and_a_setting_over_dask() -> None:
+    with dask.config.set({"gateway.address": "http://dask"}):
+        both = configured(gateway={"address": "http://setting"})
+        assert resolve_parts(both, address="http://argument").address == "http://argument"
+        assert resolve_parts(both).address == "http://setting"
+        assert resolve_parts(configured()).address == "http://dask"
+
+
+def test_the_schedd_is_the_settings() -> None:
+    parts = resolve_parts(
+        configured(gateway={"address": "http://g"}, condor={"collector": "c", "schedd": "s", "spool": True})
+    )
+    assert (parts.schedd.collector, parts.schedd.schedd, parts.schedd.spool) == ("c", "s", True)
+    assert not parts.embedded
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ({}, ["Dask Gateway", "gateway.address", "embedded.enabled"]),
+        ({"gateway": {"address": "http://g"}, "condor": {}}, ["HTCondor pool", "condor.collector"]),
+        ({"gateway": {"address": "gateway.example.org"}}, ["gateway.address", "gateway.example.org", "http://"]),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(groups: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        resolve_parts(configured(**groups))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_password_means_basic_and_a_token_jupyterhub() -> None:
+    basic = gateway_auth(load_settings(gateway={"username": "u", "password": "p"}).gateway, None)
+    assert isinstance(basic, BasicAuth) and (basic.username, basic.password) == ("u", "p")
+    hub = gateway_auth(load_settings(gateway={"token": "t"}).gateway, None)
+    assert isinstance(hub, JupyterHubAuth)
+
+
+def test_an_unknown_kind_of_login_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("smoke-signals", "no.such.Class"):
+        with pytest.raises(SettingsError) as caught:
+            gateway_auth(load_settings(gateway={"auth": kind}).gateway, None)
+        assert "gateway.auth" in str(caught.value) and kind in str(caught.value)
+    monkeypatch.delenv("JUPYTERHUB_API_TOKEN", raising=False)
+    with pytest.raises(SettingsError, match=r"gateway\.auth = 'jupyterhub'"):
+        gateway_auth(load_settings(gateway={"auth": "jupyterhub"}).gateway, None)
+
+
+def test_a_container_has_its_own_python(tmp_path: Path) -> None:
+    image = tmp_path / "image.sif"
+    image.touch()
+    assert worker_spec(load_settings().worker).python == sys.executable
+    assert worker_spec(load_settings(worker={"container_image": str(image)}).worker).python == "python3"
+    spec = worker_spec(load_settings(worker={"image": "daskdev/dask:1"}).worker)
+    assert (spec.container_image, spec.python) == ("docker://daskdev/dask:1", "python3")
+    chosen = worker_spec(load_settings(worker={"image": "x", "python": "/opt/conda/bin/python"}).worker)
+    assert chosen.python == "/opt/conda/bin/python"
+
+
+def test_an_image_that_does_not_exist_is_named() -> None:
+    with pytest.raises(SettingsError) as caught:
+        worker_spec(load_settings(worker={"container_image": "/no/such.sif"}).worker)
+    assert all(word in str(caught.value) for word in ("worker.container_image", "/no/such.sif", "docker://"))
+
+
+def test_threads_are_the_cores_unless_said() -> None:
+    assert worker_spec(load_settings(worker={"cpus": 4}).worker).threads == 4
+    assert worker_spec(load_settings(worker={"cpus": 4, "nthreads": 2}).worker).threads == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("localhost:80", True),
+        ("127.9.9.9:1", True),
+        ("[::1]:80", True),
+        ("http://10.0.0.1", False),
+        ("gateway.example.org:443", False),
+        ("", False),
+    ],
+)
+def test_loopback(address: str, loopback: bool) -> None:
+    assert is_loopback(address) is loopback

@@ -1,0 +1,172 @@
+"""The start script of a worker job: the guard, run for real."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prefect_htcdask.condor import worker_start
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Path:
+    """What HTCondor would lay out, for a worker process that a test puts in place of Dask's."""
+    for name in (worker_start.SECRETS_FILE, worker_start.KEY_FILE):
+        (tmp_path / name).write_text("{}")
+        (tmp_path / name).chmod(0o644)
+    configure(tmp_path)
+    return tmp_path
+
+
+def configure(sandbox: Path, memory_limit: int = 0, **versions: str) -> None:
+    (sandbox / worker_start.CONFIG_FILE).write_text(json.dumps({"memory_limit": memory_limit, "versions": versions}))
+
+
+def start(sandbox: Path, worker: str) -> subprocess.Popen[str]:
+    """The guard, over a worker process that runs `worker`, some lines of Python."""
+    script = sandbox / "start.py"
+    source = Path(worker_start.__file__).read_text()
+    body = "\n".join("    " + line for line in worker.splitlines())
+    script.write_text(source.replace('if __name__ == "__main__":', f"def run_worker(sandbox):\n{body}\n\nif True:"))
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "_CONDOR_SCRATCH_DIR": str(sandbox)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, stderr = process.communicate(timeout=30)
+    return process.returncode, stderr
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_worker_s_exit_status_is_the_job_s(sandbox: Path, status: int) -> None:
+    assert finish(start(sandbox, f"return {status}")) == (status, "")
+
+
+def test_secrets_are_the_owner_s_alone(sandbox: Path) -> None:
+    finish(start(sandbox, "return 0"))
+    for name in (worker_start.SECRETS_FILE, worker_start.KEY_FILE):
+        assert (sandbox / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_worker_that_takes_too_much_memory_is_ended_with_its_children(sandbox: Path) -> None:
+    configure(sandbox, memory_limit=120 * 2**20)
+    child = "import time; x = bytearray(90 * 2**20); x[::4096] = b'1' * len(x[::4096]); time.sleep(60)"
+    process = start(
+        sandbox,
+        f"children = [subprocess.Popen([sys.executable, '-c', {child!r}]) for _ in range(2)]\n"
+        "Path('children').write_text(' '.join(str(c.pid) for c in children))\n"
+        "time.sleep(60)",
+    )
+    status, stderr = finish(process)
+    assert status == worker_start.EXIT_MEMORY
+    assert "htcdask: the worker used" in stderr and "120 MiB" in stderr and "worker.memory" in stderr
+    pids = [int(pid) for pid in (sandbox / "children").read_text().split()]
+    wait_until(lambda: not [pid for pid in pids if alive(pid)], 5, "the worker's own processes are gone")
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_are_passed_on_as_sigterm(sandbox: Path, signum: int) -> None:
+    process = start(
+        sandbox,
+        "signal.signal(signal.SIGTERM, lambda *_: (say('told to leave'), os._exit(7)))\n"
+        "Path('up').touch()\n"
+        "time.sleep(60)",
+    )
+    wait_until((sandbox / "up").exists, 20, "the worker runs")
+    process.send_signal(signum)
+    assert finish(process) == (7, "htcdask: told to leave\n")
+
+
+def test_a_killed_worker_is_told_of(sandbox: Path) -> None:
+    status, stderr = finish(start(sandbox, "os.kill(os.getpid(), signal.SIGKILL)"))
+    assert status == 128 + signal.SIGKILL
+    assert "ended by signal SIGKILL" in stderr
+
+
+def test_descendants_are_found_to_the_last(tmp_path: Path) -> None:
+    family = subprocess.Popen(["sh", "-c", "(sleep 60 & sleep 60; true); true"], start_new_session=True)
+    try:
+        wait_until(lambda: len(worker_start.descendants(family.pid)) == 3, 5, "a shell and two sleepers")
+        assert set(worker_start.descendants(family.pid)) == {
+            child.pid for child in psutil.Process(family.pid).children(recursive=True)
+        }
+        assert worker_start.memory_of(family.pid) > 0
+    finally:
+        os.killpg(family.pid, signal.SIGKILL)
+        family.wait()
+    assert worker_start.descendants(family.pid) == []
+    assert worker_start.memory_of(family.pid) == 0
+
+
+def test_versions_that_differ_end_the_worker_before_it_starts(sandbox: Path) -> None:
+    configure(sandbox, python="2.7", dask="1.0")
+    script = shutil.copy(worker_start.__file__, sandbox / "start.py")
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "_CONDOR_SCRATCH_DIR": str(sandbox)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    status, stderr = finish(process)
+    assert status == worker_start.EXIT_VERSIONS
+    assert "python" in stderr and "2.7 on the flow's host" in stderr and "dask" in stderr and "worker.python" in stderr
+    assert not (sandbox / worker_start.SECRETS_FILE).exists(), "secrets are read once, then gone"
+
+
+def test_an_interpreter_without_dask_says_so(sandbox: Path) -> None:
+    script = shutil.copy(worker_start.__file__, sandbox / "start.py")
+    # -S: no site-packages, as on a bare execute host. The worker process is started by the same interpreter.
+    process = subprocess.Popen(
+        [sys.executable, "-S", script, "--worker"],
+        env={"_CONDOR_SCRATCH_DIR": str(sandbox), "PATH": os.environ["PATH"]},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    status, stderr = finish(process)
+    assert status == worker_start.EXIT_MISSING
+    assert "has no distributed" in stderr and "worker.container_image" in stderr
+
+
+@pytest.mark.parametrize(
+    ("ad", "identity"),
+    [
+        ("ClusterId = 12\nProcId = 3\nNumJobStarts = 2\n", ("12.3", 2)),
+        ("ClusterId = 12\nProcId = 3\nNumShadowStarts = 4\nNumJobStarts = 2\nOther = 9\n", ("12.3", 4)),
+        ("", ("0.0", 0)),
+    ],
+)
+def test_the_job_s_identity_is_in_its_ad(
+    ad: str, identity: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ad").write_text(ad)
+    monkeypatch.setenv("_CONDOR_JOB_AD", str(tmp_path / "ad"))
+    assert worker_start.job_identity() == identity
+
+
+def test_its_first_half_needs_the_standard_library_only() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "import runpy, sys; runpy.run_path(sys.argv[1])", worker_start.__file__],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert importlib.util.find_spec("distributed") is not None
