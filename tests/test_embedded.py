@@ -275,6 +275,35 @@ def test_down_is_quick_and_forgets_the_jobs(own: EmbeddedSettings, tmp_path: Pat
     assert in_pool(ensure_running(own), COUNT_JOBS).stdout.strip() == "0"
 
 
+def test_a_configured_pool_is_used_and_only_a_gateway_started(
+    embedded: EmbeddedEndpoint, own: EmbeddedSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONDOR_CONFIG", str(embedded.condor_config))
+    settings = EmbeddedSettings(directory=own.directory, idle_timeout=120)
+    endpoint = ensure_running(settings)
+    assert endpoint.condor_config is None
+    report = status(settings)
+    assert report["running"] is True
+    assert set(report["processes"]) == {"gateway", "proxy"}
+    assert report["pool"]["embedded"] is False
+    assert report["pool"]["version"] == endpoint.versions["HTCondor"] == embedded.versions["HTCondor"]
+    assert start_cluster(endpoint) in status(settings)["gateway"]["clusters"]
+
+
+@pytest.mark.parametrize("given", ["a pool that is gone", "our own pool"])
+def test_a_pool_that_does_not_answer_is_not_used(
+    own: EmbeddedSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    gone = tmp_path / "gone"
+    gone.write_text(f"LOCAL_DIR = {tmp_path}\nLOG = {tmp_path}\nCOLLECTOR_HOST = 127.0.0.1:9\nRELEASE_DIR = /usr\n")
+    config = gone if given == "a pool that is gone" else Path(str(own.directory)) / "condor" / "condor_config"
+    monkeypatch.setenv("CONDOR_CONFIG", str(config))
+    settings = EmbeddedSettings(directory=own.directory, idle_timeout=120)
+    endpoint = ensure_running(settings)
+    assert endpoint.condor_config == Path(str(own.directory)) / "condor" / "condor_config"
+    assert status(settings)["running"] is True
+
+
 def test_disabled_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(EmbeddedError, match=r"embedded\.enabled is False"):
         ensure_running(EmbeddedSettings(directory=str(tmp_path), enabled=False))

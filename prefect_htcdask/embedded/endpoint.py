@@ -236,7 +236,7 @@ def _launch(
     identity = _identity()
     binaries = None
     found = None
-    if settings.use_configured_pool and _is_configured():
+    if settings.use_configured_pool and _is_configured(directory):
         found = query_pool(None)
     versions = _versions()
     if found is None:
@@ -269,9 +269,12 @@ def _launch(
     return order, Process.of(int(result.stdout))
 
 
-def _is_configured() -> bool:
-    """Whether HTCondor's own search would find a configuration on this machine."""
-    if "CONDOR_CONFIG" in os.environ or installed() is not None:
+def _is_configured(directory: StateDirectory) -> bool:
+    """Whether HTCondor's own search would find a configuration on this machine, other than that of our own pool."""
+    given = os.environ.get("CONDOR_CONFIG")
+    if given is not None:
+        return Path(given) != directory.pool / "condor_config"
+    if installed() is not None:
         return True
     return any(os.path.exists(os.path.expanduser(path)) for path in CONFIGURATIONS)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 
 def _ask() -> dict[str, Any]:
+    """The answer of schedd and collector. Raises LookupError where the pool is not ready."""
     import htcondor2
 
     htcondor2.reload_config()
@@ -28,7 +29,8 @@ def _ask() -> dict[str, Any]:
         "schedd": schedd_ad["Name"],
         "schedd_address": schedd_ad["MyAddress"],
         "collector_address": htcondor2.param.get("COLLECTOR_HOST", ""),
-        "version": schedd_ad.get("CondorVersion", ""),
+        # $CondorVersion: 23.9.6 2026-07-12 ... $
+        "version": str(schedd_ad["CondorVersion"]).split()[1],
         "cpus": sum(int(slot.get("TotalSlotCpus", 0)) for slot in slots),
         "memory": sum(int(slot.get("TotalSlotMemory", 0)) for slot in slots),
         "jobs": jobs,
