@@ -39,7 +39,7 @@ def environment(**variables: str) -> Iterator[None]:
 def pool(**settings: Any) -> Iterator[EmbeddedEndpoint]:
     """An embedded pool and gateway, found by default settings and by HTCondor's own commands while the block lasts."""
     with tempfile.TemporaryDirectory(prefix="htcdask-bench-") as directory:
-        embedded = EmbeddedSettings(directory=directory, idle_timeout=3600, **settings)
+        embedded = EmbeddedSettings(directory=directory, idle_timeout=300, **settings)
         endpoint = ensure_running(embedded)
         binaries = condor_binaries(lambda _text: None)
         try:

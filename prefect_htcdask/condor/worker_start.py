@@ -219,8 +219,15 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, leaving.set)
+    told = asyncio.ensure_future(leaving.wait())
+    joining = asyncio.ensure_future(_join(worker))
+    await asyncio.wait([joining, told], return_when=asyncio.FIRST_COMPLETED)
+    if not joining.done():
+        # Removed while it still looks for its scheduler, which may be gone: there is nothing to hand back, and the
+        # event loop would wait for the search to end.
+        os._exit(0)
     try:
-        await worker
+        await joining
     except Exception as exc:
         say(
             f"the worker on {os.uname().nodename} could not join the scheduler at "
@@ -228,12 +235,15 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
         )
         raise
     finished = asyncio.ensure_future(worker.finished())
-    told = asyncio.ensure_future(leaving.wait())
     await asyncio.wait([finished, told], return_when=asyncio.FIRST_COMPLETED)
     if not finished.done():
         await leave(worker, config["vacate_time"])
     told.cancel()
     return 0
+
+
+async def _join(worker: Any) -> None:
+    await worker
 
 
 async def leave(worker: Any, vacate_time: float) -> None:
