@@ -38,6 +38,8 @@ STOP_TIMEOUT = 8.0
 """Seconds for the daemons to end by themselves before they are killed."""
 ORPHAN_TIMEOUT = 3.0
 """Seconds for the daemons of a dead condor_master to end by themselves."""
+LOG_LIMIT = 10_000_000
+"""Bytes of a child's log that are kept when it is started again, besides those of one older log."""
 MOST_START_FAILURES = 3
 LONGEST_BACKOFF = 30.0
 STEADY = 60.0
@@ -71,6 +73,8 @@ class Service:
     due: float = field(default=0.0)
 
     def start(self) -> None:
+        if self.log.exists() and self.log.stat().st_size > LOG_LIMIT:
+            self.log.replace(self.log.with_suffix(".log.old"))
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
             launcher = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), self.end.name, self.identity]
             self.popen = subprocess.Popen(
