@@ -19,17 +19,16 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 from filelock import Timeout
 
-from prefect_htcdask.embedded import child
 from prefect_htcdask.embedded.gateway_server import GatewayServer
 from prefect_htcdask.embedded.launch import LaunchOrder
 from prefect_htcdask.embedded.leftovers import end_leftovers
 from prefect_htcdask.embedded.pool_query import is_condor_setting, query_pool
+from prefect_htcdask.embedded.service import Service
 from prefect_htcdask.embedded.state import Process, State, StateDirectory
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -38,67 +37,9 @@ STOP_TIMEOUT = 8.0
 """Seconds for the daemons to end by themselves before they are killed."""
 ORPHAN_TIMEOUT = 3.0
 """Seconds for the daemons of a dead condor_master to end by themselves."""
-LOG_LIMIT = 10_000_000
-"""Bytes of a child's log that are kept when it is started again, besides those of one older log."""
 MOST_START_FAILURES = 3
-LONGEST_BACKOFF = 30.0
-STEADY = 60.0
-"""A child that ran this long (seconds) was all right: its next restart is immediate again."""
 
 logger = logging.getLogger("prefect_htcdask.keeper")
-
-
-@dataclass
-class Service:
-    """One child of the keeper.
-
-    Attributes:
-        name: for logs and the state file.
-        command: what to run.
-        end: the signal that ends it, sent by the kernel too when the keeper dies.
-        environment: its environment.
-        log: the file for its output.
-        identity: as whom it runs: see `child`.
-    """
-
-    name: str
-    command: list[str]
-    end: signal.Signals
-    environment: dict[str, str]
-    log: Path
-    identity: str = "same"
-    popen: subprocess.Popen[bytes] | None = None
-    started: float = 0.0
-    failures: int = 0
-    due: float = field(default=0.0)
-
-    def start(self) -> None:
-        if self.log.exists() and self.log.stat().st_size > LOG_LIMIT:
-            self.log.replace(self.log.with_suffix(".log.old"))
-        with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
-            launcher = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), self.end.name, self.identity]
-            self.popen = subprocess.Popen(
-                [*launcher, *self.command],
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-                # A session of its own, as HTCondor's master and the gateway expect of a service manager.
-                start_new_session=True,
-            )
-        self.started = time.monotonic()
-        logger.info("started %s (pid %d)", self.name, self.popen.pid)
-
-    def ended(self, status: int) -> None:
-        """Note that the process ended, and plan its restart: later after each quick failure."""
-        if time.monotonic() - self.started > STEADY:
-            self.failures = 0
-        delay = 0.0 if self.failures == 0 else min(0.5 * 2**self.failures, LONGEST_BACKOFF)
-        self.failures += 1
-        self.popen = None
-        self.due = time.monotonic() + delay
-        logger.info("%s ended with status %d; if it is wanted, it is started again in %.1f s", self.name, status, delay)
 
 
 class Keeper:
