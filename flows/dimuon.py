@@ -111,8 +111,11 @@ def open_events(source: Source, tree: str) -> Iterator[Any]:
         readable = source.address
     try:
         file = uproot.open(readable)
-    except ValueError as exc:  # what uproot raises for content that is not ROOT's
-        raise InputError(f"{source.address} is no ROOT file: {exc}") from exc
+    except (ValueError, OSError) as exc:
+        # uproot's ValueError tells of content that is not ROOT's; its OSError of a short file, or of failing storage.
+        if isinstance(exc, ValueError) or source.content is not None:
+            raise InputError(f"{source.address} is no whole ROOT file: {exc}") from exc
+        raise
     with file:
         if tree not in file:
             names = ", ".join(sorted(set(file.keys(cycle=False)))) or "nothing"
