@@ -181,7 +181,11 @@ class LiveRun:
 
     def _end(self, pending: list[HTCDaskFuture[Any]], error: BaseException | None) -> None:
         """Close everything; each step is tried whatever became of the others."""
-        left = [future for future in pending if future._final_state is None and future.is_pending()]
+        left = [
+            future
+            for future in pending
+            if future._final_state is None and future.wrapped_future.status != "finished"
+        ]
         if left:
             with suppress(Exception):
                 self.client.cancel([future.wrapped_future for future in left], reason="the flow run has ended")
