@@ -237,8 +237,9 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     finished = asyncio.ensure_future(worker.finished())
     await asyncio.wait([finished, told], return_when=asyncio.FIRST_COMPLETED)
     if not finished.done():
-        await leave(worker, config["vacate_time"])
-    told.cancel()
+        going = asyncio.ensure_future(leave(worker, config["vacate_time"]))
+        # A scheduler that ends meanwhile closes the worker, and never answers its farewell.
+        await asyncio.wait([finished, going], return_when=asyncio.FIRST_COMPLETED)
     return 0
 
 

@@ -31,6 +31,7 @@ SUPERSEDED = "superseded"
 
 _DEFAULT_GROUP = "default"
 _MAX_BACKOFF = 60.0
+_PATIENCE = 2.0  # seconds without an answer of the scheduler before the gateway is asked
 _MAX_RENEWAL_INTERVAL = 600.0
 
 
@@ -154,8 +155,7 @@ class Supervisor:
         except ScheddError as exc:
             # The scheduler's lease is renewed by the question for demand, schedd or no schedd.
             self.tell_once("warning", f"{exc}; trying again")
-        answer = await self.scheduler.demand()
-        demand = await self.take_answer(answer)
+        demand = await self.take_answer(answer := await self.ask_scheduler())
         if self.over.is_set():
             return
         decision = decide(demand, self.fleet.supply(answer if demand else None), self.target, self.policy())
@@ -164,6 +164,15 @@ class Supervisor:
         await self.act(decision)
         await self.renew()
         await self.check_start(demand)
+
+    async def ask_scheduler(self) -> dict[str, Any] | None:
+        """The scheduler's answer; none at once where the gateway says that its cluster is over."""
+        asking = asyncio.ensure_future(self.scheduler.demand())
+        await asyncio.wait([asking], timeout=_PATIENCE)
+        if not asking.done() and await self.gateway.is_over():
+            asking.cancel()  # it would try to connect for a while yet
+            return None
+        return await asking
 
     def policy(self) -> PolicySettings:
         """The policy's settings as they are now."""
