@@ -16,6 +16,7 @@ from typing import Any
 from dask_gateway import Gateway, GatewayCluster, GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
+from .collection import PrivateGateway, close_when_collected, forget_loop
 from .condor.worker_job import FlowRunTag, WorkerJobError
 from .gateway_checks import GatewayUnreachable, ask_for_options, check_scheduler_versions
 from .hand_off import hand_off, scheduler_plugin
@@ -31,11 +32,6 @@ from .threads import in_thread
 logger = logging.getLogger(__name__)
 
 _WORKER_FIELDS = frozenset(WorkerSettings.model_fields)
-
-
-def _forget_loop(gateway: Gateway) -> None:
-    """Spare a closed client: dask_gateway closes it once more when collected, and stumbles over the stopped loop."""
-    gateway.__dict__.pop("_loop_runner", None)
 
 
 class HTCGateway(Gateway):
@@ -113,8 +109,11 @@ class HTCGateway(Gateway):
         """Close this client; its clusters live on."""
         closing = super().close()
         if not self.asynchronous:
-            _forget_loop(self)
+            forget_loop(self)
         return closing
+
+    def __del__(self) -> None:
+        close_when_collected(self, self)
 
     def stop_cluster(self, cluster_name: str, **kwargs: Any) -> Any:
         """Stop a cluster and remove its worker jobs, found by their ads."""
@@ -272,6 +271,7 @@ class HTCGatewayCluster(GatewayCluster):
     async def _start_async(self) -> None:
         if self.status in ("closing", "closed"):
             return
+        self.gateway.__class__ = PrivateGateway
         if not self._connected:
             # Both take about a second: the checks run while the gateway starts the scheduler.
             self._supervisor = await in_thread(self._start_supervisor)
@@ -376,8 +376,11 @@ class HTCGatewayCluster(GatewayCluster):
         """Close this object, and where `shutdown` (default: `shutdown_on_close`) the cluster and its workers too."""
         closing = super().close(shutdown=shutdown)
         if not self.asynchronous:
-            _forget_loop(self.gateway)
+            forget_loop(self.gateway)
         return closing
+
+    def __del__(self) -> None:
+        close_when_collected(self, self.__dict__.get("gateway"))
 
     async def _stop_internal(self, shutdown: bool | None = None) -> None:
         self._shutdown_wanted = self.shutdown_on_close if shutdown is None else shutdown

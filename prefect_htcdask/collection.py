@@ -1,0 +1,37 @@
+"""Garbage collection of dask_gateway's objects, which close themselves when collected, waiting for their event loop.
+
+The collector may run in that very loop's thread, and then the process waits for itself; and a client that was closed
+stumbles over its stopped loop. Here, closing on collection has a thread of its own, and happens once.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from dask_gateway import Gateway
+
+
+class PrivateGateway(Gateway):
+    """The client inside a cluster object, which closes it."""
+
+    def __del__(self) -> None:
+        """Nothing: a cluster and its client are collected together, in any order."""
+
+
+def forget_loop(gateway: Gateway) -> None:
+    """Mark a synchronous client as closed: dask_gateway's `__del__` then leaves it alone."""
+    gateway.__dict__.pop("_loop_runner", None)
+
+
+def close_when_collected(thing: Any, gateway: Gateway | None) -> None:
+    """What `__del__` of a cluster or client does: close it, if that is still to be done, off every event loop.
+
+    Args:
+        thing: the object that is collected, with a method `close`.
+        gateway: its client, or `None` where it was never made.
+    """
+    if gateway is None or sys.is_finalizing() or "_loop_runner" not in gateway.__dict__ or gateway.asynchronous:
+        return
+    threading.Thread(target=thing.close, name="htcdask-collected", daemon=True).start()
