@@ -1,0 +1,141 @@
+"""The deployments as a user makes them: a real server, a process worker, and a scheduled run on HTCondor workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+
+from prefect_htcdask.condor.job_events import EventLogReader, JobRecord, JobTable
+from prefect_htcdask.embedded import EmbeddedEndpoint
+from prefect_htcdask.embedded.pool_query import query_pool
+from tests.prefect_fixtures import PrefectServer
+from tests.test_flows import back_to_back, write_nanoaod
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+
+
+def prefect(*arguments: str) -> str:
+    """Run Prefect's command in the checkout, as deployments/prefect.yaml says."""
+    done = subprocess.run(
+        [*PREFECT, *arguments],
+        cwd=CHECKOUT,
+        env={**os.environ, "PWD": str(CHECKOUT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@contextmanager
+def process_worker(log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process worker of the pool; it runs elsewhere than in the checkout, as a service does."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*PREFECT, "worker", "start", "--pool", "htcdask", "--name", "test"],
+            cwd=log.parent,
+            env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+
+@pytest.fixture
+def deployed(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
+    prefect("work-pool", "create", "htcdask", "--type", "process", "--overwrite")
+    prefect("deploy", "--prefect-file", "deployments/prefect.yaml", "--all")
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+def runs_of(client: SyncPrefectClient, deployment: str) -> list[FlowRun]:
+    found = client.read_deployment_by_name(deployment)
+    wanted = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[found.id]))
+    return client.read_flow_runs(flow_run_filter=wanted)
+
+
+def jobs_of(runs: Path) -> list[JobRecord]:
+    """The worker jobs that were given a slot, from HTCondor's event logs below a directory."""
+    table = JobTable()
+    for log in runs.glob("*/jobs.log"):
+        reader = EventLogReader(log)
+        reader.read(table)
+        reader.close()
+    return [record for record in table.records.values() if record.host]
+
+
+def test_both_flows_deploy_and_one_has_a_cron_schedule(deployed: SyncPrefectClient) -> None:
+    nightly = deployed.read_deployment_by_name("dimuon/nightly")
+    sweep = deployed.read_deployment_by_name("percolation/sweep")
+    assert [type(schedule.schedule) for schedule in nightly.schedules] == [CronSchedule]
+    assert sweep.schedules == []
+    for deployment in (nightly, sweep):
+        (step,) = deployment.pull_steps or []
+        assert step == {"prefect.deployments.steps.set_working_directory": {"directory": str(CHECKOUT)}}
+    deadline = time.monotonic() + 60
+    while not (runs := runs_of(deployed, "dimuon/nightly")):
+        assert time.monotonic() < deadline, "the server scheduled no run of the cron schedule"
+        time.sleep(0.5)
+    assert all(run.auto_scheduled and run.expected_start_time is not None for run in runs)
+
+
+@pytest.mark.timeout(400)
+def test_a_scheduled_run_completes_on_htcondor_workers(
+    deployed: SyncPrefectClient,
+    htcdask_environment: EmbeddedEndpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = tmp_path / "runs"
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_CONDOR_DIRECTORY", str(runs))
+    events = write_nanoaod(tmp_path / "run1.root", [back_to_back(91.2)] * 10)
+    picture = tmp_path / "spectrum.png"
+    deployment = deployed.read_deployment_by_name("dimuon/nightly")
+    # The next of the cron schedule is at night; this one is soon, and once.
+    soon = datetime.now(timezone.utc) + timedelta(seconds=12)
+    schedule = IntervalSchedule(interval=timedelta(days=30), anchor_date=soon)
+    parameters = {"inputs": [str(events)], "output": str(picture), "events_per_task": 5}
+    deployed.create_deployment_schedules(deployment.id, [(schedule, True)], parameters=parameters)
+
+    log = tmp_path / "worker.log"
+    with process_worker(log) as worker:
+        deadline = time.monotonic() + 240
+        ended: list[FlowRun] = []
+        while not ended:
+            assert time.monotonic() < deadline and worker.poll() is None, log.read_text()
+            time.sleep(0.5)
+            ended = [run for run in runs_of(deployed, "dimuon/nightly") if run.state and run.state.is_final()]
+    (run,) = ended
+    assert run.state is not None and run.state.is_completed(), f"{run.state}\n{log.read_text()}"
+    assert run.auto_scheduled and abs((run.expected_start_time - soon).total_seconds()) < 1
+    assert picture.exists()
+    assert jobs_of(runs), "no HTCondor job ran"
+    pool = query_pool(str(htcdask_environment.condor_config))
+    assert pool is not None and pool["jobs"]["total"] == 0
