@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -297,7 +298,14 @@ class HTCGatewayCluster(GatewayCluster):
         logs = run_directory(self.settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
         prune(logs.parent, self.settings.condor.keep_logs, self.settings.lease.duration)
         preflight = Preflight(schedd=self.parts.schedd, groups={"default": self.spec})
-        return SupervisorHandle(preflight, logs, self._take_message)
+        # The handle's reading thread must not keep a cluster alive that nobody else knows any more.
+        take_message = weakref.WeakMethod(self._take_message)
+
+        def pass_on(message: dict[str, Any]) -> None:
+            if (take := take_message()) is not None:
+                take(message)
+
+        return SupervisorHandle(preflight, logs, pass_on)
 
     async def _give_workers_to_supervisor(self) -> None:
         """Install the scheduler plugin, then hand the cluster over."""
