@@ -7,18 +7,18 @@ import random
 from pathlib import Path
 
 import awkward as ak
-import dimuon as dm
 import hist
 import numpy as np
-import percolation as pc
 import pytest
-import samples
-import spectrum as sp
 import uproot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefect.task_runners import ThreadPoolTaskRunner
 
+import dimuon as dm
+import percolation as pc
+import samples
+import spectrum as sp
 from tests.prefect_fixtures import PrefectServer
 
 Muon = dict[str, float]
@@ -187,7 +187,7 @@ def test_large_local_files_do_not_travel(tmp_path: Path, monkeypatch: pytest.Mon
     assert large.content is None
     path.unlink()
     assert dm.inspect.fn(small, "Events") == dm.Contents(3, "run1 (data)")
-    with pytest.raises(dm.InputError, match="not visible on .* share, or name it by a URL"):
+    with pytest.raises(dm.InputError, match=r"not visible on .* share, or name it by a URL"):
         dm.inspect.fn(large, "Events")
 
 
