@@ -13,79 +13,88 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Annotated
 
 import psutil
+import typer
 from filelock import FileLock, Timeout
 from rich.console import Console
 
 from tools.prefect_server import ServerError, prefect_server
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-STATE = CHECKOUT / ".cache" / "demo"
-PICTURE = CHECKOUT / "results" / "dimuon.png"
 SETTING = "PREFECT_INTEGRATIONS_HTCDASK_"
 FOREIGN = ("PREFECT_", "DASK_", "CONDOR_", "_CONDOR_")
 """Beginnings of environment variables that would point the demo at the user's own server, gateway or pool."""
 
+FLOW_END = 45.0
+"""Seconds that an interrupted flow has to remove its workers."""
+
 console = Console(highlight=False, soft_wrap=True)
 
 
-def main() -> int:
+def main(
+    state: Annotated[Path, typer.Option(help="Directory for all that the demo keeps.")] = CHECKOUT / ".cache" / "demo",
+    picture: Annotated[Path, typer.Option(help="The picture to write.")] = CHECKOUT / "results" / "dimuon.png",
+) -> None:
     """Run the demo; the exit status is 0 where the flow completed and nothing was left behind."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = FileLock(STATE / "lock")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    state = state.resolve()
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        with lock.acquire(timeout=0):
-            return _run()
+        with FileLock(state / "lock").acquire(timeout=0):
+            sys.exit(_run(state, picture.resolve()))
     except Timeout:
-        return _complain("another `make demo` runs in this checkout; wait for it, or use another clone")
+        sys.exit(_complain("another `make demo` runs in this checkout; wait for it, or use another clone"))
 
 
 def _interrupt(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)
+    # Once is enough: a second Ctrl-C would interrupt the cleaning up, which takes seconds.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
-def _run() -> int:
+def _run(state: Path, picture: Path) -> int:
     started = time.monotonic()
     console.print("[bold]A CMS dimuon spectrum, on HTCondor workers behind a Dask Gateway[/bold]")
-    _isolate()
+    _isolate(state)
     status = 1
     try:
         with ExitStack() as stack:
-            server = stack.enter_context(prefect_server(STATE / "prefect", ui=True))
+            server = stack.enter_context(prefect_server(state / "prefect", ui=True))
             os.environ.update(server.environment)
             _show("Prefect UI", f"{server.ui} (while this runs)")
             stack.callback(_stop_embedded)
             _start_embedded()
             _show("Set-up", f"{time.monotonic() - started:.1f} s")
-            status = _analyse()
+            status = _analyse(picture)
     except KeyboardInterrupt:
-        console.print("[red]interrupted[/red]")
+        status = 130
     except ServerError as exc:
         _complain(str(exc))
     except Exception as exc:
         _complain(f"{type(exc).__name__}: {exc}")
-    left = _left_behind()
+    left = _left_behind(state)
     if left:
         return _complain(f"these processes are left behind: {', '.join(left)}")
     seconds = time.monotonic() - started
-    console.print(f"Server, pool and gateway are stopped, and no process is left; {seconds:.0f} s in all.")
+    console.print(f"Server, pool and gateway are stopped, and no process is left ({seconds:.0f} s in all)")
     return status
 
 
-def _isolate() -> None:
+def _isolate(state: Path) -> None:
     """Leave the user's own profile, server, gateway and pool out of it."""
     for name in list(os.environ):
         if name.startswith(FOREIGN):
             del os.environ[name]
-    os.environ[f"{SETTING}EMBEDDED_DIRECTORY"] = str(STATE / "embedded")
+    os.environ[f"{SETTING}EMBEDDED_DIRECTORY"] = str(state / "embedded")
     os.environ[f"{SETTING}EMBEDDED_USE_CONFIGURED_POOL"] = "false"
     # A safety net: should this process be killed, they stop by themselves.
     os.environ[f"{SETTING}EMBEDDED_IDLE_TIMEOUT"] = "300"
-    os.environ[f"{SETTING}CONDOR_DIRECTORY"] = str(STATE / "runs")
-    os.environ["DASK_CONFIG"] = str(STATE / "dask")
+    os.environ[f"{SETTING}CONDOR_DIRECTORY"] = str(state / "runs")
+    os.environ["DASK_CONFIG"] = str(state / "dask")
 
 
 def _start_embedded() -> None:
@@ -112,21 +121,22 @@ def _stop_embedded() -> None:
     stop(load_settings().embedded)
 
 
-def _analyse() -> int:
+def _analyse(picture: Path) -> int:
     """Run the flow in a process of its own, whose end sends the last of its logs; returns that one's exit status."""
-    process = subprocess.Popen([sys.executable, "-m", "tools.demo_flow", str(PICTURE)], cwd=CHECKOUT)
+    command = [sys.executable, "-m", "tools.demo_flow", str(picture)]
+    # In a session of its own, so that Ctrl-C reaches it once, from here.
+    process = subprocess.Popen(command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        # Ctrl-C in a terminal has reached it too; a plain `kill` has not. It removes its workers, then ends.
-        if process.poll() is None and not os.isatty(0):
-            process.send_signal(signal.SIGINT)
+        console.print("Interrupted: the flow removes its workers")
+        process.send_signal(signal.SIGINT)
         try:
-            process.wait(45)
+            process.wait(FLOW_END)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        raise
+        return 130
 
 
 def _show(name: str, value: str) -> None:
@@ -139,7 +149,7 @@ def _complain(text: str) -> int:
     return 1
 
 
-def _left_behind() -> list[str]:
+def _left_behind(state: Path) -> list[str]:
     """Processes of this user that have to do with the demo's state directory, by command line or environment."""
     left = []
     for process in psutil.process_iter():
@@ -147,7 +157,7 @@ def _left_behind() -> list[str]:
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
             told = [*process.cmdline(), *process.environ().values()]
-            if any(str(STATE) in text for text in told):
+            if any(str(state) in text for text in told):
                 left.append(f"{process.pid} ({process.name()})")
         except psutil.Error:  # ended meanwhile, or another user's
             continue
@@ -155,4 +165,4 @@ def _left_behind() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

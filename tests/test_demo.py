@@ -1,0 +1,93 @@
+"""`make demo` itself, on a state directory of its own: what it says, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def start(state: Path, picture: Path) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "COLUMNS": "200",
+        # What a user may have set for work of their own; the demo is not to use it.
+        "PREFECT_API_URL": "http://127.0.0.1:9/api",
+        "PREFECT_INTEGRATIONS_HTCDASK_GATEWAY_ADDRESS": "http://127.0.0.1:9",
+        "DASK_GATEWAY__ADDRESS": "http://127.0.0.1:9",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "tools.demo", "--state", str(state), "--picture", str(picture)],
+        cwd=CHECKOUT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def left_behind(state: Path) -> list[str]:
+    """Living processes that know of the demo's state directory."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            texts = [*process.cmdline(), *process.environ().values()]
+            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found += [f"{process.pid} {texts[:4]}" for text in texts[:1] if any(str(state) in t for t in texts)]
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.timeout(400)
+def test_demo_says_what_it_found_and_leaves_nothing(tmp_path: Path) -> None:
+    state, picture = tmp_path / "state", tmp_path / "spectrum.png"
+    demo = start(state, picture)
+    said, _ = demo.communicate(timeout=380)
+    assert demo.returncode == 0, said
+    for pattern in (
+        r"Prefect UI +http://127\.0\.0\.1:\d+",
+        r"Dask dashboard is available at http://127\.0\.0\.1:\d+/clusters/",
+        r"Events +80\n",
+        r"Peak +86\.9 to 95\.6 GeV, with 5 pairs: nano_dimuon \(data\)",
+        rf"Picture +{picture}",
+        r"HTCondor job +\d+\.\d+ on \S+@\S+, \d+ s",
+        r"no process is left",
+    ):
+        assert re.search(pattern, said), f"{pattern}\n{said}"
+    # Log lines and results, but nothing that only frightens.
+    assert not re.search(r"Traceback|Warning|--- Logging error|Error logging to API", said), said
+    assert picture.stat().st_size > 10_000
+    assert left_behind(state) == []
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_demo_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    state = tmp_path / "state"
+    demo = start(state, tmp_path / "spectrum.png")
+    assert demo.stdout is not None
+    said = ""
+    for line in demo.stdout:
+        said += line
+        if "events in 2 files" in line:  # its worker jobs are in the queue now
+            break
+    assert left_behind(state)
+    demo.send_signal(number)
+    began = time.monotonic()
+    rest, _ = demo.communicate(timeout=120)
+    assert demo.returncode == 130, said + rest
+    assert "no process is left" in rest
+    assert left_behind(state) == []
+    assert time.monotonic() - began < 60
