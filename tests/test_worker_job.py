@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.worker_job import (
+    LEASE_REASON,
+    RUNNING_GRACE,
     FlowRunTag,
     JobFiles,
     WorkerJobError,
@@ -29,6 +31,7 @@ from prefect_htcdask.condor.worker_job import (
     submit_description,
     worker_name,
 )
+from tests.waiting import wait_until
 
 FILES = JobFiles("/run", "start.py", ("/run/a", "/run/b"), ("b",), "/run/jobs.log")
 
@@ -246,10 +249,35 @@ def test_sizes_are_rounded_up_to_what_htcondor_counts_in() -> None:
 
 def test_the_lease_is_in_every_job() -> None:
     commands = describe()
-    assert commands["periodic_remove"] == "time() > HTCDaskLeaseExpires"
+    now = int(time.time())
+    for status, expired, removed in [
+        (1, 5, True),
+        (1, -5, False),
+        (5, 5, True),
+        (2, 5, False),
+        (2, 55, False),
+        (2, 65, True),
+    ]:
+        ad = classad2.ClassAd({"JobStatus": status, "HTCDaskLeaseExpires": now - expired})
+        ad["Remove"] = classad2.ExprTree(commands["periodic_remove"])
+        assert ad.eval("Remove") is removed, (status, expired)
     assert commands["My.HTCDaskLeaseExpires"] == "1234"
     assert commands["job_lease_duration"] == "600"
     assert commands["leave_in_queue"] == "false"
+
+
+@pytest.mark.pool
+def test_the_shadow_removes_a_running_job_by_its_lease(queue: ScheddClient) -> None:
+    rule = {name: describe()[name] for name in ("periodic_remove", "My.PeriodicRemoveReason")}
+    commands = {"executable": "/bin/sleep", "transfer_executable": "false", "arguments": "300", **rule}
+    (job,) = queue.submit({**commands, "My.HTCDaskLeaseExpires": str(int(time.time()) + 600)}, 1)
+    constraint = f"ClusterId == {job.split('.')[0]}"
+    wait_until(lambda: queue.query(f"{constraint} && JobStatus == 2", ["ClusterId"]), 40, "the job runs")
+    queue.renew(constraint, 4 - RUNNING_GRACE)
+    assert queue.query(constraint, ["ClusterId"]), "it has its grace"
+    wait_until(lambda: not queue.query(constraint, ["ClusterId"]), 30, "the job is removed")
+    (ad,) = queue.history(constraint, ["RemoveReason"], 1)
+    assert ad["RemoveReason"] == LEASE_REASON
 
 
 def test_a_cluster_without_a_flow_has_no_flow_in_its_ads() -> None:

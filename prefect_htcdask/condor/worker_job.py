@@ -21,6 +21,10 @@ CLUSTER_ATTRIBUTE = "HTCDaskClusterName"
 LEASE_ATTRIBUTE = "HTCDaskLeaseExpires"
 FLOW_RUN_ATTRIBUTE = "PrefectFlowRunId"
 
+# The shadow judges a running job, and hears of a renewal up to 30 s after it (SCHEDD_JOB_QUEUE_NOTIFY_UPDATES): only
+# the first one after a job's start is signalled at once.
+RUNNING_GRACE = 60
+
 LEASE_REASON = "the lease of prefect_htcdask was not renewed: the process that looks after this worker is gone"
 
 # Commands that make a worker job what it is, and the attributes that they set, without underscores: a site's own
@@ -151,7 +155,7 @@ def submit_description(
         "request_memory": str(math.ceil(spec.memory / MIB)),
         "request_disk": str(math.ceil(spec.disk / KIB)),
         "priority": str(spec.priority),
-        "periodic_remove": f"time() > {LEASE_ATTRIBUTE}",
+        "periodic_remove": f"time() > {LEASE_ATTRIBUTE} + ifThenElse(JobStatus =?= 2, {RUNNING_GRACE}, 0)",
         f"My.{LEASE_ATTRIBUTE}": str(lease_expires),
         "My.PeriodicRemoveReason": quote(LEASE_REASON),
         # Spooling would keep finished jobs in the queue for ten days.
