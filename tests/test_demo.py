@@ -42,9 +42,10 @@ def left_behind(state: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            texts = [*process.cmdline(), *process.environ().values()]
-            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                found += [f"{process.pid} {texts[:4]}" for text in texts[:1] if any(str(state) in t for t in texts)]
+            told = [*process.cmdline(), *process.environ().values()]
+            zombie = process.status() == psutil.STATUS_ZOMBIE
+            if process.pid != os.getpid() and not zombie and any(str(state) in text for text in told):
+                found.append(f"{process.pid} {told[:4]}")
         except psutil.Error:
             continue
     return found
