@@ -30,6 +30,7 @@ EXIT_MISSING = 69
 EXIT_MEMORY = 75
 
 _MEMORY_INTERVAL = 0.5
+_CLOSING_TIME = 5.0
 
 
 def main() -> int:
@@ -234,17 +235,32 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
             f"{config['scheduler_address']}: {type(exc).__name__}: {exc}"
         )
         raise
-    finished = asyncio.ensure_future(worker.finished())
+    finished = asyncio.ensure_future(_finished(worker))
     await asyncio.wait([finished, told], return_when=asyncio.FIRST_COMPLETED)
     if not finished.done():
         going = asyncio.ensure_future(leave(worker, config["vacate_time"]))
         # A scheduler that ends meanwhile closes the worker, and never answers its farewell.
         await asyncio.wait([finished, going], return_when=asyncio.FIRST_COMPLETED)
-    return 0
+    # Not by way of the event loop's own end, which waits for the thread of a task that still runs.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 async def _join(worker: Any) -> None:
     await worker
+
+
+async def _finished(worker: Any) -> None:
+    """Wait until the worker has closed, or has been closing for a while: a running task holds it up for 30 s."""
+    import asyncio
+
+    from distributed import Status
+
+    while worker.status not in (Status.closing, Status.closed, Status.failed):
+        await asyncio.sleep(0.2)
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(worker.finished(), timeout=_CLOSING_TIME)
 
 
 async def leave(worker: Any, vacate_time: float) -> None:
