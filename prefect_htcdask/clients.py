@@ -30,7 +30,7 @@ def _arguments(asynchronous: bool, timeout: float | str | timedelta | None, give
     if source is not None:
         arguments.update(address=source.scheduler.address, security=source.security)
     elif flow_run is not None and isinstance(flow_run.task_runner, DaskTaskRunner):
-        client = flow_run.task_runner.client
+        client: Any = flow_run.task_runner.client
         arguments.update(flow_run.task_runner.client_kwargs)
         arguments.update(address=client.scheduler.address, security=client.security)
     if timeout is not None:

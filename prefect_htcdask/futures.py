@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import UUID
 
 import distributed
 from distributed import Client
 from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, PrefectFutureList
-from prefect.states import Crashed, State
+from prefect.states import Crashed
 from prefect_dask.task_runners import PrefectDaskFuture
 
 from prefect_htcdask.errors import HTCDaskError, TaskRunLost
@@ -47,7 +48,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
     def __init__(
         self,
         task_run_id: UUID,
-        wrapped_future: distributed.Future,
+        wrapped_future: distributed.Future[Any],
         collector: Collector | None = None,
         task_name: str = "",
         task: Task[Any, Any] | None = None,
@@ -137,7 +138,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
 def _rebuild(
     cls: type[HTCDaskFuture[Any]],
     task_run_id: UUID,
-    wrapped: distributed.Future,
+    wrapped: distributed.Future[Any],
     state: State[Any] | None,
     task_name: str,
 ) -> HTCDaskFuture[Any]:
@@ -223,7 +224,7 @@ class Collector:
             start = self._gathers < MAX_GATHERS
             self._gathers += start
         if start:
-            self.client.loop.add_callback(self._gather_ready)
+            cast(Any, self.client.loop).add_callback(self._gather_ready)
 
     async def _gather_ready(self) -> None:
         """Gather whatever is ready, until nothing is: many futures that end together cost one round trip."""
@@ -305,9 +306,11 @@ def _call_all(calls: list[tuple[Callable[[Any], None], Any]]) -> None:
 def lost_reason(future: HTCDaskFuture[Any]) -> BaseException:
     """The exception with which a task run ended that Dask could not bring to a state of its own."""
     wrapped = future.wrapped_future
-    about = f"task run {future._task_run_id} ({future.task_name})" if future.task_name else f"task run {future._task_run_id}"
+    about = f"task run {future._task_run_id} ({future.task_name or 'unnamed'})"
     if wrapped.status == "error":
-        error: BaseException = wrapped._state.exception
+        error = cast(BaseException, cast(Any, wrapped)._state.exception)
+        if isinstance(error, distributed.KilledWorker) and error.task != wrapped.key:
+            return TaskRunLost(f"{about} could not run: {error.task}, which it needs, was lost with its worker")
         if isinstance(error, distributed.KilledWorker):
             worker = getattr(error.last_worker, "address", error.last_worker)
             return TaskRunLost(

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 import distributed
 from distributed import Client
-from prefect.client.schemas.objects import StateType
-from prefect.states import Cancelled, State
+from prefect.client.schemas.objects import State, StateType
+from prefect.states import Cancelled
 
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.futures import Collector, HTCDaskFuture, collector_of
@@ -32,7 +32,8 @@ from prefect_htcdask.worker_runtime import METADATA_ROOT, current_call, executin
 
 WATCH_INTERVAL = 1.0
 
-Logger = logging.Logger | logging.LoggerAdapter[Any]
+# In quotes, since Python 3.10 cannot subscript LoggerAdapter.
+Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
 
 
 @dataclass
@@ -128,9 +129,9 @@ class LiveRun:
 
     def log(self, level: str, text: str) -> None:
         """Log to the flow run, from whatever thread."""
-        number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO) if hasattr(
-            logging, "getLevelNamesMapping"
-        ) else getattr(logging, level.upper(), logging.INFO)
+        number = logging.getLevelName(level.upper())
+        if not isinstance(number, int):
+            number = logging.INFO
         self._context.copy().run(self.logger.log, number, text)
 
     def close(self, error: BaseException | None = None) -> None:
@@ -265,10 +266,9 @@ class NestedRun:
 
     def close(self) -> None:
         """The task has ended: take its envelopes back from the scheduler, without waiting for it."""
-        for key in self.submission.keys():
-            self.client.loop.add_callback(
-                self.client.scheduler.set_metadata, keys=[METADATA_ROOT, *key], value=None
-            )
+        client = cast(Any, self.client)
+        for key in self.submission.places():
+            client.loop.add_callback(client.scheduler.set_metadata, keys=[METADATA_ROOT, *key], value=None)
 
 
 class _Slot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from distributed import Client
@@ -59,7 +59,15 @@ def check_versions(client: Client) -> None:
     Raises:
         VersionMismatchError: says which part runs which version.
     """
-    versions: dict[str, Any] = client.get_versions(packages=["prefect"])
+    compare_versions(cast("dict[str, Any]", client.get_versions(packages=["prefect"])))
+
+
+def compare_versions(versions: dict[str, Any]) -> None:
+    """The comparison of `check_versions`, of what `distributed.Client.get_versions` says.
+
+    Raises:
+        VersionMismatchError: says which part runs which version.
+    """
     mine = _of_interest(versions["client"])
     problems: list[str] = []
     parts: list[tuple[str, dict[str, Any]]] = [("the scheduler", versions["scheduler"])]

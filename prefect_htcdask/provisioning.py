@@ -117,7 +117,7 @@ def _make_cluster(
             flow_name=context.flow.name if context.flow is not None else "",
             attempt=flow_run.run_count or 1,
         )
-    cluster_class = runner.resolved_cluster_class or HTCGatewayCluster
+    cluster_class: Any = runner.resolved_cluster_class or HTCGatewayCluster
     logger.info("Creating a Dask cluster with HTCondor workers")
     cluster = cluster_class(
         **arguments,

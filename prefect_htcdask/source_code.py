@@ -29,7 +29,9 @@ from distributed.diagnostics.plugin import WorkerPlugin
 SKIPPED_DIRECTORIES = frozenset(
     {"__pycache__", "node_modules", "site-packages", "dist-packages", "venv", "env", "build", "dist", "htmlcov"}
 )
-SOURCE_SUFFIXES = frozenset({".py", ".pyi", ".json", ".toml", ".yaml", ".yml", ".cfg", ".ini", ".txt", ".csv", ".sql", ".so"})
+SOURCE_SUFFIXES = frozenset(
+    {".py", ".pyi", ".so", ".json", ".toml", ".yaml", ".yml", ".cfg", ".ini", ".txt", ".csv", ".sql"}
+)
 MAX_DATA_FILE = 1024**2
 """Bytes; a larger file that is no Python source is taken for data and stays behind."""
 
@@ -64,16 +66,16 @@ def collect(flow: Any | None) -> CodeArchive | None:
     for root, names in _imported().items():
         for name in sorted(names):
             _add(files, root, _walk(root / name) if (root / name).is_dir() else iter([root / name]))
-    root = flow_root(flow)
-    if root is not None:
+    directory = flow_root(flow)
+    if directory is not None:
         beside: dict[str, Path] = {}
-        _add(beside, root, _walk(root))
+        _add(beside, directory, _walk(directory))
         if len(beside) > MAX_FILES or _size(beside) > MAX_TOTAL:
             logger.warning(
                 "The directory of the flow, %s, holds more than workers are sent (%s files or %s): only the modules "
                 "that are imported already go to them. Keep flows in a directory of their own, or install the "
                 "package that they need on the workers.",
-                root,
+                directory,
                 MAX_FILES,
                 format_bytes(MAX_TOTAL),
             )
@@ -223,11 +225,12 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
 
     home = (socket.gethostname(), os.getpid())
 
-    class PrefectHTCDaskPlugin(WorkerPlugin):  # type: ignore[misc]
+    class PrefectHTCDaskPlugin(WorkerPlugin):
         idempotent = False
         name = f"prefect-htcdask-{code.digest if code else 'none'}-{package.digest if package else 'none'}"
 
         def setup(self, worker: Any) -> None:
+            import contextlib
             import importlib
             import importlib.util
             import io
@@ -273,11 +276,9 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
                 if not os.path.isdir(target):
                     unpacked = tempfile.mkdtemp(dir=parent)
                     content.extractall(unpacked)
-                    try:
+                    # Another worker of this host may be faster; the content is the same.
+                    with contextlib.suppress(OSError):
                         os.rename(unpacked, target)
-                    except OSError:
-                        # Another worker of this host was faster; the content is the same.
-                        pass
                 return target
 
             if (socket.gethostname(), os.getpid()) == home:

@@ -42,7 +42,7 @@ from prefect.context import (
 )
 from prefect.futures import PrefectDistributedFuture, PrefectFuture
 from prefect.tasks import MaterializingTask, Task
-from prefect.utilities.annotations import BaseAnnotation, allow_failure, opaque, quote, unmapped
+from prefect.utilities.annotations import allow_failure, opaque, quote, unmapped
 from prefect.utilities.collections import StopVisiting, visit_collection
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
@@ -50,7 +50,7 @@ from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.worker_runtime import METADATA_ROOT, Call, Upstream
 
 if TYPE_CHECKING:
-    from prefect.states import State
+    from prefect.client.schemas.objects import State
 
 RUN_CALL = "prefect_htcdask.worker_runtime.run_call"
 MAX_ENVELOPES = 64
@@ -79,14 +79,14 @@ def key_prefix(name: str) -> str:
     return safe if safe and key_split(f"{safe}-{example}") == safe else f"task_{safe}".rstrip("_")
 
 
-def _reduce_annotation(annotation: BaseAnnotation[Any]) -> tuple[type[BaseAnnotation[Any]], tuple[Any]]:
+def _reduce_annotation(annotation: Any) -> tuple[type[Any], tuple[Any]]:
     return type(annotation), (annotation.unwrap(),)
 
 
 # Annotations are tuples whose constructor takes the one value in them, which pickle does not know: it would hand them
 # their own tuple, and a task would get a tuple round its argument.
 for _annotation in (allow_failure, opaque, quote, unmapped):
-    copyreg.pickle(_annotation, _reduce_annotation)  # type: ignore[arg-type]
+    copyreg.pickle(_annotation, _reduce_annotation)
 
 
 class Submission:
@@ -113,7 +113,7 @@ class Submission:
         parameters: dict[str, Any],
         wait_for: Iterable[Any] | None,
         dependencies: Mapping[str, set[Any]] | None,
-    ) -> tuple[UUID, Future]:
+    ) -> tuple[UUID, Future[Any]]:
         """Submit one task run. Returns its id and Dask's future of its final state."""
         envelope = self.envelope(task)
         task_run_id, key, node, _held = self._node(task, envelope, parameters, wait_for, dependencies or {})
@@ -126,7 +126,7 @@ class Submission:
         shared: dict[str, Any],
         wait_for: Iterable[Any] | None,
         dependencies: Mapping[str, set[Any]],
-    ) -> list[tuple[UUID, Future]]:
+    ) -> list[tuple[UUID, Future[Any]]]:
         """Submit one task run for each of `calls`, all with the parameters in `shared` besides their own.
 
         Returns:
@@ -139,13 +139,13 @@ class Submission:
         # Values with upstream states in them differ from plain ones in nothing but that Dask has to fill them.
         reference: Any = None
         extra: dict[str, Any] = {}
-        anchor: Future | None = None
+        anchor: Future[Any] | None = None
         if shared and not holder.futures:
             reference, extra, anchor = self._share(shared)
             own: dict[str, Any] = {}
         else:
             own = shared
-        submitted: list[tuple[UUID, Future]] = []
+        submitted: list[tuple[UUID, Future[Any]]] = []
         for start in range(0, len(calls), MAP_BATCH):
             graph: dict[str, Any] = dict(extra)
             keys: list[str] = []
@@ -207,7 +207,7 @@ class Submission:
                 self._envelopes.popitem(last=False)
         return key
 
-    def keys(self) -> list[tuple[str, ...]]:
+    def places(self) -> list[tuple[str, ...]]:
         """Where the scheduler holds what this object left there."""
         with self._lock:
             return [key for key, _ in self._envelopes.values()] + list(self._blobs.values())
@@ -232,7 +232,7 @@ class Submission:
         if flow := flow_run.get("flow"):
             flow_run["flow"] = _with_inert_runner(flow)
         current = SettingsContext.get()
-        secrets = ()
+        secrets: tuple[Any, ...] = ()
         if current is not None:
             values = current.settings
             key, auth = values.api.key, values.api.auth_string
@@ -297,7 +297,7 @@ class Submission:
         )
         return task_run_id, key, node, holder.futures
 
-    def _share(self, shared: dict[str, Any]) -> tuple[Any, dict[str, Any], Future | None]:
+    def _share(self, shared: dict[str, Any]) -> tuple[Any, dict[str, Any], Future[Any] | None]:
         """Bring shared parameters where workers find them: inline, at the scheduler, or as Dask data."""
         blob = dumps(shared)
         if len(blob) <= INLINE_LIMIT:
@@ -315,10 +315,10 @@ class Submission:
         key = f"shared_parameters-{uuid.uuid4()}"
         return Alias(key), {key: DataNode(key, blob)}, None
 
-    def _send(self, graph: dict[str, Any], keys: list[str]) -> list[Future]:
+    def _send(self, graph: dict[str, Any], keys: list[str]) -> list[Future[Any]]:
         # The token spares Dask hashing every argument; priority and the like are left to `dask.annotate`.
         expression = LLGExpr(graph, _determ_token=uuid.uuid4().hex)
-        futures: list[Future] = self.client.get(expression, keys, sync=False, fifo_timeout="100 ms")
+        futures: list[Future[Any]] = self.client.get(expression, keys, sync=False, fifo_timeout="100 ms")
         return futures
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -24,11 +24,11 @@ from prefect.client.schemas.filters import (
     TaskRunFilterState,
     TaskRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateDetails, StateType, TaskRun
-from prefect.context import SettingsContext, SyncClientContext
+from prefect.client.schemas.objects import State, StateDetails, StateType, TaskRun
+from prefect.context import SyncClientContext
 from prefect.exceptions import ObjectNotFound
-from prefect.states import State
 from prefect.tasks import Task
+from prefect.types import DateTime
 from prefect.utilities.engine import emit_task_run_state_change_event
 
 logger = logging.getLogger("prefect.task_runner.htcdask")
@@ -43,7 +43,10 @@ PAGE = 200
 
 
 class StateReporter:
-    """Moves task runs to final states, in the background, with the settings of the context that it is made in.
+    """Moves task runs to final states, in the background, in the context that it is made in.
+
+    Prefect's events take the flow run that they belong to from the context, and where there is none, from the one in
+    which this process first sent an event.
 
     Args:
         flow_run_id: the flow run of the task runs; none outside a flow.
@@ -51,7 +54,7 @@ class StateReporter:
 
     def __init__(self, flow_run_id: UUID | None) -> None:
         self.flow_run_id = flow_run_id
-        self._settings = SettingsContext.get()
+        self._context = contextvars.copy_context()
         self._queue: queue.Queue[tuple[UUID, str, Task[Any, Any] | None, State[Any]] | None] = queue.Queue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -62,7 +65,7 @@ class StateReporter:
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(
-                    target=contextvars.Context().run, args=(self._work,), name="htcdask-states", daemon=True
+                    target=self._context.copy().run, args=(self._work,), name="htcdask-states", daemon=True
                 )
                 self._thread.start()
 
@@ -90,6 +93,9 @@ class StateReporter:
         """
         if self.flow_run_id is None or not task_run_ids:
             return 0
+        return self._context.copy().run(self._end_unfinished, task_run_ids, state_type, message, settle)
+
+    def _end_unfinished(self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float) -> int:
         deadline = time.monotonic() + settle
         with self._client() as client:
             while True:
@@ -103,19 +109,10 @@ class StateReporter:
 
     @contextmanager
     def _client(self) -> Iterator[SyncPrefectClient]:
-        settings = self._settings.model_copy() if self._settings is not None else None
-        if settings is not None:
-            settings.__enter__()
-        try:
-            existing = SyncClientContext.get()
-            if existing is not None:
-                yield existing.client
-            else:
-                with get_client(sync_client=True) as client:
-                    yield client
-        finally:
-            if settings is not None:
-                settings.__exit__()
+        # A client of this thread's own: the flow's may be in use, or closed.
+        SyncClientContext.__var__.set(cast(Any, None))
+        with get_client(sync_client=True) as client:
+            yield client
 
     def _work(self) -> None:
         with self._client() as client:
@@ -155,8 +152,8 @@ class StateReporter:
                 dynamic_key=str(task_run_id),
                 task_version=task.version,
                 tags=sorted(task.tags),
-                expected_start_time=sent.timestamp,
-                end_time=sent.timestamp,
+                expected_start_time=cast(DateTime, sent.timestamp),
+                end_time=cast(DateTime, sent.timestamp),
                 state=sent,
                 state_type=sent.type,
                 state_name=sent.name,

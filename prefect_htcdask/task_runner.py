@@ -31,6 +31,7 @@ from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSetti
 
 if TYPE_CHECKING:
     from distributed import Client
+    from distributed.deploy.cluster import Cluster
 
 R = TypeVar("R")
 
@@ -62,7 +63,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
 
     def __init__(
         self,
-        cluster: distributed.deploy.Cluster | None = None,
+        cluster: Cluster | None = None,
         address: str | None = None,
         cluster_class: str | type[Any] | None = None,
         cluster_kwargs: dict[str, Any] | None = None,
@@ -111,7 +112,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         unknown = sorted(set(self.adapt_kwargs) - {"minimum", "maximum"})
         if unknown:
             raise SettingsError(
-                f"adapt_kwargs = {self.adapt_kwargs!r}: {', '.join(unknown)} cannot be set; there are minimum and maximum"
+                f"adapt_kwargs = {self.adapt_kwargs!r}: {', '.join(unknown)} cannot be set, only minimum and maximum"
             )
         groups["adaptive"] = {**groups.get("adaptive", {}), **self.adapt_kwargs}
         return load_settings(**groups)
@@ -168,11 +169,11 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         return new
 
     @property
-    def client(self) -> Client:
+    def client(self) -> Client:  # type: ignore[override]
         """The Dask client of the flow run; asking for it provisions the cluster, as the first submit does."""
         return self._run().client
 
-    @property
+    @property  # type: ignore[override]
     def _client(self) -> Client | None:
         # prefect_dask's get_dask_client looks here.
         return self._run().client if getattr(self, "_started", False) else None
@@ -182,7 +183,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         if value is not None:
             raise AttributeError("the client of an HTCDaskTaskRunner is found by its flow run")
 
-    def submit(
+    def submit(  # type: ignore[override]
         self,
         task: Task[Any, R],
         parameters: dict[str, Any],
@@ -203,10 +204,10 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         run.track([future])
         return future
 
-    def map(
+    def map(  # type: ignore[override]
         self,
         task: Task[Any, R],
-        parameters: dict[str, Any | unmapped[Any] | allow_failure[Any]],
+        parameters: dict[str, Any],
         wait_for: Iterable[PrefectFuture[Any]] | None = None,
     ) -> PrefectFutureList[HTCDaskFuture[R]]:
         """Submit one task run for each element of the iterable parameters, as one Dask graph.
@@ -228,7 +229,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             HTCDaskFuture(task_run_id, wrapped, run.collector, task.name, task) for task_run_id, wrapped in submitted
         ]
         run.track(futures)
-        return HTCDaskFutureList(futures)
+        return HTCDaskFutureList(futures)  # type: ignore[abstract, arg-type]
 
     def cancel_all(self) -> None:
         """Cancel the task runs of this runner's flow run. Prefect calls it on the runner that was duplicated."""

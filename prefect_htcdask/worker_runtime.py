@@ -303,10 +303,24 @@ def run_call(
     """
     scope = CallScope(tuple(envelope_key))
     try:
-        return contextvars.copy_context().run(_run_call, scope, payload, shared, upstream)
+        return _clean_context().run(_run_call, scope, payload, shared, upstream)
     finally:
         if scope.nested is not None:
             scope.nested.close()
+
+
+def _clean_context() -> contextvars.Context:
+    """A context that knows this thread's Dask worker and nothing else.
+
+    The thread's own one may be another task run's: a task that secedes wakes the worker's event loop from its context,
+    the loop starts the next task from there, and Dask hands it on.
+    """
+    worker = get_worker()
+    clean = contextvars.Context()
+    for variable, value in contextvars.copy_context().items():
+        if value is worker:
+            clean.run(variable.set, value)
+    return clean
 
 
 def _run_call(

@@ -148,7 +148,8 @@ def _archive(root: Path, module: str) -> source_code.CodeArchive:
 
 
 def test_what_is_sent(tmp_path: Path) -> None:
-    _write(tmp_path, {**FILES, "venv/pyvenv.cfg": "", "venv/lib.py": "", "other/module.py": "", "big.csv": "x" * 2_000_000})
+    _write(tmp_path, {**FILES, "venv/pyvenv.cfg": "", "venv/lib.py": "", "other/module.py": ""})
+    (tmp_path / "big.csv").write_text("x" * 2_000_000)
     archive = _archive(tmp_path, "analysis.flows")
     names = set(zipfile.ZipFile(io.BytesIO(archive.data)).namelist())
     assert {"analysis/flows.py", "analysis/late.py", "analysis/table.json", "other/module.py", "script.py"} <= names

@@ -159,7 +159,10 @@ def _call(x: Any, y: Any = 5, *args: Any, **kwargs: Any) -> None: ...
 
 
 values = st.one_of(
-    st.integers(), st.text(max_size=3), st.lists(st.integers(), min_size=2, max_size=2), st.tuples(st.booleans(), st.none())
+    st.integers(),
+    st.text(max_size=3),
+    st.lists(st.integers(), min_size=2, max_size=2),
+    st.tuples(st.booleans(), st.none()),
 )
 
 
