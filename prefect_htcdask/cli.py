@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -51,7 +53,7 @@ def up(
     or clusters.
     """
     settings = _settings(directory)
-    with _clear_errors(), output.status("looking for the embedded pool and gateway") as spinner:
+    with clear_errors(), output.status("looking for the embedded pool and gateway") as spinner:
         endpoint = ensure_running(settings, timeout=timeout, progress=spinner.update)
     cores = os.cpu_count() or 1
     output.print(f"Dask Gateway   {endpoint.gateway_address}, user {endpoint.username}")
@@ -74,7 +76,7 @@ def down(
 ) -> None:
     """Stop the embedded pool and gateway, with all their jobs and clusters, and wait until all is gone."""
     settings = _settings(directory)
-    with _clear_errors():
+    with clear_errors():
         was_running = stop(settings, timeout=timeout)
     output.print("stopped" if was_running else "nothing was running")
 
@@ -85,7 +87,7 @@ def show_status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what runs, where, and in which versions. The exit status is 0 where all of it runs and answers."""
-    with _clear_errors():
+    with clear_errors():
         report = status(_settings(directory))
     if as_json:
         print(json.dumps(report, indent=2))
@@ -96,23 +98,21 @@ def show_status(
 
 
 def _settings(directory: str | None) -> EmbeddedSettings:
-    with _clear_errors():
+    with clear_errors():
         return load_settings(embedded={"directory": directory}).embedded
 
 
-class _clear_errors:
+@contextmanager
+def clear_errors(*expected: type[Exception]) -> Iterator[None]:
     """A context in which an expected error becomes one line on standard error and exit status 1."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (EmbeddedError, SettingsError)):
-            errors.print(f"[red]error:[/red] {_plain(str(error))}")
-            raise typer.Exit(1) from error
+    try:
+        yield
+    except (EmbeddedError, SettingsError, *expected) as error:
+        errors.print(f"[red]error:[/red] {plain(str(error))}")
+        raise typer.Exit(1) from error
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text in which brackets are no markup."""
     return text.replace("[", r"\[")
 
@@ -135,7 +135,7 @@ def _table(report: dict[str, Any]) -> Table:
         rows["stops when idle"] = f"in {timedelta(seconds=round(idle['left']))}"
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     for name, value in rows.items():
-        table.add_row(name, _plain(str(value)))
+        table.add_row(name, plain(str(value)))
     return table
 
 
@@ -153,4 +153,9 @@ def _gateway_text(gateway: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    app()
+    # Not this module as __main__: the other commands register with the one that they import.
+    from prefect_htcdask.cli import app as registered
+
+    registered()
+else:
+    from prefect_htcdask import cli_flow_runs  # noqa: F401

@@ -27,12 +27,15 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("command", [[], ["up"], ["down"], ["status"]])
+COMMANDS = ("up", "down", "status", "jobs", "sweep", "doctor")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_every_command_has_help(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.returncode == 0
     assert "Usage:" in result.stdout
-    assert all(word in result.stdout for word in ("up", "down", "status") if not command)
+    assert all(word in result.stdout for word in COMMANDS if not command)
 
 
 def test_up_status_down(tmp_path: Path) -> None:

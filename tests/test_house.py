@@ -24,7 +24,9 @@ KNOW_PREFECT = {
     "blocks",
     "cleanup",
     "cli",
+    "cli_flow_runs",
     "clients",
+    "doctor",
     "futures",
     "live",
     "preflight",
@@ -34,8 +36,10 @@ KNOW_PREFECT = {
     "source_code",
     "submission",
     "supervisor.flow_watch",
+    "sweep",
     "task_run_states",
     "task_runner",
+    "worker_jobs",
     "worker_runtime",
 }
 """The side that faces Prefect; `gateway`, `scaling`, `condor` and `embedded` work without a flow."""

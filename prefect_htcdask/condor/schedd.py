@@ -147,16 +147,13 @@ class ScheddClient:
             where = self.address.collector or htcondor2.param.get("COLLECTOR_HOST") or "no COLLECTOR_HOST configured"
             raise ScheddError(f"{what}: {self._unreachable(where, exc)}") from exc
 
-    def check_authorized(self) -> None:
-        """Ask the schedd whether it would take jobs from us.
+    def user(self) -> str:
+        """As whom the schedd knows us, such as ``anne@example.org``, once it would take jobs from us.
 
         Raises:
             ScheddError: it would not; the message says as whom we came.
         """
-        schedd = self.locate()
-        location = getattr(schedd, "_addr", None)
-        if location is None:
-            return
+        location = self.locate()._addr
         try:
             answer = htcondor2.ping(location, "WRITE")
         except Exception as exc:
@@ -164,11 +161,13 @@ class ScheddClient:
                 f"the schedd at {location} does not let us in: {exc}. Check condor.token_file, and that the schedd "
                 "accepts this user (ALLOW_WRITE)"
             ) from exc
+        user = str(answer.get("MyRemoteUserName") or "us")
         if not answer.get("AuthorizationSucceeded", True):
             raise ScheddError(
-                f"the schedd at {location} refuses {answer.get('MyRemoteUserName') or 'us'}: not authorized to submit "
-                "(WRITE). Check condor.token_file, or ask for access to the pool"
+                f"the schedd at {location} refuses {user}: not authorized to submit (WRITE). Check condor.token_file, "
+                "or ask for access to the pool"
             )
+        return user
 
     def submit(self, commands: Mapping[str, str], count: int) -> list[str]:
         """Submit `count` jobs in one transaction.

@@ -45,7 +45,7 @@ def preflight(request: Preflight) -> ScheddClient:
         htcondor2.Submit(commands)
     schedd = ScheddClient(ScheddAddress(**vars(request.schedd)))
     schedd.query("false", ["ClusterId"], limit=1)
-    schedd.check_authorized()
+    schedd.user()
     return schedd
 
 

@@ -16,7 +16,7 @@ from .handle import SupervisorError, clean_environment
 from .protocol import ScheddSettings, decode, encode
 
 _TIMEOUT = 60.0
-_OPERATIONS = ("remove", "query", "history", "slots")
+_OPERATIONS = ("remove", "query", "history", "slots", "user")
 
 
 def call(schedd: ScheddSettings, operation: str, *arguments: Any, timeout: float = _TIMEOUT) -> Any:
@@ -24,7 +24,7 @@ def call(schedd: ScheddSettings, operation: str, *arguments: Any, timeout: float
 
     Args:
         schedd: how to reach the schedd.
-        operation: ``remove``, ``query``, ``history`` or ``slots``.
+        operation: ``remove``, ``query``, ``history``, ``slots`` or ``user``.
         arguments: the method's positional arguments.
         timeout: seconds to wait at most.
 
