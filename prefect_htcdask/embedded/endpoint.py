@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from prefect_htcdask.embedded import child
 from prefect_htcdask.embedded.condor_binaries import Progress, condor_binaries, installed
 from prefect_htcdask.embedded.errors import EmbeddedError
@@ -318,6 +320,9 @@ def _await_running(directory: StateDirectory, launch: str, keeper: Process | Non
             return state
         if gone or (state is not None and ours and state.phase in ("failed", "stopped")):
             message = state.message if state is not None and ours and state.message else "the keeper ended"
+            if state is not None and not ours and state.keeper is not None and psutil.pid_exists(state.keeper.pid):
+                # Its state does not read as alive, as after an update of this package.
+                message = f"another keeper may still hold the directory; end it with: kill {state.keeper.pid}"
             raise EmbeddedError(
                 f"the embedded pool and gateway could not be started: {message}; see the logs in {directory.path}"
             )

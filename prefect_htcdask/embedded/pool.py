@@ -167,6 +167,8 @@ def _cycles() -> dict[str, str]:
         "SCHEDD_MIN_INTERVAL": "0",
         "SCHEDD_INTERVAL": "5",
         "PERIODIC_EXPR_INTERVAL": "5",
+        # Shadows hear of a job's edits, such as a renewed lease, after this time; 30 s by default.
+        "SCHEDD_JOB_QUEUE_NOTIFY_UPDATES": "1",
         "MAX_PERIODIC_EXPR_INTERVAL": "5",
         "MASTER_BACKOFF_CONSTANT": "1",
         "MASTER_NEW_BINARY_RESTART": "NEVER",
