@@ -98,6 +98,9 @@ async def serve(
         if plan.flow_run is not None:
             state = await flow_run_ended(plan.flow_run.id, plan.worker_secrets)
             say({"kind": "flow_run_ended", "state": state})
+            if state in ("COMPLETED", "FAILED"):
+                # Its process may still wait for task runs that nobody awaited; its end is seen without the API.
+                return
             # The flow's own process, where there is one, is given time to close in its own way.
             await asyncio.sleep(10)
             supervisor.end(f"the flow run is {state}")
