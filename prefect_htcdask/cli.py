@@ -105,9 +105,10 @@ def _settings(directory: str | None) -> EmbeddedSettings:
 @contextmanager
 def clear_errors(*expected: type[Exception]) -> Iterator[None]:
     """A context in which an expected error becomes one line on standard error and exit status 1."""
+    kinds: tuple[type[Exception], ...] = (EmbeddedError, SettingsError, *expected)
     try:
         yield
-    except (EmbeddedError, SettingsError, *expected) as error:
+    except kinds as error:
         errors.print(f"[red]error:[/red] {plain(str(error))}")
         raise typer.Exit(1) from error
 

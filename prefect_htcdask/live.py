@@ -126,6 +126,12 @@ class LiveRun:
             self.log(str(message.get("level", "info")), str(message.get("text", "")))
         elif kind == "failed":
             self.fail(HTCDaskError(str(message.get("text", "the workers cannot be had"))))
+        elif kind == "decision":
+            self.log("info", f"Scaling to {message.get('target')} workers: {message.get('text')}")
+        elif kind == "flow_run_ended" and str(message.get("state", "")).startswith("CANCELL"):
+            # Cancelled through the API, where no Prefect process stands beside this one to be told.
+            self.log("warning", "The flow run was cancelled: its task runs are cancelled and its workers removed")
+            self.cancel()
 
     def log(self, level: str, text: str) -> None:
         """Log to the flow run, from whatever thread."""
@@ -183,9 +189,7 @@ class LiveRun:
     def _end(self, pending: list[HTCDaskFuture[Any]], error: BaseException | None) -> None:
         """Close everything; each step is tried whatever became of the others."""
         left = [
-            future
-            for future in pending
-            if future._final_state is None and future.wrapped_future.status != "finished"
+            future for future in pending if future._final_state is None and future.wrapped_future.status != "finished"
         ]
         if left:
             with suppress(Exception):
@@ -205,9 +209,21 @@ class LiveRun:
         try:
             if self.cluster is not None:
                 self.cluster.close()
+                self._summarise(self.cluster.summary)
         finally:
             self._say_what_became_of({future._task_run_id for future in left}, error)
             self.reporter.close()
+
+    def _summarise(self, summary: dict[str, Any]) -> None:
+        if not summary:
+            return
+        text = (
+            f"{summary['jobs']} HTCondor jobs on {len(summary['hosts'])} slots, "
+            f"{summary['worker_hours']:.2f} worker-hours, at most {summary['peak']} workers at once; "
+            f"{summary['held']} held, {summary['evicted']} evicted"
+        )
+        left = summary["left"]
+        self.log("info", f"{text}; {left} still leave the queue" if left else text)
 
     def _say_what_became_of(self, task_run_ids: set[UUID], error: BaseException | None) -> None:
         if not task_run_ids:

@@ -30,6 +30,7 @@ SUPERSEDED = "superseded"
 """Why a supervisor ends whose cluster another one took over: it leaves the jobs alone."""
 
 _DEFAULT_GROUP = "default"
+_FIRST_INTERVAL = 0.2
 _MAX_BACKOFF = 60.0
 _PATIENCE = 2.0  # seconds without an answer of the scheduler before the gateway is asked
 _MAX_RENEWAL_INTERVAL = 600.0
@@ -128,7 +129,9 @@ class Supervisor:
         """Look, decide and act until it is over."""
         over = asyncio.ensure_future(self.over.wait())
         while not self.over.is_set():
-            round_ends = time.monotonic() + self.plan.interval
+            # The first tasks are about to come, and nothing else is going on: they are not kept waiting.
+            interval = self.plan.interval if self.fleet.table.records else min(_FIRST_INTERVAL, self.plan.interval)
+            round_ends = time.monotonic() + interval
             # A round may wait for a scheduler that does not answer; the end does not wait for the round.
             tick = asyncio.ensure_future(self.tick())
             await asyncio.wait([tick, over], return_when=asyncio.FIRST_COMPLETED)
