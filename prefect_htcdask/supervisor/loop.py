@@ -100,17 +100,10 @@ class Supervisor:
                 f"cluster {self.plan.access.cluster_name} is looked after by another supervisor ({answer['owner']})"
             )
         self.directory.prepare()
-        for group, spec in self.plan.groups.items():
-            config = {
-                **self.plan.worker_config,
-                "nthreads": spec.threads,
-                "memory_limit": spec.memory,
-                "lifetime": spec.lifetime,
-                "vacate_time": spec.vacate_time,
-            }
+        for group in self.plan.groups:
             self._files[group] = self.directory.stage(
                 group,
-                config,
+                self.plan.config_of(group),
                 tls_cert=self.plan.access.tls_cert,
                 tls_key=self.plan.access.tls_key,
                 secrets=self.plan.worker_secrets,
