@@ -83,6 +83,17 @@ class HandOff:
     adaptive: bool = False
     request_seen: int = 0
 
+    def config_of(self, group: str) -> dict[str, Any]:
+        """What a worker of a group reads at its start; no secret is in it."""
+        spec = self.groups[group]
+        return {
+            **self.worker_config,
+            "nthreads": spec.threads,
+            "memory_limit": spec.memory,
+            "lifetime": spec.lifetime,
+            "vacate_time": spec.vacate_time,
+        }
+
 
 def encode(message: Any) -> bytes:
     """One line that carries a hand-off."""
