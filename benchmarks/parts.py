@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from prefect_htcdask.embedded import EmbeddedEndpoint, ensure_running, stop
 from prefect_htcdask.embedded.condor_binaries import condor_binaries
 from prefect_htcdask.settings import EmbeddedSettings
@@ -23,16 +25,10 @@ PREFIX = "PREFECT_INTEGRATIONS_HTCDASK_"
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
     """Set environment variables while the block lasts."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
