@@ -11,7 +11,8 @@ import typer
 
 from benchmarks.result import Result
 
-NAMES = ("submit", "start", "cleanup")
+NAMES = ("submit", "start", "cleanup", "adaptive-sim")
+"""Each is a module or package here, with underscores for hyphens."""
 
 
 def main(
@@ -28,7 +29,7 @@ def main(
     for name in names:
         print(f"benchmark {name} …", file=sys.stderr, flush=True)
         try:
-            result: Result = importlib.import_module(f"benchmarks.{name}").run()
+            result: Result = importlib.import_module(f"benchmarks.{name.replace('-', '_')}").run()
         except Exception:
             traceback.print_exc()
             failed.append(name)
