@@ -12,10 +12,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from benchmarks.adaptive_sim.bounds import arrivals, longest_chains, makespan_floor, worker_seconds_floor
+from benchmarks.adaptive_sim.comparison import PEERS, Score, geometric_mean, judge
 from benchmarks.adaptive_sim.fixed import Fixed, fixed
 from benchmarks.adaptive_sim.ours import ours
 from benchmarks.adaptive_sim.pool import cycle_at
-from benchmarks.adaptive_sim.run import PEERS, Score, geometric_mean, judge
 from benchmarks.adaptive_sim.simulation import Outcome, Simulation, simulate
 from benchmarks.adaptive_sim.state import GroupPolicy, GroupState, Orders, Policy
 from benchmarks.adaptive_sim.stock import Stock

@@ -1,5 +1,5 @@
-"""Adaptive scaling against a model pool, many flows in a minute; see `run`."""
+"""Adaptive scaling against a model pool, many flows in a minute; see `comparison`."""
 
-from .run import run
+from .comparison import run
 
 __all__ = ["run"]
