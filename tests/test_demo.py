@@ -84,7 +84,7 @@ def test_interrupted_demo_leaves_nothing(tmp_path: Path, number: signal.Signals)
         said += line
         if "events in 2 files" in line:  # its worker jobs are in the queue now
             break
-    assert left_behind(state)
+    assert left_behind(state), said
     demo.send_signal(number)
     began = time.monotonic()
     rest, _ = demo.communicate(timeout=120)
