@@ -5,6 +5,7 @@ Any stock gateway will do: it gives the scheduler, and never starts a worker. Th
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import operator
 import uuid
@@ -20,7 +21,7 @@ from dask_gateway.auth import GatewayAuth
 from .collection import PrivateGateway, close_when_collected, forget_loop
 from .condor.worker_job import FlowRunTag, WorkerJobError
 from .gateway_checks import GatewayUnreachable, ask_for_options, check_scheduler_versions
-from .hand_off import hand_off, scheduler_plugin
+from .hand_off import gateway_access, hand_off, scheduler_plugin
 from .resolution import Parts, resolve_parts, worker_spec
 from .run_files import prune, run_directory
 from .scaling.demand import PLUGIN_NAME
@@ -278,6 +279,8 @@ class HTCGatewayCluster(GatewayCluster):
             self._supervisor = await in_thread(self._start_supervisor)
             await self._ask_gateway()
         try:
+            if not self._connected:
+                await self._ask_for_cluster()
             await super()._start_async()
             check_scheduler_versions(await self.scheduler_comm.versions(), self.gateway.address)
             if not self._connected:
@@ -293,6 +296,23 @@ class HTCGatewayCluster(GatewayCluster):
         image = self.settings.worker.image
         if image and "image" in options and self._cluster_options is None:
             self._cluster_kwargs.setdefault("image", image)
+
+    async def _ask_for_cluster(self) -> None:
+        """Have the gateway start a cluster, and entrust it to the supervisor before anything else can happen."""
+        assert self._supervisor is not None
+        self.status = "starting"
+        asking = asyncio.ensure_future(
+            self.gateway._submit(cluster_options=self._cluster_options, **self._cluster_kwargs)
+        )
+        try:
+            self.name = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            # The gateway may have started it all the same: only with its name can it be stopped.
+            self.name = await asking
+            raise
+        finally:
+            if self.name is not None:
+                self._supervisor.entrust(gateway_access(self))
 
     def _start_supervisor(self) -> SupervisorHandle:
         logs = run_directory(self.settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")

@@ -38,6 +38,21 @@ def scheduler_plugin(lease: float) -> bytes:
             cloudpickle.unregister_pickle_by_value(demand_module)
 
 
+def gateway_access(cluster: GatewayCluster) -> GatewayAccess:
+    """How to reach a cluster's gateway and, once it runs, its scheduler."""
+    gateway, security = cluster.gateway, cluster.security
+    return GatewayAccess(
+        address=gateway.address,
+        proxy_address=gateway.proxy_address,
+        public_address=gateway._public_address,
+        auth=gateway.auth,
+        cluster_name=cluster.name,
+        scheduler_address=cluster.scheduler_address or "",
+        tls_cert=security.tls_cert if security is not None else "",
+        tls_key=security.tls_key if security is not None else "",
+    )
+
+
 def hand_off(
     cluster: GatewayCluster,
     *,
@@ -66,16 +81,7 @@ def hand_off(
     return HandOff(
         owner=f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:8]}",
         parent_pid=os.getpid(),
-        access=GatewayAccess(
-            address=gateway.address,
-            proxy_address=gateway.proxy_address,
-            public_address=gateway._public_address,
-            auth=gateway.auth,
-            cluster_name=cluster.name,
-            scheduler_address=cluster.scheduler_address,
-            tls_cert=cluster.security.tls_cert,
-            tls_key=cluster.security.tls_key,
-        ),
+        access=gateway_access(cluster),
         schedd=schedd,
         groups={"default": spec},
         worker_config={

@@ -109,6 +109,26 @@ def test_a_killed_flow_leaves_nothing(
         kill(child)
 
 
+@pytest.mark.parametrize("later", [0.0, 0.3, 0.8])
+def test_a_flow_killed_while_its_cluster_starts_leaves_nothing(
+    condor_environment: EmbeddedEndpoint, later: float
+) -> None:
+    before = set(gateway_clusters(condor_environment))
+    flow = subprocess.Popen(
+        [sys.executable, "-c", "from prefect_htcdask import HTCGatewayCluster\nHTCGatewayCluster(memory='300 MiB')"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        (name,) = wait_until(lambda: set(gateway_clusters(condor_environment)) - before, 30, "the gateway starts one")
+        # The moment is the point, not something waited for: the start takes about one second.
+        time.sleep(later)
+    finally:
+        flow.kill()
+        flow.wait(10)
+    wait_until(lambda: name not in gateway_clusters(condor_environment), 15, "the gateway cluster is stopped")
+
+
 def test_jobs_live_by_their_lease(
     script: Callable[..., Script],
     queue: ScheddClient,

@@ -19,9 +19,12 @@ from .flow_watch import flow_run_ended
 from .loop import Supervisor
 from .outbox import Outbox
 from .parent import ParentWatch
-from .protocol import HandOff, Preflight, decode, from_line
+from .protocol import GatewayAccess, HandOff, Preflight, decode, from_line
+from .scheduler_link import GatewayLink
 
 logger = logging.getLogger(__name__)
+
+_STOP_TIMEOUT = 60.0
 
 
 def preflight(request: Preflight) -> ScheddClient:
@@ -131,13 +134,35 @@ async def main() -> int:
         await outbox.flush()
 
 
+async def next_line(commands: asyncio.StreamReader, gone: asyncio.Event) -> bytes:
+    """The parent's next line; empty where there comes none any more."""
+    reading = asyncio.ensure_future(commands.readline())
+    ending = asyncio.ensure_future(gone.wait())
+    await asyncio.wait([reading, ending], return_when=asyncio.FIRST_COMPLETED)
+    ending.cancel()
+    # What a parent wrote before its end is in the pipe already.
+    await asyncio.wait([reading], timeout=0.5)
+    if reading.done():
+        return reading.result()
+    reading.cancel()
+    return b""
+
+
+async def stop_entrusted(access: GatewayAccess) -> None:
+    """Stop a gateway cluster that never got workers, for as long as its gateway may take to come back."""
+    deadline = time.monotonic() + _STOP_TIMEOUT
+    while not await GatewayLink(access).stop() and time.monotonic() < deadline:
+        await asyncio.sleep(1)
+
+
 async def work(loop: asyncio.AbstractEventLoop, outbox: Outbox) -> int:
     """What `main` does, between the opening of the outbox and its flush."""
-    # Until there is something to clean up, the parent's end is ours: a forked child of it may hold the pipe.
-    early = ParentWatch(os.getppid(), lambda: os._exit(0))
+    # By the pipe's end alone it would not be known: a forked child of the parent may hold the pipe.
+    gone = asyncio.Event()
+    early = ParentWatch(os.getppid(), gone.set)
     commands = asyncio.StreamReader(limit=2**26)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin.buffer)
-    line = await commands.readline()
+    line = await next_line(commands, gone)
     if not line:
         return 0
     request = decode(line)
@@ -148,10 +173,18 @@ async def work(loop: asyncio.AbstractEventLoop, outbox: Outbox) -> int:
         outbox.say({"kind": "refused", "text": str(exc)})
         return 1
     outbox.say({"kind": "checked"})
-    line = await commands.readline()
+    entrusted: GatewayAccess | None = None
+    while line := await next_line(commands, gone):
+        message = decode(line)
+        if not isinstance(message, GatewayAccess):
+            break
+        entrusted = message
     if not line:
+        if entrusted is not None:
+            logger.info("the flow's process went away while its gateway cluster started")
+            await stop_entrusted(entrusted)
         return 0
-    plan, takeover = decode(line)
+    plan, takeover = message
     try:
         early.close()
         await serve(schedd, plan, takeover, commands, outbox)

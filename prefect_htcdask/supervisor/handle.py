@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .protocol import CLOSE_TIMEOUT, HandOff, Preflight, encode, from_line, to_line
+from .protocol import CLOSE_TIMEOUT, GatewayAccess, HandOff, Preflight, encode, from_line, to_line
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,11 @@ class SupervisorHandle:
             SupervisorError: it failed; the message names the setting and the remedy.
         """
         self._await(self._checked, timeout, "the supervisor did not finish its checks")
+
+    def entrust(self, access: GatewayAccess) -> None:
+        """Name a cluster that just starts, for the supervisor to stop should this process end before the hand-off."""
+        with self._lock:
+            self._send(encode(access))
 
     def hand_off(self, plan: HandOff, timeout: float = _ANSWER_TIMEOUT) -> None:
         """Give the supervisor its cluster and wait until it looks after it.
