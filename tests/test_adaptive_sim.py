@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.adaptive_sim.bounds import arrivals, longest_chains, makespan_floor, worker_seconds_floor
 from benchmarks.adaptive_sim.comparison import PEERS, Score, geometric_mean, judge
 from benchmarks.adaptive_sim.fixed import Fixed, fixed
+from benchmarks.adaptive_sim.forecast import BUCKET, Forecast
 from benchmarks.adaptive_sim.ours import ours
 from benchmarks.adaptive_sim.pool import cycle_at
 from benchmarks.adaptive_sim.simulation import Outcome, Simulation, simulate
@@ -215,6 +216,34 @@ def test_a_policy_above_the_maximum_is_an_error() -> None:
 @pytest.mark.parametrize(("wanted", "cycle"), [(0.0, 7.0), (7.0, 7.0), (7.1, 67.0), (67.0, 67.0), (1000.0, 1027.0)])
 def test_negotiation_cycles_come_at_even_distances(wanted: float, cycle: float) -> None:
     assert cycle_at(wanted, phase=7.0, cycle=60.0) == cycle
+
+
+def test_a_task_is_forecast_once_all_that_it_needs_is_in_hand() -> None:
+    trace = Trace("fan-in")
+    needed = trace.add("part", [50.0] * 2)
+    total = trace.add("sum", [10.0])[0]
+    for task in needed:
+        trace.after(task, total)
+    trace.submit(0)
+    forecast = Forecast(trace)
+    coming = forecast.coming["cpu"]
+    forecast.ended(0, 42.0)
+    forecast.began(needed[0], 0.0)
+    assert not coming
+    forecast.began(needed[1], 10.0)
+    assert coming == {int((10 + 42) // BUCKET): 1}
+    # Run again after an eviction, it changes nothing.
+    forecast.began(needed[1], 30.0)
+    assert coming == {int((10 + 42) // BUCKET): 1}
+    forecast.ready(total)
+    assert not coming
+
+
+@pytest.mark.parametrize("name", ["dag", "mixed"])
+def test_no_forecast_is_left_at_the_end(name: str) -> None:
+    simulation = Simulation(make(name, 0), ours, 0)
+    simulation.run()
+    assert not any(state.coming for state in simulation.states.values())
 
 
 def stock_state(tasks: int, workers: int = 0, threads: int = 1) -> GroupState:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .forecast import Forecast
 from .pool import BOOTING, JOINED, WAITING, GroupPool, Job
 from .state import GroupPolicy, GroupState, KindState, Policy
 from .trace import Trace
@@ -82,6 +83,11 @@ class Simulation:
             self.states[kind.group].kinds[number] = self.kinds[number]
         self.state_of_kind = [self.states[kind.group] for kind in trace.kinds]
         # To be submitted is one more thing that a task waits for.
+        # Without dependents there is nothing to foresee, and a million tasks to keep no book of.
+        self.forecast = Forecast(trace) if trace.dependents else None
+        if self.forecast is not None:
+            for name, state in self.states.items():
+                state.coming = self.forecast.coming[name]
         self.needs = [count + 1 for count in trace.dependencies()]
         self.wave = -1
         self.left_in_wave = 0
@@ -158,6 +164,8 @@ class Simulation:
             if not needs[task]:
                 state = self.state_of_kind[kind_of[task]]
                 state.ready(task)
+                if self.forecast is not None:
+                    self.forecast.ready(task)
                 touched[state.group.name] = state
         return list(touched.values())
 
@@ -184,6 +192,8 @@ class Simulation:
         self.kinds[self.trace.kind_of[task]].running[task] = self.now
         self.sequence += 1
         at = self.now + self.trace.durations[task]
+        if self.forecast is not None:
+            self.forecast.began(task, self.now)
         heapq.heappush(self.events, (at, self.sequence, FINISH, job, job.run, task))
 
     def finish(self, job: Job, run: int, task: int) -> None:
@@ -193,6 +203,8 @@ class Simulation:
         number = self.trace.kind_of[task]
         kind, state = self.kinds[number], self.state_of_kind[number]
         kind.ended(self.now - kind.running.pop(task))
+        if self.forecast is not None:
+            self.forecast.ended(number, kind.seconds / kind.done)
         self.outcome.ends[task] += 1
         job.tasks.discard(task)
         more = self.less_needed(self.trace.dependents[task]) if task in self.trace.dependents else []

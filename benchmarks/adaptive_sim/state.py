@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -86,6 +87,7 @@ class GroupState:
         unstarted: how many of these wait.
         kinds: the kinds of this group's tasks, by index.
         kind_of: the index of each task's kind.
+        coming: the number of tasks forecast to be ready, by the bucket of the time (see `forecast`).
         waits: seconds from submission to start of each job that has started, in the order of the starts.
     """
 
@@ -98,6 +100,7 @@ class GroupState:
         self.joined: dict[str, Job] = {}
         self.unstarted = 0
         self.kinds: dict[int, KindState] = {}
+        self.coming: Counter[int] = Counter()
         self.waits: list[float] = []
         self.free = FreeWorkers(group.threads, seed)
         self.cycle_planned = -1.0
