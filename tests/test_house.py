@@ -56,9 +56,6 @@ MUST_NOT_IMPORT = {
 }
 """Arrows point one way: the flow's side to the gateway, that to the supervisor, that to scaling and condor."""
 
-ALSO_BINDINGS = {"supervisor.__main__"}
-"""Has HTCondor read the submit description before anything is started."""
-
 PURE = {"scaling.policy", "condor.worker_job"}
 """Functions from values to values."""
 
@@ -127,7 +124,7 @@ each_module = pytest.mark.parametrize("name", [name for name in MODULES if name]
 
 @each_module
 def test_only_condor_and_embedded_import_the_bindings(name: str) -> None:
-    if not is_in(name, {"condor", "embedded"}) and name not in ALSO_BINDINGS:
+    if not is_in(name, {"condor", "embedded"}):
         assert not outsiders(name, MODULES[name]) & {"htcondor2", "htcondor"}
 
 

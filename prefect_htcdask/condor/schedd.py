@@ -49,6 +49,18 @@ class ScheddAddress:
         return not self.spool and self.schedd is None and self.collector is None
 
 
+def check_description(commands: Mapping[str, str]) -> Any:
+    """The submit description as HTCondor reads it.
+
+    Raises:
+        ScheddError: HTCondor does not take it.
+    """
+    try:
+        return htcondor2.Submit(dict(commands))
+    except Exception as exc:  # the bindings raise many kinds for one fault
+        raise ScheddError(f"HTCondor does not take the submit description: {exc}") from exc
+
+
 class ScheddClient:
     """One schedd, located once and found again when it moved (a restart changes its address).
 
@@ -178,10 +190,7 @@ class ScheddClient:
         Raises:
             ScheddError: the schedd is unreachable or refused; nothing was submitted.
         """
-        try:
-            submit = htcondor2.Submit(dict(commands))
-        except Exception as exc:
-            raise ScheddError(f"HTCondor does not take the submit description: {exc}") from exc
+        submit = check_description(commands)
         result = self._call(
             f"{count} worker jobs could not be submitted", "submit", submit, count, spool=self.address.spool
         )

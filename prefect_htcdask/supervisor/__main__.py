@@ -10,9 +10,7 @@ import sys
 import time
 from typing import Any
 
-import htcondor2
-
-from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError
+from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError, check_description
 from ..condor.worker_job import JobFiles, WorkerJobError, submit_description
 from .cleanup import Cleanup
 from .flow_watch import flow_run_ended
@@ -45,7 +43,7 @@ def preflight(request: Preflight) -> ScheddClient:
             lease_expires=0,
             lost_schedd_lease=1,
         )
-        htcondor2.Submit(commands)
+        check_description(commands)
     schedd = ScheddClient(ScheddAddress(**vars(request.schedd)))
     schedd.query("false", ["ClusterId"], limit=1)
     schedd.user()
