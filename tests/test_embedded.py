@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from dask_gateway import BasicAuth, Gateway
 
 from prefect_htcdask.embedded import EmbeddedEndpoint, EmbeddedError, ensure_running, status, stop
 from prefect_htcdask.embedded import endpoint as module
@@ -162,13 +163,17 @@ def test_no_one_else_can_read_its_files(embedded: EmbeddedEndpoint) -> None:
 
 
 def test_listens_on_loopback_only(embedded: EmbeddedEndpoint, embedded_settings: EmbeddedSettings) -> None:
-    start_cluster(embedded)
+    cluster = start_cluster(embedded)
     listening = [
         connection.laddr.ip
         for process in keeper_tree(embedded_settings)
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     ]
+    # The session's gateway goes on to serve tests that want nothing left on it.
+    login = BasicAuth(embedded.username, embedded.password)
+    with Gateway(embedded.gateway_address, proxy_address=embedded.proxy_address, auth=login) as gateway:
+        gateway.stop_cluster(cluster)
     assert len(listening) >= 5
     assert set(listening) == {"127.0.0.1"}
 
