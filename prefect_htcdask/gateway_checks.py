@@ -34,6 +34,11 @@ async def ask_for_options(gateway: Gateway) -> Any:
                 "gateway.token"
             ) from exc
         raise GatewayUnreachable(f"{named} answers with status {exc.status}: {exc.message}") from exc
+    except ValueError as exc:
+        # dask_gateway's own client raises it for 404: a gateway's proxy says so while it knows no server.
+        raise GatewayUnreachable(
+            f"{named} answers {str(exc)!r}: no Dask Gateway is there, or its server is just starting behind the proxy"
+        ) from exc
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as exc:
         raise GatewayUnreachable(
             f"{named} cannot be reached: {exc or type(exc).__name__}; is it running, and is the address right?"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,15 @@ class Stock:
     environment: dict[str, str]
 
 
+def answers(url: str) -> bool:
+    """Whether a GET of `url` succeeds."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 @pytest.fixture
 def stock(tmp_path: Path, embedded: EmbeddedEndpoint) -> Iterator[Stock]:
     # All that is installed but this package: as in an environment of the site's own.
@@ -68,12 +78,10 @@ def stock(tmp_path: Path, embedded: EmbeddedEndpoint) -> Iterator[Stock]:
             stderr=subprocess.STDOUT,
         )
     try:
-        wait_until(
-            lambda: "Dask-Gateway server started" in (tmp_path / "gateway.log").read_text(errors="replace"),
-            30,
-            "the gateway listens",
-        )
-        yield Stock(f"http://127.0.0.1:{ports['proxy']}", environment)
+        # Through the proxy: it answers before it has learnt the way to the server.
+        url = f"http://127.0.0.1:{ports['proxy']}"
+        wait_until(lambda: answers(f"{url}/api/version"), 30, "the gateway answers through its proxy")
+        yield Stock(url, environment)
     finally:
         server.terminate()
         try:
