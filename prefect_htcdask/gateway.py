@@ -74,10 +74,7 @@ class HTCGateway(Gateway):
             auth=auth,
         )
         super().__init__(
-            address=self.parts.address,
-            proxy_address=self.parts.proxy_address,
-            public_address=self.parts.public_address,
-            auth=self.parts.auth,
+            **self.parts.gateway_arguments,
             asynchronous=asynchronous,
             loop=loop,
         )
@@ -184,10 +181,7 @@ class HTCGatewayCluster(GatewayCluster):
             auth=auth,
         )
         super().__init__(
-            address=self.parts.address,
-            proxy_address=self.parts.proxy_address,
-            public_address=self.parts.public_address,
-            auth=self.parts.auth,
+            **self.parts.gateway_arguments,
             cluster_options=cluster_options,
             shutdown_on_close=shutdown_on_close,
             asynchronous=asynchronous,
@@ -247,10 +241,7 @@ class HTCGatewayCluster(GatewayCluster):
             auth=auth,
         )
         self._init_internal(
-            address=self.parts.address,
-            proxy_address=self.parts.proxy_address,
-            public_address=self.parts.public_address,
-            auth=self.parts.auth,
+            **self.parts.gateway_arguments,
             asynchronous=asynchronous,
             loop=loop,
             shutdown_on_close=shutdown_on_close,

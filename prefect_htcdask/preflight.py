@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 from distributed import Client
 
 from prefect_htcdask.errors import VersionMismatchError
+from prefect_htcdask.resolution import is_loopback
 from prefect_htcdask.settings import SettingsError
 
 CHECKED_PACKAGES = ("dask", "distributed", "prefect")
-
-
-def is_loopback(url: str) -> bool:
-    """Whether only this host can reach `url`."""
-    host = urlsplit(url).hostname or ""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
 
 
 def check_api_reachable(url: str | None, workers_are_local: bool) -> None:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlparse
 
 import dask
@@ -39,6 +40,16 @@ class Parts:
     auth: GatewayAuth
     schedd: ScheddSettings
     embedded: bool
+
+    @property
+    def gateway_arguments(self) -> dict[str, Any]:
+        """The arguments of dask_gateway's classes that say which gateway."""
+        return {
+            "address": self.address,
+            "proxy_address": self.proxy_address,
+            "public_address": self.public_address,
+            "auth": self.auth,
+        }
 
     @property
     def workers_are_local(self) -> bool:
@@ -205,11 +216,12 @@ def check_image_file(image: str) -> None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address, a URL or host:port, names this machine only."""
+    """Whether an address, a URL or host:port, leads to this machine only."""
     host = urlparse(address if "://" in address else f"//{address}").hostname or ""
-    if host == "localhost":
+    if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ip = ipaddress.ip_address(host)
     except ValueError:
         return False
+    return ip.is_loopback or ip.is_unspecified
