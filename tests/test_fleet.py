@@ -31,8 +31,8 @@ def test_a_job_is_pending_until_its_worker_joins() -> None:
     assert supply.unstarted == 2
     assert fleet.saw_workers(["htcdask-1.0-0", "somebody-else"]) == ["1.0"]
     assert fleet.saw_workers(["htcdask-1.0-0"]) == []
-    supply = fleet.supply(answer(_1_0=4.0))
-    assert (supply.pending, supply.idle, supply.busy) == (("1.1", "1.10"), {"htcdask-1.0-0": 4.0}, ())
+    supply = fleet.supply(answer(_1_0=4.0), now=100.0)
+    assert (supply.pending, supply.idle, supply.busy) == (("1.1", "1.10"), {"htcdask-1.0-0": 96.0}, ())
 
 
 def test_a_worker_without_an_idle_time_is_busy() -> None:

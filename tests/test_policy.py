@@ -8,7 +8,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from prefect_htcdask.scaling.policy import Decision, Demand, PolicySettings, Supply, Target, decide, wanted_workers
+from prefect_htcdask.scaling.policy import Decision, Demand, PolicySettings, Supply, Target, wanted_workers
+from prefect_htcdask.scaling.policy import decide as decide_now
+
+NOW = 1000.0
+
+
+def decide(demand: Demand | None, supply: Supply, target: Target, how: PolicySettings) -> Decision:
+    return decide_now(demand, supply, dataclasses.replace(how, target=target), NOW)
 
 
 @st.composite
@@ -19,12 +26,14 @@ def situations(draw: st.DrawFn) -> tuple[Demand, Supply]:
     busy = draw(st.dictionaries(st.integers(100, 199), st.integers(1, 20), max_size=20))
     supply = Supply(
         pending=tuple(f"{number}.0" for number in pending),
-        idle={f"idle-{number}": seconds for number, seconds in idle.items()},
+        idle={f"idle-{number}": NOW - seconds for number, seconds in idle.items()},
         busy=tuple(f"busy-{number}" for number in busy),
         unstarted=draw(st.integers(0, len(pending))),
     )
     demand = Demand(queued=draw(st.integers(0, 500)), in_hand={f"busy-{number}": n for number, n in busy.items()})
-    return demand, supply
+    failures = draw(st.integers(0, 6))
+    since = draw(st.floats(0, 100))
+    return demand, dataclasses.replace(supply, failures=failures, last_failure=NOW - since if failures else None)
 
 
 @st.composite
@@ -39,7 +48,7 @@ settings = st.builds(
     threads=st.integers(1, 8),
     residence=st.floats(0, 60),
     max_idle_jobs=st.integers(0, 50),
-    submit_allowed=st.booleans(),
+    max_failures=st.integers(1, 5),
 )
 
 
@@ -87,7 +96,7 @@ def test_a_busy_worker_is_never_chosen_while_adapting(
 @given(situations(), ranges(), settings)
 def test_a_worker_keeps_its_residence(situation: tuple[Demand, Supply], target: Target, how: PolicySettings) -> None:
     demand, supply = situation
-    assert all(supply.idle[name] >= how.residence for name in decide(demand, supply, target, how).retire)
+    assert all(NOW - supply.idle[name] >= how.residence for name in decide(demand, supply, target, how).retire)
 
 
 @given(situations(), st.one_of(ranges(), fixed), settings)
@@ -113,6 +122,7 @@ def test_the_newest_pending_jobs_go_first(situation: tuple[Demand, Supply], how:
 @given(situations(), fixed)
 def test_a_number_asked_for_by_name_is_met_exactly(situation: tuple[Demand, Supply], target: Target) -> None:
     demand, supply = situation
+    supply = dataclasses.replace(supply, failures=0, last_failure=None)
     assert after(supply, decide(demand, supply, target, PolicySettings())) == target.fixed
 
 
@@ -123,7 +133,7 @@ def test_constant_demand_gives_a_constant_target_while_workers_arrive(
     demand, supply = situation
     how = PolicySettings(threads=threads)
     arrived = dataclasses.replace(
-        supply, pending=(), idle={**supply.idle, **{f"new-{job}": 0.0 for job in supply.pending}}, unstarted=0
+        supply, pending=(), idle={**supply.idle, **{f"new-{job}": NOW for job in supply.pending}}, unstarted=0
     )
     assert decide(demand, supply, target, how).target == decide(demand, arrived, target, how).target
 
@@ -136,7 +146,8 @@ def test_what_is_decided_once_is_not_decided_again(
     decision = decide(demand, supply, target, how)
     gone = set(decision.remove_pending) | set(decision.retire)
     new = tuple(f"new-{number}" for number in range(decision.submit))
-    settled = Supply(
+    settled = dataclasses.replace(
+        supply,
         pending=tuple(job for job in supply.pending if job not in gone) + new,
         idle={name: seconds for name, seconds in supply.idle.items() if name not in gone},
         busy=tuple(name for name in supply.busy if name not in gone),
@@ -174,11 +185,15 @@ def test_an_unknown_demand_keeps_everything(
 
 
 @given(situations(), st.one_of(ranges(), fixed), settings)
-def test_nothing_is_submitted_where_that_is_not_allowed(
+def test_failures_delay_submission_and_end_it(
     situation: tuple[Demand, Supply], target: Target, how: PolicySettings
 ) -> None:
     demand, supply = situation
-    assert decide(demand, supply, target, dataclasses.replace(how, submit_allowed=False)).submit == 0
+    assume(supply.last_failure is not None)
+    decision = decide(demand, supply, target, how)
+    if supply.failures >= how.max_failures or NOW - (supply.last_failure or 0) < 2 ** (supply.failures - 1):
+        assert not decision.submit
+    assert bool(decision.gives_up) == (decision.target > supply.total and supply.failures >= how.max_failures)
 
 
 @given(situations(), ranges(), settings)
@@ -191,12 +206,14 @@ def test_idle_jobs_in_the_queue_stay_below_their_cap(
 
 
 def test_queued_tasks_keep_idle_workers() -> None:
-    supply = Supply(idle={"a": 99.0, "b": 99.0}, pending=("1.0",))
+    supply = Supply(idle={"a": NOW - 99.0, "b": NOW - 99.0}, pending=("1.0",))
     assert not decide(Demand(queued=1), supply, Target(maximum=9), PolicySettings(residence=1)).changes
 
 
 def test_a_task_in_hand_wants_its_thread() -> None:
-    assert wanted_workers(Demand(queued=3, in_hand={"a": 5}), Target(maximum=100), threads=2) == 4
+    assert (
+        wanted_workers(Demand(queued=3, in_hand={"a": 5}), PolicySettings(target=Target(maximum=100), threads=2)) == 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ def default_settings() -> PolicySettings:
 class Ours:
     """`prefect_htcdask.scaling.policy.decide`, for one group."""
 
-    target: Target
     settings: PolicySettings
 
     def look(self, state: GroupState, now: float) -> Orders:
@@ -39,13 +38,13 @@ class Ours:
         demand = Demand(queued=len(state.queue), in_hand=state.in_hand)
         supply = Supply(
             pending=tuple(state.pending),
-            idle={name: now - job.idle_since for name, job in state.idle.items()},
+            idle={name: job.idle_since for name, job in state.idle.items()},
             busy=tuple(state.in_hand),
             unstarted=state.unstarted,
         )
-        return decide(demand, supply, self.target, self.settings)
+        return decide(demand, supply, self.settings, now)
 
 
 def ours(group: Group) -> Ours:
     """Our policy as it comes, from no worker to the group's maximum."""
-    return Ours(Target(minimum=0, maximum=group.maximum), replace(default_settings(), threads=group.threads))
+    return Ours(replace(default_settings(), target=Target(maximum=group.maximum), threads=group.threads))

@@ -25,6 +25,7 @@ class Fleet:
         ever_joined: ids of jobs whose worker was at the scheduler at some time.
         leaving: ids of jobs that were told to go, by removal or retirement.
         failures: workers in a row that ended before they joined.
+        last_failure: when the last of them did, on the monotonic clock.
     """
 
     table: JobTable = field(default_factory=JobTable)
@@ -33,6 +34,7 @@ class Fleet:
     ever_joined: set[str] = field(default_factory=set)
     leaving: set[str] = field(default_factory=set)
     failures: int = 0
+    last_failure: float | None = None
     peak: int = 0
     evictions: int = 0
     holds: int = 0
@@ -59,7 +61,7 @@ class Fleet:
                 self.ever_joined.add(job_id)
                 new.append(job_id)
         if new:
-            self.failures = 0
+            self.failures, self.last_failure = 0, None
         self.peak = max(self.peak, len(self.joined))
         return new
 
@@ -86,11 +88,12 @@ class Fleet:
         """Jobs in the queue in any state, told to leave or not."""
         return self.table.in_state(JobState.IDLE, JobState.RUNNING, JobState.HELD)
 
-    def supply(self, answer: Mapping[str, Any] | None) -> Supply:
+    def supply(self, answer: Mapping[str, Any] | None, now: float = 0.0) -> Supply:
         """The supply for the policy.
 
         Args:
             answer: the scheduler's answer, or `None` where it gave none; then joined workers count as busy.
+            now: the time, on the monotonic clock.
         """
         active = [
             record
@@ -102,10 +105,12 @@ class Fleet:
         idle_times: Mapping[str, float] = answer["idle"] if answer else {}
         return Supply(
             pending=tuple(record.job_id for record in sorted(pending, key=_submission_order)),
-            idle={name: float(idle_times[name]) for name in names if name in idle_times},
+            idle={name: now - float(idle_times[name]) for name in names if name in idle_times},
             busy=tuple(name for name in names if name not in idle_times),
             retiring=tuple(sorted(self.leaving)),
             unstarted=sum(1 for record in pending if record.state is JobState.IDLE),
+            failures=self.failures,
+            last_failure=self.last_failure,
         )
 
     def summary(self, now: float) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Supervisor:
         self._request_seen = plan.request_seen
         self._no_submit_before = 0.0
         self._backoff = 1.0
+        self._last_failed: JobRecord | None = None
         self._failed = False
         self._told: set[str] = set()
         self._background: set[asyncio.Task[Any]] = set()
@@ -154,7 +155,8 @@ class Supervisor:
         demand = await self.take_answer(answer := await self.ask_scheduler())
         if self.over.is_set():
             return
-        decision = decide(demand, self.fleet.supply(answer if demand else None), self.target, self.policy())
+        now = time.monotonic()
+        decision = decide(demand, self.fleet.supply(answer if demand else None, now), self.policy(), now)
         if demand is not None and decision.target == 0:
             self._waiting_since = None  # nobody waits for a worker any more
         await self.act(decision)
@@ -174,10 +176,11 @@ class Supervisor:
         """The policy's settings as they are now."""
         spec = self.plan.groups[_DEFAULT_GROUP]
         return PolicySettings(
+            target=self.target,
             threads=spec.threads,
             residence=self.plan.residence,
             max_idle_jobs=self.plan.max_idle_jobs,
-            submit_allowed=not self._failed and time.monotonic() >= self._no_submit_before,
+            max_failures=self.plan.max_failures,
         )
 
     async def take_answer(self, answer: dict[str, Any] | None) -> Demand | None:
@@ -201,7 +204,6 @@ class Supervisor:
             self.end(SUPERSEDED)
             return None
         for job_id in self.fleet.saw_workers(answer["joined"]):
-            self._backoff = 1.0
             self.say({"kind": "job", "what": "joined", "job": job_id, "host": self.fleet.table.get(job_id).host})
         request = answer.get("request")
         if request and request["number"] > self._request_seen:
@@ -226,6 +228,10 @@ class Supervisor:
 
     async def act(self, decision: Decision) -> None:
         """Carry a decision out."""
+        if decision.gives_up:
+            self.give_up(decision.gives_up)
+        if decision.submit and (self._failed or time.monotonic() < self._no_submit_before):
+            return
         if decision.changes:
             self.say({"kind": "decision", "text": decision.reason, "target": decision.target})
         if decision.submit:
@@ -253,10 +259,12 @@ class Supervisor:
         try:
             job_ids = await self.condor(self.schedd.submit, commands, count)
         except ScheddError as exc:
-            self.delay_submission()
+            self._no_submit_before = time.monotonic() + self._backoff
             self.tell_once("error", f"{exc}; the next attempt is in {self._backoff:.0f} s")
+            self._backoff = min(self._backoff * 2, _MAX_BACKOFF)
             self._waiting_since = self._waiting_since or time.monotonic()
             return
+        self._backoff = 1.0
         self._waiting_since = self._waiting_since or time.monotonic()
         self.fleet.submitted_jobs(job_ids, _DEFAULT_GROUP, time.time())
         logger.info("submitted %d jobs: %s to %s", count, job_ids[0], job_ids[-1])
@@ -308,7 +316,8 @@ class Supervisor:
             {"kind": "job", "what": change.what, "job": change.job_id, "host": record.host, "reason": change.reason}
         )
         if failed_start:
-            self.count_failure(record)
+            self._last_failed = record
+            self.fleet.last_failure = time.monotonic()
         if change.what == "held":
             if record.hold_code != 1:
                 # It would stay in the queue for ever; a fresh one may land on a better host.
@@ -332,20 +341,12 @@ class Supervisor:
             return diagnose_hold(record.hold_code, record.hold_subcode, record.reason)
         return diagnose_exit(record.exit_code, record.exit_signal, self.directory.stderr_tail(record.job_id))
 
-    def count_failure(self, record: JobRecord) -> None:
-        """One more worker ended before it joined: wait longer, or give up."""
-        self.delay_submission()
-        if self.fleet.failures >= self.plan.max_failures:
-            self.fail(
-                f"{self.fleet.failures} workers in a row ended before they joined the scheduler; no more are "
-                f"submitted. The last, HTCondor job {record.job_id}{f' on {record.host}' if record.host else ''}: "
-                f"{self.why_it_ended(record)}"
-            )
-
-    def delay_submission(self) -> None:
-        """Wait before the next submission, longer each time until a worker joins."""
-        self._no_submit_before = time.monotonic() + self._backoff
-        self._backoff = min(self._backoff * 2, _MAX_BACKOFF)
+    def give_up(self, why: str) -> None:
+        """The failure budget is spent: say so, with what became of the last."""
+        if (record := self._last_failed) is not None:
+            where = f" on {record.host}" if record.host else ""
+            why += f". The last, HTCondor job {record.job_id}{where}: {self.why_it_ended(record)}"
+        self.fail(why)
 
     async def check_start(self, demand: Demand | None) -> None:
         """Give up where no worker came within the start timeout."""
