@@ -2,53 +2,32 @@
 
 Every field can be given as an environment variable ``PREFECT_INTEGRATIONS_HTCDASK_<GROUP>_<FIELD>``, in
 ``prefect.toml`` under ``[integrations.htcdask.<group>]``, or in a Prefect profile. Sizes and durations are what
-Dask users write: ``"2 GiB"``, ``"90 s"``.
+Dask users write: ``"2 GiB"``, ``"90 s"``. Several kinds of workers are given by ``workers``, a mapping of names to
+fields: as JSON in ``PREFECT_INTEGRATIONS_HTCDASK_WORKERS``, or under ``[integrations.htcdask.workers.<name>]``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from dask.utils import parse_bytes, parse_timedelta
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
+
+from .worker_settings import GROUP_NAME, Duration, GroupName, Size, WorkerGroupSettings, WorkerSettings
 
 ENV_PREFIX = "PREFECT_INTEGRATIONS_HTCDASK_"
+WORKERS_VARIABLE = f"{ENV_PREFIX}WORKERS"
+ONLY_GROUP = "default"
+"""Name of the worker group where `workers` gives none."""
 
 
 class SettingsError(ValueError):
     """A setting has a value that cannot work. The message names the setting, its value and the remedy."""
-
-
-def _size(value: Any) -> int:
-    try:
-        size = int(parse_bytes(value))
-    except (TypeError, ValueError, AttributeError) as exc:
-        raise ValueError(f"{value!r} is no size; write a number with a unit, such as '2 GiB' or '500 MB'") from exc
-    if size < 0:
-        raise ValueError(f"{value!r} is negative; a size is zero or more bytes")
-    return size
-
-
-def _duration(value: Any) -> float:
-    try:
-        seconds = float(parse_timedelta(value, default="seconds"))
-    except (TypeError, ValueError, KeyError, AttributeError) as exc:
-        raise ValueError(
-            f"{value!r} is no duration; write a number with a unit, such as '90 s' or '5 minutes'"
-        ) from exc
-    if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"{value!r} is no duration that can be waited for; write zero or more seconds")
-    return seconds
-
-
-Size = Annotated[int, BeforeValidator(_size)]
-"""Bytes, from an int or a string such as ``"2 GiB"`` (`dask.utils.parse_bytes`)."""
-
-Duration = Annotated[float, BeforeValidator(_duration)]
-"""Seconds, from a number or a string such as ``"90 s"`` (`dask.utils.parse_timedelta`)."""
 
 
 class GatewaySettings(PrefectBaseSettings):
@@ -108,57 +87,6 @@ class CondorSettings(PrefectBaseSettings):
     spool: bool = Field(
         default=False,
         description="Spool the workers' input to the schedd: needed where the schedd cannot read this host's files.",
-    )
-
-
-class WorkerSettings(PrefectBaseSettings):
-    """What one worker is: the HTCondor job that it is submitted as."""
-
-    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask", "worker"))
-
-    cpus: int = Field(default=1, ge=1, description="Cores requested for each worker job (request_cpus).")
-    memory: Size = Field(default=2 * 1024**3, description="Memory requested for each worker job (request_memory).")
-    disk: Size = Field(default=1024**3, description="Scratch disk requested for each worker job (request_disk).")
-    gpus: int = Field(default=0, ge=0, description="GPUs requested for each worker job (request_gpus).")
-    nthreads: int | None = Field(
-        default=None, ge=1, description="Tasks that a worker runs at once. Unset: as many as it has cpus."
-    )
-    image: str | None = Field(
-        default=None,
-        description="Container image of scheduler and workers: given to the gateway as its cluster option `image`, "
-        "and to HTCondor as docker://IMAGE unless `container_image` says otherwise.",
-    )
-    container_image: str | None = Field(
-        default=None,
-        description="Image that the worker jobs run in: a .sif file, a directory, or a docker:// or oras:// address "
-        "(HTCondor's container_image).",
-    )
-    python: str | None = Field(
-        default=None,
-        description="Python interpreter of the worker jobs. Unset: this process's own, or `python3` in a container.",
-    )
-    environment: dict[str, str] = Field(
-        default_factory=dict,
-        description="Environment variables of the worker jobs. They stand in the job ad: no secret belongs here.",
-    )
-    requirements: str | None = Field(
-        default=None, description="ClassAd expression that a slot must meet (requirements)."
-    )
-    accounting_group: str | None = Field(
-        default=None, description="HTCondor accounting group that the workers count against."
-    )
-    priority: int = Field(default=0, description="Job priority among this user's jobs (priority); higher first.")
-    extra_submit: dict[str, str] = Field(
-        default_factory=dict,
-        description="Further submit commands, such as {'+ProjectName': '\"cms\"'}; they may not replace ours.",
-    )
-    start_timeout: Duration = Field(
-        default=600.0,
-        description="How long the first worker may take to start before the flow fails; 0 waits for ever.",
-    )
-    lifetime: Duration | None = Field(
-        default=None,
-        description="A worker leaves by itself, drained, after this time. Unset: it stays as long as used.",
     )
 
 
@@ -239,18 +167,35 @@ class EmbeddedSettings(PrefectBaseSettings):
     )
 
 
+class ConfiguredWorkers(PrefectBaseSettings):
+    """The worker groups as environment, ``prefect.toml`` or profile give them, unchecked."""
+
+    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask"))
+
+    workers: dict[str, Any] = Field(default_factory=dict, description="Fields of each worker group, by its name.")
+
+
+def _configured_workers() -> Any:
+    return ConfiguredWorkers().workers
+
+
 class HTCDaskSettings(PrefectBaseSettings):
     """All settings of prefect_htcdask.
 
     Raises:
-        pydantic.ValidationError: from the constructor; `load_settings` turns it into one clear `SettingsError`.
+        pydantic.ValidationError: from the constructor; `load_settings` turns it into one clear error.
     """
 
-    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask"))
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(extra="ignore")
 
     gateway: GatewaySettings = Field(default_factory=GatewaySettings, description="The Dask Gateway.")
     condor: CondorSettings = Field(default_factory=CondorSettings, description="The HTCondor pool.")
     worker: WorkerSettings = Field(default_factory=WorkerSettings, description="The worker jobs.")
+    workers: dict[GroupName, WorkerGroupSettings] = Field(
+        default_factory=_configured_workers,
+        description="Several kinds of workers, by the names of the groups, the first being the default one: mappings "
+        "of fields of `worker`, and of `minimum` and `maximum`. A field that is not given is as in `worker`.",
+    )
     adaptive: AdaptiveSettings = Field(default_factory=AdaptiveSettings, description="Adaptive scaling.")
     lease: LeaseSettings = Field(default_factory=LeaseSettings, description="Leases of jobs and schedulers.")
     embedded: EmbeddedSettings = Field(
@@ -258,13 +203,67 @@ class HTCDaskSettings(PrefectBaseSettings):
         description="The personal pool and gateway of a machine that has neither.",
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Each group reads its own sources; were they read here too, worker groups given would be mixed with others."""
+        return (init_settings,)
+
+    @property
+    def groups(self) -> dict[str, WorkerGroupSettings]:
+        """The worker groups with each field filled in, the default group first; one called "default" at least."""
+        few = len(self.workers) < 2
+        unset = {
+            **{name: getattr(self.worker, name) for name in WorkerSettings.model_fields},
+            "minimum": self.adaptive.minimum if few else 0,
+            "maximum": self.adaptive.maximum,
+        }
+        filled = {}
+        for name, group in (self.workers or {ONLY_GROUP: WorkerGroupSettings()}).items():
+            stated = {field: getattr(group, field) for field in group.model_fields_set}
+            if "image" in stated:
+                # The group's own image says what it runs in, not the one that `worker` says.
+                stated.setdefault("container_image", None)
+            filled[name] = WorkerGroupSettings.model_construct(**{**unset, **stated})
+        return filled
+
+    @model_validator(mode="after")
+    def _groups_can_be(self) -> HTCDaskSettings:
+        for name, group in self.groups.items():
+            prefix = f"workers.{name}" if self.workers else "worker"
+            assert group.minimum is not None and group.maximum is not None
+            if group.minimum > group.maximum:
+                raise ValueError(
+                    f"{prefix}.minimum = {group.minimum} is above {prefix}.maximum = {group.maximum}; raise the "
+                    "maximum or lower the minimum (unset, they are 0 and adaptive.maximum)"
+                )
+            if group.lifetime_stagger is not None and group.lifetime_stagger >= (group.lifetime or math.inf):
+                raise ValueError(
+                    f"{prefix}.lifetime_stagger = {group.lifetime_stagger:g} s is not below {prefix}.lifetime = "
+                    f"{group.lifetime:g} s; lower it, or give a longer lifetime"
+                )
+        return self
+
+    def stated(self) -> dict[str, dict[str, Any]]:
+        """What was said and is no default, as `load_settings` takes it."""
+        said = {
+            name: value.model_dump(exclude_unset=True)
+            for name in type(self).model_fields
+            if isinstance(value := getattr(self, name), PrefectBaseSettings)
+        }
+        if self.workers:
+            said["workers"] = {name: group.model_dump(exclude_unset=True) for name, group in self.workers.items()}
+        return said
+
 
 def load_settings(**overrides: Any) -> HTCDaskSettings:
     """Read the settings from environment, ``prefect.toml`` and profile, with `overrides` on top.
 
     Args:
-        overrides: groups, each a mapping of fields, such as ``worker={"memory": "4 GiB"}``. A field that is
-            `None` is left as it is configured.
+        overrides: groups, each a mapping of fields, such as ``worker={"memory": "4 GiB"}``; `workers` is a mapping of
+            such mappings, and takes the place of all worker groups that are configured. A field that is `None` is left
+            as it is configured.
 
     Returns:
         the validated settings.
@@ -272,28 +271,83 @@ def load_settings(**overrides: Any) -> HTCDaskSettings:
     Raises:
         SettingsError: one message that names every wrong setting, its value and what to do.
     """
-    groups: dict[str, PrefectBaseSettings] = {}
+    groups: dict[str, Any] = {}
     problems: list[str] = []
+    workers = overrides.pop("workers", None)
     for name, field in HTCDaskSettings.model_fields.items():
+        if name == "workers":
+            continue
         group_type = field.annotation
         assert isinstance(group_type, type) and issubclass(group_type, PrefectBaseSettings)
-        given = {k: v for k, v in (overrides.pop(name, None) or {}).items() if v is not None}
-        unknown = sorted(set(given) - set(group_type.model_fields))
-        if unknown:
-            problems += [
-                f"{name}.{field} is no setting; there are {', '.join(group_type.model_fields)}" for field in unknown
-            ]
-            continue
-        try:
-            groups[name] = group_type(**given)
-        except ValidationError as exc:
-            problems += [_describe(name, dict(error)) for error in exc.errors()]
+        groups[name] = _checked(name, group_type, overrides.pop(name, None) or {}, problems)
+    groups["workers"] = _worker_groups(workers, problems)
     problems += [
         f"{name!r} is no group of settings; there are {', '.join(HTCDaskSettings.model_fields)}" for name in overrides
     ]
-    if problems:
-        raise SettingsError("; ".join(problems))
-    return HTCDaskSettings.model_validate(groups)
+    if not problems:
+        try:
+            return HTCDaskSettings.model_validate(groups)
+        except ValidationError as exc:
+            problems += [_describe("workers", dict(error)) for error in exc.errors()]
+    raise SettingsError("; ".join(problems))
+
+
+def _checked(
+    name: str, group_type: type[PrefectBaseSettings], values: Mapping[str, Any], problems: list[str]
+) -> PrefectBaseSettings | None:
+    """One group of settings; what is wrong with it is added to `problems`."""
+    given = {k: v for k, v in values.items() if v is not None}
+    unknown = sorted(set(given) - set(group_type.model_fields))
+    if unknown:
+        problems += [
+            f"{name}.{field} is no setting; there are {', '.join(group_type.model_fields)}" for field in unknown
+        ]
+        return None
+    try:
+        return group_type(**given)
+    except ValidationError as exc:
+        problems += [_describe(name, dict(error)) for error in exc.errors()]
+        return None
+
+
+def _worker_groups(given: Any, problems: list[str]) -> dict[str, PrefectBaseSettings | None]:
+    """The worker groups given, or else configured; what is wrong with them is added to `problems`."""
+    example = "{'cpu': {'cpus': 4}, 'gpu': {'gpus': 1, 'maximum': 2}}"
+    if given is None:
+        try:
+            configured = ConfiguredWorkers()
+        except (SourceError, ValidationError):
+            value = os.environ.get(WORKERS_VARIABLE)
+            shown = "" if value is None else f" = {value!r}"
+            problems.append(
+                f"setting workers ({WORKERS_VARIABLE}){shown} is no mapping of worker groups; write JSON such as "
+                + example.replace("'", '"')
+            )
+            return {}
+        if "workers" not in configured.model_fields_set:
+            return {}
+        given = configured.workers
+    if not isinstance(given, Mapping) or not given:
+        problems.append(
+            f"setting workers ({WORKERS_VARIABLE}) = {given!r} names no worker group; write a mapping such as "
+            f"{example}, or leave it out for one group made by `worker`"
+        )
+        return {}
+    groups = {}
+    for name, values in given.items():
+        if not isinstance(name, str) or not GROUP_NAME.fullmatch(name):
+            problems.append(
+                f"setting workers ({WORKERS_VARIABLE}): {name!r} cannot be the name of a worker group; use 1 to 40 "
+                "letters, digits, - and _"
+            )
+        elif not isinstance(values, Mapping):
+            problems.append(
+                f"setting workers.{name} ({WORKERS_VARIABLE}) = {values!r} is no mapping of fields; write one such as "
+                "{'cpus': 4}, or {} for what `worker` says"
+            )
+        else:
+            groups[name] = _checked(f"workers.{name}", WorkerGroupSettings, values, problems)
+    return groups
 
 
 def _describe(group: str, error: dict[str, Any]) -> str:
@@ -302,7 +356,24 @@ def _describe(group: str, error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     if not location:
         return message
-    variable = f"{ENV_PREFIX}{group}_{location[0]}".upper()
+    variable = WORKERS_VARIABLE if group.startswith("workers") else f"{ENV_PREFIX}{group}_{location[0]}".upper()
     secret = location[0] in {"password", "token"}
     shown = "" if secret else f" = {error.get('input')!r}"
     return f"setting {group}.{'.'.join(location)} ({variable}){shown}: {message}"
+
+
+__all__ = [
+    "ENV_PREFIX",
+    "ONLY_GROUP",
+    "WORKERS_VARIABLE",
+    "AdaptiveSettings",
+    "CondorSettings",
+    "EmbeddedSettings",
+    "GatewaySettings",
+    "HTCDaskSettings",
+    "LeaseSettings",
+    "SettingsError",
+    "WorkerGroupSettings",
+    "WorkerSettings",
+    "load_settings",
+]

@@ -101,10 +101,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             SettingsError: a setting cannot work.
         """
         if self.settings is not None:
-            groups = {
-                name: getattr(self.settings, name).model_dump(exclude_unset=True)
-                for name in HTCDaskSettings.model_fields
-            }
+            groups = self.settings.stated()
         else:
             groups = {name: dict(values) for name, values in self.overrides.items()}
         worker = {k: v for k, v in self.cluster_kwargs.items() if k in WorkerSettings.model_fields}

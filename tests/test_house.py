@@ -14,7 +14,7 @@ import pytest
 from prefect.plugins import load_prefect_collections
 from pydantic import BaseModel
 
-from prefect_htcdask.settings import HTCDaskSettings
+from prefect_htcdask.settings import HTCDaskSettings, WorkerGroupSettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGE = CHECKOUT / "prefect_htcdask"
@@ -41,10 +41,11 @@ KNOW_PREFECT = {
     "task_runner",
     "worker_jobs",
     "worker_runtime",
+    "worker_settings",
 }
 """The side that faces Prefect; `gateway`, `scaling`, `condor` and `embedded` work without a flow."""
 
-FLOW_SIDE = KNOW_PREFECT - {"settings", "supervisor.flow_watch"}
+FLOW_SIDE = KNOW_PREFECT - {"settings", "supervisor.flow_watch", "worker_settings"}
 
 MUST_NOT_IMPORT = {
     "scaling": FLOW_SIDE | {"gateway", "supervisor", "condor", "embedded"},
@@ -53,6 +54,7 @@ MUST_NOT_IMPORT = {
     "supervisor": FLOW_SIDE | {"gateway", "embedded"},
     "gateway": FLOW_SIDE,
     "settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded"},
+    "worker_settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded", "settings"},
 }
 """Arrows point one way: the flow's side to the gateway, that to the supervisor, that to scaling and condor."""
 
@@ -169,7 +171,7 @@ def test_no_file_grows_beyond_reading() -> None:
 
 
 def test_every_setting_is_described() -> None:
-    todo: list[type[BaseModel]] = [HTCDaskSettings]
+    todo: list[type[BaseModel]] = [HTCDaskSettings, WorkerGroupSettings]
     seen = 0
     while todo:
         group = todo.pop()
