@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefect_htcdask.clients import get_async_dask_client, get_dask_client
-    from prefect_htcdask.errors import HTCDaskError
+    from prefect_htcdask.errors import HTCDaskError, UnknownWorkerGroupError
     from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
     from prefect_htcdask.settings import HTCDaskSettings
     from prefect_htcdask.task_runner import HTCDaskTaskRunner
+    from prefect_htcdask.worker_groups import worker_group
 
 _HOMES = {
     "HTCDaskError": "errors",
@@ -18,9 +19,11 @@ _HOMES = {
     "HTCDaskTaskRunner": "task_runner",
     "HTCGateway": "gateway",
     "HTCGatewayCluster": "gateway",
+    "UnknownWorkerGroupError": "errors",
     "get_async_dask_client": "clients",
     "get_dask_client": "clients",
     "remove_leftover_jobs": "cleanup",
+    "worker_group": "worker_groups",
 }
 
 __all__ = [
@@ -29,9 +32,11 @@ __all__ = [
     "HTCDaskTaskRunner",
     "HTCGateway",
     "HTCGatewayCluster",
+    "UnknownWorkerGroupError",
     "get_async_dask_client",
     "get_dask_client",
     "remove_leftover_jobs",
+    "worker_group",
 ]
 
 

@@ -13,3 +13,11 @@ class VersionMismatchError(HTCDaskError):
 
 class TaskRunLost(HTCDaskError):
     """A task run ended without a state of its own: its worker, the scheduler or the connection was lost."""
+
+
+class WorkerGroupError(HTCDaskError):
+    """It cannot be said which worker group a task belongs to."""
+
+
+class UnknownWorkerGroupError(WorkerGroupError):
+    """A task names a worker group that there is not, or asks for resources that no group offers."""
