@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..condor.diagnosis import Diagnosis, diagnose_exit, diagnose_hold, diagnose_waiting
-from ..condor.job_events import EventLogReader, JobChange, JobReader, JobRecord, JobState, QueueReader
+from ..condor.job_events import EventLogReader, JobReader, QueueReader
 from ..condor.schedd import ScheddClient, ScheddError
 from ..condor.staging import RunDirectory
 from ..condor.worker_job import JobFiles, cluster_constraint, submit_description
 from ..scaling.policy import Decision, Demand, PolicySettings, Target, decide
 from .fleet import Fleet
+from .job_news import JobNews, why_none_joined
 from .protocol import HandOff
 from .scheduler_link import GatewayLink, SchedulerLink
 
@@ -52,6 +52,7 @@ class Supervisor:
         self.directory = RunDirectory(Path(plan.run_directory))
         self.constraint = cluster_constraint(plan.access.cluster_name)
         self.fleet = Fleet()
+        self.news = JobNews(self.fleet, self.directory, say)
         self.target = (
             Target(minimum=plan.minimum, maximum=plan.maximum) if plan.adaptive else Target(fixed=plan.fixed or 0)
         )
@@ -69,7 +70,6 @@ class Supervisor:
         self._request_seen = plan.request_seen
         self._no_submit_before = 0.0
         self._backoff = 1.0
-        self._last_failed: JobRecord | None = None
         self._failed = False
         self._told: set[str] = set()
         self._background: set[asyncio.Task[Any]] = set()
@@ -289,63 +289,22 @@ class Supervisor:
             await self.condor(self.schedd.renew, self.constraint, self.plan.lease)
         self._renew_at = now + min(self.plan.lease / 3, _MAX_RENEWAL_INTERVAL)
 
-    # What the jobs tell
-
     async def read_jobs(self) -> None:
-        """Take in what happened to the jobs, and say it: one line for all jobs that share a fate."""
+        """Take in what happened to the jobs, and have held ones make room for others."""
         assert self._reader is not None
-        fates: dict[tuple[str, str], list[str]] = {}
-        for change in await self.condor(self._reader.read, self.fleet.table):
-            fate = await self.take_change(change)
-            if fate is not None:
-                fates.setdefault(fate, []).append(change.job_id)
-        for (level, text), job_ids in fates.items():
-            jobs = ", ".join(job_ids[:3]) + (f" and {len(job_ids) - 3} more" if len(job_ids) > 3 else "")
-            self.say({"kind": "log", "level": level, "text": f"HTCondor job{'s'[: len(job_ids) > 1]} {jobs} {text}"})
+        held = self.news.take(await self.condor(self._reader.read, self.fleet.table))
+        if held:
+            # They would stay in the queue for ever; fresh ones may land on better hosts.
+            self.fleet.leaving.update(held)
+            await self.condor(self.schedd.remove, held, "prefect_htcdask: held workers are replaced")
 
-    async def take_change(self, change: JobChange) -> tuple[str, str] | None:
-        """Take in one job's change: count failures, replace what is held.
-
-        Returns:
-            level and words for the flow run's log, or `None` where there is nothing to say.
-        """
-        failed_start = self.fleet.saw_change(change)
-        record = self.fleet.table.records[change.job_id]
-        expected = change.job_id in self.fleet.leaving
-        self.say(
-            {"kind": "job", "what": change.what, "job": change.job_id, "host": record.host, "reason": change.reason}
-        )
-        if failed_start:
-            self._last_failed = record
-            self.fleet.last_failure = time.monotonic()
-        if change.what == "held":
-            if record.hold_code != 1:
-                # It would stay in the queue for ever; a fresh one may land on a better host.
-                self.fleet.leaving.add(change.job_id)
-                reason = "prefect_htcdask: held workers are replaced"
-                await self.condor(self.schedd.remove, [change.job_id], reason)
-            return "error", f"held: {diagnose_hold(record.hold_code, record.hold_subcode, record.reason)}"
-        if expected:
-            return None
-        if change.what == "exited" and (record.exit_code or record.exit_signal is not None or failed_start):
-            return "warning", f"ended on {record.host}: {self.why_it_ended(record)}"
-        if change.what == "removed":
-            return "warning", f"removed: {change.reason}"
-        if change.what == "evicted":
-            return "info", f"evicted from {record.host}: {change.reason}"
-        return None
-
-    def why_it_ended(self, record: JobRecord) -> Diagnosis:
-        """The diagnosis of a job that is held or ended by itself."""
-        if record.state is JobState.HELD:
-            return diagnose_hold(record.hold_code, record.hold_subcode, record.reason)
-        return diagnose_exit(record.exit_code, record.exit_signal, self.directory.stderr_tail(record.job_id))
+    # When workers cannot be had
 
     def give_up(self, why: str) -> None:
         """The failure budget is spent: say so, with what became of the last."""
-        if (record := self._last_failed) is not None:
+        if (record := self.news.last_failed) is not None:
             where = f" on {record.host}" if record.host else ""
-            why += f". The last, HTCondor job {record.job_id}{where}: {self.why_it_ended(record)}"
+            why += f". The last, HTCondor job {record.job_id}{where}: {self.news.why_it_ended(record)}"
         self.fail(why)
 
     async def check_start(self, demand: Demand | None) -> None:
@@ -355,19 +314,11 @@ class Supervisor:
             return
         if time.monotonic() - waiting < self.plan.start_timeout:
             return
-        spec = self.plan.groups[_DEFAULT_GROUP]
-        idle = self.fleet.table.in_state(JobState.IDLE)
-        running = self.fleet.table.in_state(JobState.RUNNING)
-        if running:
-            why = f"{len(running)} worker jobs run, but none joined the scheduler: can they reach the gateway's proxy?"
-        else:
-            try:
-                slots = await self.condor(self.schedd.slots)
-                why = str(
-                    diagnose_waiting(slots, cpus=spec.cpus, memory=spec.memory, gpus=spec.gpus, waiting=len(idle))
-                )
-            except ScheddError as exc:
-                why = f"{len(idle)} worker jobs wait; {exc}"
+        try:
+            slots = await self.condor(self.schedd.slots)
+            why = why_none_joined(self.fleet, self.plan.groups[_DEFAULT_GROUP], slots)
+        except ScheddError as exc:
+            why = str(exc)
         self.fail(f"no worker started within worker.start_timeout = {self.plan.start_timeout:.0f} s: {why}")
 
     # Words

@@ -1,0 +1,86 @@
+"""What the worker jobs tell: one line in the flow run's log for all jobs that share a fate, and why workers ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ..condor.diagnosis import Diagnosis, diagnose_exit, diagnose_hold, diagnose_waiting
+from ..condor.job_events import JobChange, JobRecord, JobState
+from ..condor.staging import RunDirectory
+from ..condor.worker_job import WorkerSpec
+from .fleet import Fleet
+
+_HELD_BY_USER = 1  # HoldReasonCode
+
+
+class JobNews:
+    """Takes in what happens to the jobs, and says it.
+
+    Args:
+        fleet: the jobs and workers.
+        directory: where the workers' stderr comes back to.
+        say: sends a message to the flow's process.
+
+    Attributes:
+        last_failed: the job that ended last without its worker having joined.
+    """
+
+    def __init__(self, fleet: Fleet, directory: RunDirectory, say: Callable[[dict[str, Any]], None]) -> None:
+        self._fleet = fleet
+        self._directory = directory
+        self._say = say
+        self.last_failed: JobRecord | None = None
+
+    def take(self, changes: Iterable[JobChange]) -> list[str]:
+        """Take in changes and say them; returns the ids of jobs held by HTCondor, which are of no use any more."""
+        fates: dict[tuple[str, str], list[str]] = {}
+        held = []
+        for change in changes:
+            fate = self._take_one(change)
+            if fate is not None:
+                fates.setdefault(fate, []).append(change.job_id)
+            if change.what == "held" and self._fleet.table.records[change.job_id].hold_code != _HELD_BY_USER:
+                held.append(change.job_id)
+        for (level, text), job_ids in fates.items():
+            jobs = ", ".join(job_ids[:3]) + (f" and {len(job_ids) - 3} more" if len(job_ids) > 3 else "")
+            self._say({"kind": "log", "level": level, "text": f"HTCondor job{'s'[: len(job_ids) > 1]} {jobs} {text}"})
+        return held
+
+    def _take_one(self, change: JobChange) -> tuple[str, str] | None:
+        """Take in one job's change; returns level and words for the flow run's log, or `None` for nothing to say."""
+        failed_start = self._fleet.saw_change(change)
+        record = self._fleet.table.records[change.job_id]
+        self._say(
+            {"kind": "job", "what": change.what, "job": change.job_id, "host": record.host, "reason": change.reason}
+        )
+        if failed_start:
+            self.last_failed = record
+            self._fleet.last_failure = time.monotonic()
+        if change.what == "held":
+            return "error", f"held: {self.why_it_ended(record)}"
+        if change.job_id in self._fleet.leaving:
+            return None
+        if change.what == "exited" and (record.exit_code or record.exit_signal is not None or failed_start):
+            return "warning", f"ended on {record.host}: {self.why_it_ended(record)}"
+        if change.what == "removed":
+            return "warning", f"removed: {change.reason}"
+        if change.what == "evicted":
+            return "info", f"evicted from {record.host}: {change.reason}"
+        return None
+
+    def why_it_ended(self, record: JobRecord) -> Diagnosis:
+        """The diagnosis of a job that is held or ended by itself."""
+        if record.state is JobState.HELD:
+            return diagnose_hold(record.hold_code, record.hold_subcode, record.reason)
+        return diagnose_exit(record.exit_code, record.exit_signal, self._directory.stderr_tail(record.job_id))
+
+
+def why_none_joined(fleet: Fleet, spec: WorkerSpec, slots: Sequence[Mapping[str, Any]]) -> str:
+    """Why no worker has come, as far as jobs and slots tell."""
+    running = fleet.table.in_state(JobState.RUNNING)
+    if running:
+        return f"{len(running)} worker jobs run, but none joined the scheduler: can they reach the gateway's proxy?"
+    waiting = len(fleet.table.in_state(JobState.IDLE))
+    return str(diagnose_waiting(slots, cpus=spec.cpus, memory=spec.memory, gpus=spec.gpus, waiting=waiting))
