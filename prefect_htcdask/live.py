@@ -23,6 +23,7 @@ from distributed import Client
 from prefect.client.schemas.objects import State, StateType
 from prefect.states import Cancelled
 
+from prefect_htcdask.decisions import Decisions
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.futures import Collector, HTCDaskFuture, collector_of
 from prefect_htcdask.preflight import check_versions
@@ -70,6 +71,7 @@ class LiveRun:
         self._closed = False
         self._stop = threading.Event()
         self._context = contextvars.copy_context()
+        self.decisions = Decisions(str(getattr(self.cluster, "name", None) or self.key), self._context)
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
         self._watcher.start()
 
@@ -127,7 +129,9 @@ class LiveRun:
         elif kind == "failed":
             self.fail(HTCDaskError(str(message.get("text", "the workers cannot be had"))))
         elif kind == "decision":
-            self.log("info", f"Scaling to {message.get('target')} workers: {message.get('text')}")
+            if line := self.decisions.line(message):
+                self.log("info", line)
+                self.decisions.emit(message)
         elif kind == "flow_run_ended" and str(message.get("state", "")).startswith("CANCELL"):
             # Cancelled through the API, where no Prefect process stands beside this one to be told.
             self.log("warning", "The flow run was cancelled: its task runs are cancelled and its workers removed")
@@ -210,6 +214,7 @@ class LiveRun:
             if self.cluster is not None:
                 self.cluster.close()
                 self._summarise(self.cluster.summary)
+                self.decisions.flush()
         finally:
             self._say_what_became_of({future._task_run_id for future in left}, error)
             self.reporter.close()

@@ -26,6 +26,7 @@ KNOW_PREFECT = {
     "cli",
     "cli_flow_runs",
     "clients",
+    "decisions",
     "doctor",
     "futures",
     "live",
