@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import uuid
@@ -23,19 +24,23 @@ from .supervisor.protocol import GatewayAccess, HandOff, ScheddSettings
 _pickle_lock = threading.Lock()
 
 
-def scheduler_plugin(lease: float) -> bytes:
+def scheduler_plugin(lease: float, offers: Mapping[str, Mapping[str, float]] | None = None) -> bytes:
     """The scheduler's plugin, pickled by value: the scheduler's image needs nothing of ours.
 
     Args:
         lease: seconds that the cluster lives without a supervisor's renewal.
+        offers: the Dask resources that one worker of each group offers; `None`: one group that all tasks belong to.
     """
+    modules = [importlib.import_module(name) for name in demand_module.BY_VALUE_MODULES]
     with _pickle_lock:
-        cloudpickle.register_pickle_by_value(demand_module)
+        for module in modules:
+            cloudpickle.register_pickle_by_value(module)
         try:
-            plugin: bytes = cloudpickle.dumps(demand_module.DemandPlugin(lease=lease))
+            plugin: bytes = cloudpickle.dumps(demand_module.DemandPlugin(lease=lease, offers=offers))
             return plugin
         finally:
-            cloudpickle.unregister_pickle_by_value(demand_module)
+            for module in modules:
+                cloudpickle.unregister_pickle_by_value(module)
 
 
 def gateway_access(cluster: GatewayCluster) -> GatewayAccess:

@@ -1,7 +1,7 @@
 """The plugin on the Dask scheduler: counts demand, keeps foreign hands off our workers, and holds the cluster's lease.
 
-It travels by value (cloudpickle), so the scheduler's image needs nothing of ours: this module may import only what
-every scheduler has, and nothing of this package.
+It travels by value (cloudpickle), so the scheduler's image needs nothing of ours: of this package it may import only
+what travels with it, `BY_VALUE_MODULES`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
+
+from .counting import DemandCounter
 
 PLUGIN_NAME = "htcdask"
 WORKER_PREFIX = "htcdask-"
+
+BY_VALUE_MODULES = tuple(f"{__package__}.{name}" for name in ("demand", "counting", "kinds", "groups"))
+"""Modules whose functions and classes are to be pickled by value with the plugin."""
+
+LEAVING = (Status.closing_gracefully, Status.closing)
 
 logger = logging.getLogger("distributed.scheduler")
 
@@ -24,25 +33,37 @@ class DemandPlugin(SchedulerPlugin):
 
     Args:
         lease: seconds that the cluster lives without a supervisor's renewal; 0: for ever.
+        offers: the Dask resources that one worker of each group offers, in the order of the groups; `None`: one group
+            "default", which all tasks belong to.
     """
 
     name = PLUGIN_NAME
 
-    def __init__(self, lease: float) -> None:
+    def __init__(self, lease: float, offers: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self.lease = lease
+        self.offers = offers
         self.owner: str | None = None
         self.epoch = 0
         self.expires = 0.0
-        self.request: dict[str, Any] | None = None
         self.request_number = 0
-        self.idle_since: dict[str, float] = {}
+        self.requests: dict[str | None, dict[str, Any]] = {}
         self.scheduler: Any = None
+        self.counter: Any = None
+        self.transition: Any = None
         self.task: Any = None
 
     async def start(self, scheduler: Any) -> None:
-        """Take the place of the gateway's idle check, which does not see queued tasks, and watch the lease."""
+        """Take the place of the gateway's idle check, which does not see queued tasks, and watch the lease.
+
+        An earlier plugin of ours on this scheduler hands over its owner and the wishes left with it.
+        """
         self.scheduler = scheduler
         self.expires = time.monotonic() + self.lease
+        earlier = scheduler.plugins.get(PLUGIN_NAME)
+        if earlier is not None:
+            for attribute in ("owner", "epoch", "request_number", "requests"):
+                setattr(self, attribute, getattr(earlier, attribute, getattr(self, attribute)))
+            await earlier.close()
         scheduler.handlers["htcdask_demand"] = self.demand
         scheduler.handlers["htcdask_claim"] = self.claim
         scheduler.handlers["htcdask_scale"] = self.scale
@@ -52,6 +73,15 @@ class DemandPlugin(SchedulerPlugin):
         if check is not None:
             check.cancel()
         self.task = asyncio.ensure_future(self.watch(getattr(gateway, "idle_timeout", 0) or 0))
+        # Last, and with nothing awaited after it: every later transition is told to this plugin.
+        self.count_by(self.offers)
+
+    def count_by(self, offers: Mapping[str, Mapping[str, float]] | None) -> None:
+        """Count the tasks by these groups from now on."""
+        self.offers = offers
+        self.counter = DemandCounter(self.scheduler, offers)
+        # The scheduler calls it for every step of every task: without a call in between.
+        self.transition = self.counter.transition
 
     async def close(self) -> None:
         """Stop watching."""
@@ -60,8 +90,15 @@ class DemandPlugin(SchedulerPlugin):
 
     # What the supervisor calls. Handlers of a scheduler get no more than what the caller names.
 
-    async def claim(self, owner: str, force: bool = False) -> dict[str, Any]:
+    async def claim(
+        self, owner: str, force: bool = False, offers: dict[str, dict[str, float]] | None = None
+    ) -> dict[str, Any]:
         """Grant the cluster to one supervisor; another that holds a live lease keeps it unless `force`.
+
+        Args:
+            owner: who asks.
+            force: take it from an owner that lives.
+            offers: the groups that this owner has, where they may differ from those that the plugin came with.
 
         Returns:
             `granted`, and the `owner` and `epoch` that hold now.
@@ -73,60 +110,154 @@ class DemandPlugin(SchedulerPlugin):
         if self.owner != owner:
             self.owner, self.epoch = owner, self.epoch + 1
         self.expires = now + self.lease
+        if offers is not None and list(offers.items()) != list((self.offers or {}).items()):
+            self.count_by(offers)
         return {"granted": True, "owner": owner, "epoch": self.epoch}
 
     async def demand(self, owner: str, epoch: int) -> dict[str, Any]:
-        """Tasks that want a thread, and renew the lease of the owner that asks."""
+        """Tasks that want a thread, and renew the lease of the owner that asks.
+
+        Returns:
+            a mapping whose size depends on the workers and groups, not on the tasks:
+            - `groups`: for each, `queued` (ready tasks without a worker), `stacked` (tasks that a worker has beyond
+              what it can run at once), `coming` (tasks whose missing inputs are all in hand, by seconds from now),
+              `work` (expected seconds of what is queued and in hand) and `task_seconds` (mean of a finished task);
+            - `unmatched`: ready tasks that no group can run, by what they ask for;
+            - `durations`: mean seconds by task name, at most `kinds.MOST_NAMES`;
+            - `in_hand`: for each busy worker its tasks that have or want a thread, at least 1;
+            - `joined`: all workers; `idle`: for each without a task, since how many seconds; `holding`: those of the
+              idle that hold results; `closing`: those that take no more tasks and leave;
+            - `clients`: connected ones; `requests`: the last wish for each group, the oldest first; `request`: the
+              last of all.
+        """
         if owner != self.owner or epoch != self.epoch:
             return {"status": "superseded", "owner": self.owner, "epoch": self.epoch}
-        self.expires = time.monotonic() + self.lease
-        scheduler = self.scheduler
         now = time.monotonic()
-        in_hand, joined = {}, []
-        for ws in scheduler.workers.values():
+        self.expires = now + self.lease
+        scheduler, counter = self.scheduler, self.counter
+        counter.check()
+        last_busy = counter.last_busy
+        in_hand: dict[str, int] = {}
+        idle: dict[str, float] = {}
+        stacked: dict[str, int] = {}
+        joined, holding, closing = [], [], []
+        for address, ws in scheduler.workers.items():
             name = str(ws.name)
             if not name.startswith(WORKER_PREFIX):
                 continue
             joined.append(name)
             if ws.processing:
-                in_hand[name] = len(ws.processing)
-                self.idle_since.pop(name, None)
+                # A task that seceded holds no thread, but its worker.
+                in_hand[name] = max(1, len(ws.processing) - len(ws.long_running))
+                last_busy[address] = now
+                counter.stacked_on(ws, stacked)
             else:
-                self.idle_since.setdefault(name, now)
-        self.idle_since = {name: since for name, since in self.idle_since.items() if name in set(joined)}
+                idle[name] = now - last_busy.setdefault(address, now)
+                if ws.has_what:
+                    holding.append(name)
+            if ws.status in LEAVING:
+                closing.append(name)
+        requests = sorted(self.requests.values(), key=lambda request: request["number"])
         return {
             "status": "ok",
             "queued": len(scheduler.queued) + len(scheduler.unrunnable),
+            "groups": counter.told(stacked, now),
+            "unmatched": counter.kinds.unserved(),
+            "durations": counter.kinds.durations(),
             "in_hand": in_hand,
             "joined": joined,
-            "idle": {name: now - since for name, since in self.idle_since.items()},
+            "idle": idle,
+            "holding": holding,
+            "closing": closing,
             "clients": sum(1 for key in scheduler.clients if key != "fire-and-forget"),
-            "request": self.request,
+            "request": requests[-1] if requests else None,
+            "requests": requests,
         }
 
     async def scale(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Leave a wish for the owner: another process that connected to this cluster may scale it."""
+        """Leave a wish for the owner: another process that connected to this cluster may scale it.
+
+        A wish for a `group` stands beside those for others, and takes the place of an earlier one for the same.
+        """
         self.request_number += 1
-        self.request = {**request, "number": self.request_number}
+        group = request.get("group")
+        self.requests[None if group is None else str(group)] = {**request, "number": self.request_number}
         alive = self.owner is not None and time.monotonic() < self.expires
         return {"owner": self.owner if alive else None, "number": self.request_number}
 
     async def retire(self, names: list[str], idle_only: bool = False) -> list[str]:
         """Move results off workers, then close them; returns the names of those that went.
 
+        A worker whose results find no other place stays, and takes tasks again. One that is leaving by itself is left
+        to do so, and is not among those returned.
+
         Args:
             names: the workers.
             idle_only: leave those alone that got a task since they were chosen. Else a busy worker's tasks go back to
                 the queue, without being marked suspicious.
         """
-        workers = {str(ws.name): ws for ws in self.scheduler.workers.values()}
-        known = [name for name in names if name in workers and not (idle_only and workers[name].processing)]
-        retired = await self.scheduler.retire_workers(
-            names=known, remove=True, close_workers=True, stimulus_id=f"htcdask-retire-{time.time()}"
+        wanted = set(names)
+        chosen = [
+            ws
+            for ws in self.scheduler.workers.values()
+            if str(ws.name) in wanted and ws.status not in LEAVING and not (idle_only and ws.processing)
+        ]
+        # Those without results need not wait until others' have moved.
+        went = await asyncio.gather(
+            self.close_workers([ws for ws in chosen if ws.has_what], idle_only),
+            self.close_workers([ws for ws in chosen if not ws.has_what], idle_only),
         )
-        return [str(info.get("name")) for info in retired.values()]
+        return [name for part in went for name in part]
 
-    # What the scheduler calls.
+    async def close_workers(self, chosen: list[Any], idle_only: bool) -> list[str]:
+        """Retire these together; returns the names of those that went."""
+        if not chosen:
+            return []
+        scheduler = self.scheduler
+        stimulus_id = f"htcdask-retire-{time.time()}"
+        try:
+            # It makes those that cannot be emptied take tasks again, and does not tell of them.
+            emptied = await scheduler.retire_workers(
+                workers=[ws.address for ws in chosen], remove=False, close_workers=False, stimulus_id=stimulus_id
+            )
+        except KeyError:
+            logger.warning("htcdask: a worker was lost while workers were retired; they stay", exc_info=True)
+            for ws in chosen:
+                self.keep(ws, stimulus_id)
+            return []
+        went = []
+        for ws in chosen:
+            if ws.address not in emptied:
+                continue
+            # A task may have reached it before it stopped taking any, and a result while others' were moved.
+            if idle_only and (ws.processing or any(len(task.who_has) == 1 for task in ws.has_what)):
+                self.keep(ws, stimulus_id)
+                continue
+            if scheduler.workers.get(ws.address) is ws:
+                await scheduler.remove_worker(ws.address, expected=True, close=True, stimulus_id=stimulus_id)
+            went.append(str(ws.name))
+        return went
+
+    def keep(self, ws: Any, stimulus_id: str) -> None:
+        """Have a worker take tasks again; it tells the scheduler that it does (as `Scheduler.retire_workers` does)."""
+        if self.scheduler.workers.get(ws.address) is ws and ws.status is Status.closing_gracefully:
+            self.scheduler.stream_comms[ws.address].send(
+                {"op": "worker-status-change", "status": "running", "stimulus_id": stimulus_id}
+            )
+
+    # What the scheduler calls, beside `transition`.
+
+    def add_worker(self, scheduler: Any, worker: str) -> None:
+        """It is idle from now."""
+        self.counter.last_busy[worker] = time.monotonic()
+
+    def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
+        """Forget it."""
+        self.counter.last_busy.pop(worker, None)
+
+    def restart(self, scheduler: Any) -> None:
+        """All tasks are forgotten."""
+        self.counter.count()
 
     def valid_workers_downscaling(self, scheduler: Any, workers: list[Any]) -> list[Any]:
         """The gateway's service closes what exceeds its own count, which is none: ours are not its to close."""
