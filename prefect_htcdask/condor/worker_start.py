@@ -3,7 +3,8 @@
 The file travels with the job and is run by the interpreter of the site or image, so its first half needs the standard
 library only. The guard passes SIGTERM on, ends the worker where it takes more memory than the job asked for (a starter
 that does not run as root enforces no limit), and says on stderr why a worker ended: the submitting side reads that.
-The Dask worker leaves by handing its tasks and results back, so that an eviction does not count against a task.
+The Dask worker leaves by handing its tasks and results back (`prefect_htcdask.worker_leave`), so that an eviction does
+not count against a task. Where a task does not let its process listen, the guard takes its leave for it.
 """
 
 from __future__ import annotations
@@ -24,20 +25,27 @@ SECRETS_FILE = "worker_secrets.json"
 CERTIFICATE_FILE = "dask.crt"
 KEY_FILE = "dask.pem"
 PACKAGE_FILE = "prefect_htcdask.zip"
+ADDRESS_FILE = "worker_address"
+LEAVING_FILE = "worker_leaving"
 
 EXIT_VERSIONS = 64
 EXIT_MISSING = 69
 EXIT_MEMORY = 75
 
 _MEMORY_INTERVAL = 0.5
-_CLOSING_TIME = 5.0
+
+# Shares of the vacate time: after how long a worker that has not listened is spoken for, and when all has to be over.
+_SILENCE = 0.25
+_OVER = 0.9
 
 
 def main() -> int:
-    """Guard a worker, or be one (`--worker`). Returns the exit status of the job."""
+    """Guard a worker, be one (`--worker`), or take its leave (`--farewell`). Returns the exit status of the job."""
     sandbox = Path(os.environ.get("_CONDOR_SCRATCH_DIR", "."))
     if "--worker" in sys.argv[1:]:
         return run_worker(sandbox)
+    if "--farewell" in sys.argv[1:]:
+        return say_farewell(sandbox)
     return guard(sandbox)
 
 
@@ -47,36 +55,45 @@ def guard(sandbox: Path) -> int:
         (sandbox / name).chmod(0o600)
     config = read_config(sandbox)
     child: subprocess.Popen[bytes] | None = None
-    told_early = False
+    farewell: subprocess.Popen[bytes] | None = None
+    told_at: float | None = None
 
     def pass_on(signum: int, _frame: object) -> None:
-        nonlocal told_early
-        if child is None:
-            told_early = True
-        elif child.poll() is None:
+        nonlocal told_at
+        told_at = told_at or time.monotonic()
+        if child is not None and child.poll() is None:
             child.send_signal(signal.SIGTERM)
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, pass_on)
     child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], cwd=sandbox)
-    if told_early:
+    if told_at is not None:
         child.terminate()
     limit = int(config["memory_limit"])
+    vacate_time = float(config.get("vacate_time") or 20.0)
     while True:
         try:
             status = child.wait(timeout=_MEMORY_INTERVAL)
         except subprocess.TimeoutExpired:
+            told_for = time.monotonic() - told_at if told_at is not None else 0.0
+            if told_for > vacate_time * _SILENCE and farewell is None and not (sandbox / LEAVING_FILE).exists():
+                # A task that keeps the interpreter's lock: the worker process can hand nothing back itself.
+                farewell = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--farewell"], cwd=sandbox)
+            if told_for > vacate_time * _OVER:
+                end_family(child, farewell)
+                say("the worker did not end within its vacate time and was ended")
+                return 0
             used = memory_of(child.pid)
             if limit and used > limit:
-                for pid in [*descendants(child.pid), child.pid]:
-                    _kill(pid)
-                child.wait()
+                end_family(child)
                 say(
                     f"the worker used {used / 2**20:.0f} MiB of the {limit / 2**20:.0f} MiB that its job asked for "
                     "and was ended; raise worker.memory, or give it fewer threads"
                 )
                 return EXIT_MEMORY
             continue
+        if told_at is not None and status == -signal.SIGTERM:
+            return 0  # told to leave before it had begun
         # A worker killed by a signal has told nobody why.
         if status < 0:
             say(f"the worker process was ended by signal {signal.Signals(-status).name}")
@@ -122,6 +139,14 @@ def descendants(pid: int) -> list[int]:
         for child in map(int, children):
             found += [child, *descendants(child)]
     return found
+
+
+def end_family(*members: subprocess.Popen[bytes] | None) -> None:
+    """Kill processes with all their descendants, and reap them."""
+    for member in filter(None, members):
+        for pid in [*descendants(member.pid), member.pid]:
+            _kill(pid)
+        member.wait()
 
 
 def _kill(pid: int) -> None:
@@ -185,11 +210,9 @@ def run_worker(sandbox: Path) -> int:
     return asyncio.run(_run_worker(config, sandbox))
 
 
-async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
-    import asyncio
-
+def configure_dask(sandbox: Path) -> None:
+    """Set Dask up for the gateway cluster's TLS and addresses."""
     import dask
-    from distributed import Worker
 
     from prefect_htcdask import gateway_comm
 
@@ -200,8 +223,16 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
         dask.config.set({f"distributed.comm.tls.{role}.cert": certificate, f"distributed.comm.tls.{role}.key": key})
     dask.config.set({"distributed.comm.tls.ca-file": certificate, "distributed.comm.require-encryption": True})
     dask.config.set({"distributed.comm.timeouts.connect": "30s"})
+
+
+async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
+    import asyncio
+
+    configure_dask(sandbox)
+    from prefect_htcdask import worker_leave
+
     job_id, starts = job_identity()
-    worker = Worker(
+    worker = worker_leave.LeavingWorker(
         config["scheduler_address"],
         protocol="tls",
         # The same form as condor.worker_job.worker_name, whose module need not be importable here.
@@ -212,17 +243,26 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
         local_directory=str(sandbox / "dask-scratch"),
         resources=config.get("resources") or None,
         preload=config.get("preload") or [],
-        lifetime=config.get("lifetime"),
-        lifetime_stagger=(config.get("lifetime") or 0) * 0.1 or None,
         death_timeout=config["death_timeout"],
     )
-    leaving = asyncio.Event()
+    told, due = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def listen() -> None:
+        (sandbox / LEAVING_FILE).touch()
+        told.set()
+
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, leaving.set)
-    told = asyncio.ensure_future(leaving.wait())
+        loop.add_signal_handler(signum, listen)
+    worker.stream_handlers[worker_leave.DRAIN] = lambda **_: due.set()
+    lifetime = config.get("lifetime")
+    if lifetime:
+        stagger = config.get("lifetime_stagger")
+        stagger = lifetime * 0.1 if stagger is None else stagger
+        loop.call_later(worker_leave.drains_after(lifetime, stagger, job_id) - _seconds_up(), due.set)
+    leaving = asyncio.ensure_future(told.wait())
     joining = asyncio.ensure_future(_join(worker))
-    await asyncio.wait([joining, told], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([joining, leaving], return_when=asyncio.FIRST_COMPLETED)
     if not joining.done():
         # Removed while it still looks for its scheduler, which may be gone: there is nothing to hand back, and the
         # event loop would wait for the search to end.
@@ -235,66 +275,67 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
             f"{config['scheduler_address']}: {type(exc).__name__}: {exc}"
         )
         raise
-    finished = asyncio.ensure_future(_finished(worker))
-    await asyncio.wait([finished, told], return_when=asyncio.FIRST_COMPLETED)
-    if not finished.done():
-        going = asyncio.ensure_future(leave(worker, config["vacate_time"]))
-        # A scheduler that ends meanwhile closes the worker, and never answers its farewell.
-        await asyncio.wait([finished, going], return_when=asyncio.FIRST_COMPLETED)
+    (sandbox / ADDRESS_FILE).write_text(str(worker.address))
+    # A scheduler that ends meanwhile closes the worker, and never answers its farewell.
+    over = asyncio.ensure_future(worker_leave.finished(worker))
+    draining = asyncio.ensure_future(_drain(worker, due, _STARTED + lifetime if lifetime else None))
+    await asyncio.wait([over, leaving, draining], return_when=asyncio.FIRST_COMPLETED)
+    if not over.done() and not draining.done():
+        draining.cancel()
+        going = asyncio.ensure_future(worker_leave.leave(worker, say, config["vacate_time"]))
+        await asyncio.wait([over, going], return_when=asyncio.FIRST_COMPLETED)
     # Not by way of the event loop's own end, which waits for the thread of a task that still runs.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
+_STARTED = time.monotonic()
+
+
+def _seconds_up() -> float:
+    return time.monotonic() - _STARTED
+
+
 async def _join(worker: Any) -> None:
     await worker
 
 
-async def _finished(worker: Any) -> None:
-    """Wait until the worker has closed, or has been closing for a while: a running task holds it up for 30 s."""
+async def _drain(worker: Any, due: Any, until: float | None) -> None:
+    """Wait until it is due, then drain; a worker that cannot drain stays until it is told to leave."""
     import asyncio
 
-    from distributed import Status
+    from prefect_htcdask import worker_leave
 
-    while worker.status not in (Status.closing, Status.closed, Status.failed):
-        await asyncio.sleep(0.2)
-    with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(worker.finished(), timeout=_CLOSING_TIME)
+    await due.wait()
+    while True:
+        try:
+            return await worker_leave.drain(worker, say, until)
+        except Exception as exc:
+            say(f"the worker could not drain: {type(exc).__name__}: {exc}; trying again")
+            await asyncio.sleep(1.0)
 
 
-async def leave(worker: Any, vacate_time: float) -> None:
-    """Hand tasks and results back to the scheduler, then close, within the job's vacate time in seconds.
-
-    A worker that just closes makes the scheduler mark all its tasks suspicious, three of which are a KilledWorker;
-    one removed as *expected* does not (distributed, `Scheduler.remove_worker`).
-    """
+def say_farewell(sandbox: Path) -> int:
+    """Have the scheduler take the tasks of this job's worker back, which cannot listen. Returns the exit status."""
     import asyncio
 
-    deadline = time.monotonic() + vacate_time * 0.8
-    try:
-        await asyncio.wait_for(
-            worker.scheduler.retire_workers(workers=[worker.address], close_workers=False, remove=True),
-            timeout=vacate_time * 0.5,
-        )
-    except Exception as exc:  # the scheduler may be gone, or busy: leaving goes on in any case
-        say(f"retirement did not end in time: {type(exc).__name__}: {exc}")
-    try:
-        await asyncio.wait_for(
-            worker.scheduler.unregister(
-                address=worker.address, expected=True, close=False, stimulus_id="htcdask-leave"
-            ),
-            timeout=2,
-        )
-    except Exception as exc:
-        say(f"the scheduler did not take the worker's leave: {type(exc).__name__}: {exc}")
-    try:
-        await asyncio.wait_for(
-            worker.close(timeout=2, executor_wait=False, nanny=False, reason="htcdask-leave"),
-            timeout=max(1.0, deadline - time.monotonic()),
-        )
-    except Exception as exc:
-        say(f"the worker did not close in time: {type(exc).__name__}: {exc}")
+    if not (sandbox / ADDRESS_FILE).exists():
+        return 0  # it never joined
+    sys.path.append(str(sandbox / PACKAGE_FILE))
+    address = (sandbox / ADDRESS_FILE).read_text()
+    asyncio.run(_say_farewell(read_config(sandbox)["scheduler_address"], address, sandbox))
+    say("the worker did not listen: a task keeps its process busy; its tasks were handed back for it")
+    return 0
+
+
+async def _say_farewell(scheduler_address: str, address: str, sandbox: Path) -> None:
+    from distributed.core import rpc
+    from distributed.security import Security
+
+    configure_dask(sandbox)
+    async with rpc(scheduler_address, connection_args=Security().get_connection_args("worker")) as scheduler:
+        await scheduler.unregister(address=address, expected=True, close=False, stimulus_id="htcdask-farewell")
 
 
 if __name__ == "__main__":
