@@ -26,6 +26,7 @@ from prefect.states import Crashed
 from prefect_dask.task_runners import PrefectDaskFuture
 
 from prefect_htcdask.errors import HTCDaskError, TaskRunLost
+from prefect_htcdask.scaling.groups import GROUP_RESOURCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,9 +150,7 @@ def _rebuild(
 
 def _same_scheduler(one: Client, other: Client) -> bool:
     return one is other or (
-        one.scheduler is not None
-        and other.scheduler is not None
-        and one.scheduler.address == other.scheduler.address
+        one.scheduler is not None and other.scheduler is not None and one.scheduler.address == other.scheduler.address
     )
 
 
@@ -164,9 +163,7 @@ class Collector:
             it got.
     """
 
-    def __init__(
-        self, client: Client, on_lost: Callable[[HTCDaskFuture[Any], State[Any]], None] | None = None
-    ) -> None:
+    def __init__(self, client: Client, on_lost: Callable[[HTCDaskFuture[Any], State[Any]], None] | None = None) -> None:
         self.client = client
         self.condition = threading.Condition()
         self._on_lost = on_lost
@@ -342,15 +339,36 @@ class HTCDaskFutureList(PrefectFutureList[R]):
 def _free_worker_slot() -> bool:
     """Give the slot of the Dask task that runs in this thread to another; False where none does, or it did already."""
     try:
-        key = distributed.get_worker().get_current_task()
+        worker = distributed.get_worker()
+        key = worker.get_current_task()
         if getattr(_seceded, "key", None) == key:
             return False
+        worker.loop.add_callback(_leave_group, worker, key)
         distributed.secede()
     except (ValueError, KeyError, AttributeError):
         # Not the thread that runs a task of a worker, so it holds no slot.
         return False
     _seceded.key = key
     return True
+
+
+def _leave_group(worker: Any, key: Any) -> None:
+    """Free a task's place in its worker group; called on the worker's event loop.
+
+    The resource of a group stands for its workers' threads, but Dask lets a task that secedes keep its resources
+    (`distributed.worker_state_machine`): tasks that wait for others of their group would keep those out for ever.
+    """
+    task = worker.state.tasks.get(key)
+    if task is None or not task.resource_restrictions:
+        return
+    kept = {}
+    for name, amount in task.resource_restrictions.items():
+        if name.startswith(GROUP_RESOURCE):
+            worker.state.available_resources[name] += amount
+        else:
+            kept[name] = amount
+    # What Dask gives back when the task ends.
+    task.resource_restrictions = kept
 
 
 @contextmanager

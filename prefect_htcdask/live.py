@@ -29,6 +29,7 @@ from prefect_htcdask.futures import Collector, HTCDaskFuture, collector_of
 from prefect_htcdask.preflight import check_versions
 from prefect_htcdask.submission import Submission
 from prefect_htcdask.task_run_states import StateReporter
+from prefect_htcdask.worker_groups import OFFERS_METADATA, Offers
 from prefect_htcdask.worker_runtime import METADATA_ROOT, current_call, executing_keys
 
 WATCH_INTERVAL = 1.0
@@ -74,6 +75,17 @@ class LiveRun:
         self.decisions = Decisions(str(getattr(self.cluster, "name", None) or self.key), self._context)
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
         self._watcher.start()
+
+    @property
+    def offers(self) -> Offers | None:
+        """What the worker groups of the cluster offer; `None` where nobody can say."""
+        return self.submission.offers
+
+    def know_offers(self, offers: Offers | None) -> None:
+        """Take what the worker groups offer; unless it is known, ask the scheduler of the pool for it."""
+        if offers is None:
+            offers = self.client.get_metadata(list(OFFERS_METADATA), default=None)
+        self.submission.offers = offers
 
     def track(self, futures: list[HTCDaskFuture[Any]]) -> None:
         """Hold futures until their task runs end, so that a submitted task runs though nobody keeps its future."""
@@ -274,10 +286,15 @@ class LiveRun:
 class NestedRun:
     """Submission from inside a task, through its worker's own client. Nothing is provisioned or closed."""
 
-    def __init__(self, client: Client, run_id: str) -> None:
+    def __init__(self, client: Client, run_id: str, offers: Offers | None = None) -> None:
         self.client = client
-        self.submission = Submission(client, run_id, None)
+        self.submission = Submission(client, run_id, None, offers)
         self.collector = collector_of(client)
+
+    @property
+    def offers(self) -> Offers | None:
+        """What the worker groups of the cluster offer, as far as the flow's process knew."""
+        return self.submission.offers
 
     def track(self, futures: list[HTCDaskFuture[Any]]) -> None:
         """Nothing: a future that its task drops is given up with it, as prefect-dask does."""
@@ -349,7 +366,7 @@ def nested() -> NestedRun:
     if scope is None:
         return NestedRun(client, client.id)
     if scope.nested is None:
-        scope.nested = NestedRun(client, scope.envelope_key[0])
+        scope.nested = NestedRun(client, scope.envelope_key[0], scope.offers)
     run: NestedRun = scope.nested
     return run
 

@@ -47,6 +47,7 @@ from prefect.utilities.collections import StopVisiting, visit_collection
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
 from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.worker_groups import Offers
 from prefect_htcdask.worker_runtime import METADATA_ROOT, Call, Upstream
 
 if TYPE_CHECKING:
@@ -97,12 +98,14 @@ class Submission:
         run_id: names this run's part of the scheduler's metadata.
         api_url: the Prefect API as workers reach it; put into their settings where the flow has none (an ephemeral
             server).
+        offers: what the cluster's worker groups offer, for tasks that submit further ones; `None` where unknown.
     """
 
-    def __init__(self, client: Client, run_id: str, api_url: str | None) -> None:
+    def __init__(self, client: Client, run_id: str, api_url: str | None, offers: Offers | None = None) -> None:
         self.client = client
         self.run_id = run_id
         self.api_url = api_url
+        self.offers = offers
         self._lock = threading.Lock()
         self._envelopes: OrderedDict[tuple[Any, ...], tuple[tuple[str, ...], Any]] = OrderedDict()
         self._blobs: OrderedDict[str, tuple[str, ...]] = OrderedDict()
@@ -113,11 +116,12 @@ class Submission:
         parameters: dict[str, Any],
         wait_for: Iterable[Any] | None,
         dependencies: Mapping[str, set[Any]] | None,
+        resources: Mapping[str, float] | None = None,
     ) -> tuple[UUID, Future[Any]]:
-        """Submit one task run. Returns its id and Dask's future of its final state."""
+        """Submit one task run that asks Dask for `resources`. Returns its id and Dask's future of its final state."""
         envelope = self.envelope(task)
         task_run_id, key, node, _held = self._node(task, envelope, parameters, wait_for, dependencies or {})
-        return task_run_id, self._send({key: node}, [key])[0]
+        return task_run_id, self._send({key: node}, [key], resources)[0]
 
     def submit_many(
         self,
@@ -126,8 +130,11 @@ class Submission:
         shared: dict[str, Any],
         wait_for: Iterable[Any] | None,
         dependencies: Mapping[str, set[Any]],
+        resources: Mapping[str, float] | None = None,
     ) -> list[tuple[UUID, Future[Any]]]:
         """Submit one task run for each of `calls`, all with the parameters in `shared` besides their own.
+
+        Each asks Dask for `resources`; `None` leaves them to `dask.annotate`.
 
         Returns:
             ids and Dask futures, in the order of `calls`.
@@ -169,12 +176,12 @@ class Submission:
                 held.append(futures)
             if extra:
                 anchor_key = next(iter(extra))
-                futures_ = self._send(graph, [*keys, anchor_key])
+                futures_ = self._send(graph, [*keys, anchor_key], resources)
                 anchor = futures_.pop()
                 # Later batches depend on the data that this graph brought.
                 extra = {}
             else:
-                futures_ = self._send(graph, keys)
+                futures_ = self._send(graph, keys, resources)
             submitted += zip(ids, futures_, strict=True)
         del anchor
         return submitted
@@ -246,7 +253,9 @@ class Submission:
                 repr(values.client.model_dump()),
             )
         digest = hashlib.sha256(repr((api.get("url"), *secrets)).encode()).hexdigest()
-        return bytes(cloudpickle.dumps({"context": context, "task": task, "client_key": (digest,)}))
+        return bytes(
+            cloudpickle.dumps({"context": context, "task": task, "client_key": (digest,), "offers": self.offers})
+        )
 
     def _node(
         self,
@@ -279,7 +288,7 @@ class Submission:
             order=(*parameters, *shared_names),
             wait_for=waited,
             dependencies=inputs,
-            tags=_current_tags(),
+            tags=current_tags(),
             asset_context=_asset_context(task, task_run_id, inputs),
             upstreams=len(holder.futures),
         )
@@ -315,10 +324,12 @@ class Submission:
         key = f"shared_parameters-{uuid.uuid4()}"
         return Alias(key), {key: DataNode(key, blob)}, None
 
-    def _send(self, graph: dict[str, Any], keys: list[str]) -> list[Future[Any]]:
+    def _send(self, graph: dict[str, Any], keys: list[str], resources: Mapping[str, float] | None) -> list[Future[Any]]:
         # The token spares Dask hashing every argument; priority and the like are left to `dask.annotate`.
         expression = LLGExpr(graph, _determ_token=uuid.uuid4().hex)
-        futures: list[Future[Any]] = self.client.get(expression, keys, sync=False, fifo_timeout="100 ms")
+        futures: list[Future[Any]] = self.client.get(
+            expression, keys, sync=False, fifo_timeout="100 ms", resources=resources
+        )
         return futures
 
 
@@ -355,7 +366,8 @@ class _Futures:
         return state
 
 
-def _current_tags() -> tuple[str, ...]:
+def current_tags() -> tuple[str, ...]:
+    """The tags of Prefect's `tags` context."""
     context = TagsContext.get()
     return tuple(context.current_tags) if context else ()
 

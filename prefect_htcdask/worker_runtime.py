@@ -74,14 +74,19 @@ class Envelope:
     deployment_id: UUID | None
     deployment_parameters: dict[str, Any] | None
     client_key: tuple[Any, ...]
+    offers: Any
     _stack: ExitStack = field(default_factory=ExitStack)
 
 
 @dataclass
 class CallScope:
-    """What belongs to one call while it runs: where its envelope is, and what it submits itself (`live.NestedRun`)."""
+    """What belongs to one call while it runs: where its envelope is, and what it submits itself (`live.NestedRun`).
+
+    `offers` is what the cluster's worker groups offer (`worker_groups.Offers`), where the flow's process knew.
+    """
 
     envelope_key: tuple[str, ...]
+    offers: Any | None = None
     nested: Any | None = None
 
 
@@ -187,6 +192,7 @@ def _hydrate(blob: bytes) -> Envelope:
         deployment_id=UUID(deployment_id) if deployment_id else None,
         deployment_parameters=context.get("deployment_parameters"),
         client_key=content["client_key"],
+        offers=content["offers"],
     )
     with _copy_of(envelope.settings), _open_client(envelope) as client:
         if flow_run := context.get("flow_run_context"):
@@ -267,9 +273,7 @@ def _task_context(envelope: Envelope, call: Call) -> Iterator[None]:
         if envelope.deployment_id is not None:
             stack.callback(_deployment_id.reset, _deployment_id.set(envelope.deployment_id))
         if envelope.deployment_parameters:
-            stack.callback(
-                _deployment_parameters.reset, _deployment_parameters.set(envelope.deployment_parameters)
-            )
+            stack.callback(_deployment_parameters.reset, _deployment_parameters.set(envelope.deployment_parameters))
         yield
 
 
@@ -334,6 +338,7 @@ def _run_call(
 
     current_call.set(scope)
     envelope = _envelopes.get(scope.envelope_key)
+    scope.offers = envelope.offers
     call: Call = cloudpickle.loads(payload)
     parameters = call.parameters
     if shared is not None:
