@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -28,16 +29,20 @@ def sandbox(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def configure(sandbox: Path, memory_limit: int = 0, **versions: str) -> None:
-    (sandbox / worker_start.CONFIG_FILE).write_text(json.dumps({"memory_limit": memory_limit, "versions": versions}))
+def configure(sandbox: Path, memory_limit: int = 0, vacate_time: float = 20, **versions: str) -> None:
+    config = {"memory_limit": memory_limit, "vacate_time": vacate_time, "versions": versions}
+    (sandbox / worker_start.CONFIG_FILE).write_text(json.dumps(config))
 
 
-def start(sandbox: Path, worker: str) -> subprocess.Popen[str]:
-    """The guard, over a worker process that runs `worker`, some lines of Python."""
+def start(sandbox: Path, worker: str, farewell: str = "return 0") -> subprocess.Popen[str]:
+    """The guard, over a worker process that runs `worker`, some lines of Python, and takes leave by `farewell`."""
     script = sandbox / "start.py"
     source = Path(worker_start.__file__).read_text()
-    body = "\n".join("    " + line for line in worker.splitlines())
-    script.write_text(source.replace('if __name__ == "__main__":', f"def run_worker(sandbox):\n{body}\n\nif True:"))
+    functions = ""
+    for name, lines in (("run_worker", worker), ("say_farewell", farewell)):
+        body = "\n".join("    " + line for line in lines.splitlines())
+        functions += f"def {name}(sandbox):\n{body}\n\n"
+    script.write_text(source.replace('if __name__ == "__main__":', f"{functions}if True:"))
     return subprocess.Popen(
         [sys.executable, str(script)],
         env={**os.environ, "_CONDOR_SCRATCH_DIR": str(sandbox)},
@@ -93,6 +98,49 @@ def test_signals_are_passed_on_as_sigterm(sandbox: Path, signum: int) -> None:
     wait_until((sandbox / "up").exists, 20, "the worker runs")
     process.send_signal(signum)
     assert finish(process) == (7, "htcdask: told to leave\n")
+
+
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nPath('up').touch()\ntime.sleep(60)"
+
+
+def test_leave_is_taken_for_a_worker_that_does_not_listen(sandbox: Path) -> None:
+    configure(sandbox, vacate_time=6)
+    process = start(sandbox, DEAF, "say('farewell')\nreturn 0")
+    wait_until((sandbox / "up").exists, 20, "the worker runs")
+    began = time.monotonic()
+    process.terminate()
+    status, stderr = finish(process)
+    assert (status, stderr.splitlines()[0]) == (0, "htcdask: farewell")
+    assert "did not end within its vacate time" in stderr.splitlines()[1]
+    assert time.monotonic() - began < 6, "HTCondor would kill the guard then"
+
+
+def test_a_worker_that_listens_takes_its_leave_itself(sandbox: Path) -> None:
+    configure(sandbox, vacate_time=4)
+    process = start(
+        sandbox,
+        "signal.signal(signal.SIGTERM, lambda *_: Path(LEAVING_FILE).touch())\n"
+        "Path('up').touch()\n"
+        "end = time.monotonic() + 60\n"
+        "while time.monotonic() < end:\n"
+        "    time.sleep(0.1)",
+        "say('farewell')\nreturn 0",
+    )
+    wait_until((sandbox / "up").exists, 20, "the worker runs")
+    process.terminate()
+    status, stderr = finish(process)
+    assert status == 0 and "farewell" not in stderr and "did not end within its vacate time" in stderr
+
+
+def test_told_to_leave_before_it_has_begun(sandbox: Path) -> None:
+    process = start(sandbox, "Path('up').touch()\ntime.sleep(60)")
+    wait_until((sandbox / "up").exists, 20, "the worker runs")
+    process.terminate()
+    assert finish(process) == (0, "")
+
+
+def test_nobody_says_farewell_for_a_worker_that_never_joined(sandbox: Path) -> None:
+    assert worker_start.say_farewell(sandbox) == 0
 
 
 def test_a_killed_worker_is_told_of(sandbox: Path) -> None:
