@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefect_htcdask.cleanup import remove_leftover_jobs, with_cleanup
     from prefect_htcdask.clients import get_async_dask_client, get_dask_client
     from prefect_htcdask.errors import HTCDaskError, UnknownWorkerGroupError
     from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
@@ -23,6 +24,7 @@ _HOMES = {
     "get_async_dask_client": "clients",
     "get_dask_client": "clients",
     "remove_leftover_jobs": "cleanup",
+    "with_cleanup": "cleanup",
     "worker_group": "worker_groups",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "get_async_dask_client",
     "get_dask_client",
     "remove_leftover_jobs",
+    "with_cleanup",
     "worker_group",
 ]
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.table import Table
 
@@ -49,35 +48,33 @@ def jobs(
 
 @app.command("sweep")
 def sweep_command(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed; the exit status is 1 where that is any.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove your worker jobs and gateway clusters whose flow run is over, unknown, or superseded by a retry."""
+    """Remove your worker jobs and gateway clusters whose flow run is over, unknown, or superseded by a retry.
+
+    Task runs that such a flow run left unfinished are moved to Crashed. The exit status is 0 where nothing is left.
+    """
+    from prefect_htcdask.prefect_api import PrefectAPIError
     from prefect_htcdask.sweep import sweep
 
     with clear_errors(SupervisorError):
         try:
             swept = sweep(load_settings(), dry_run=dry_run)
-        except httpx.HTTPError as exc:
-            errors.print(
-                f"[red]error:[/red] the Prefect API could not be asked, so nothing was removed: {plain(str(exc))}; "
-                "check PREFECT_API_URL"
-            )
+        except PrefectAPIError as exc:
+            errors.print(f"[red]error:[/red] nothing was removed that Prefect had not judged: {plain(str(exc))}")
             raise typer.Exit(1) from exc
     if as_json:
         print(json.dumps(asdict(swept), indent=2))
-        return
-    verb = "would be removed" if dry_run else "removed"
-    for leftover in swept.leftovers:
-        output.print(
-            plain(
-                f"{leftover.batch_name}: {len(leftover.job_ids)} jobs {verb} ({leftover.job_ids[0]}…): {leftover.why}"
-            )
-        )
-    if not swept.leftovers:
-        output.print("nothing is left over")
-    elif not dry_run:
-        output.print(f"{swept.jobs_removed} jobs removed, {len(swept.clusters_stopped)} gateway clusters stopped")
+    else:
+        for line in swept.lines():
+            output.print(plain(line))
+        for problem in swept.problems:
+            errors.print(f"[red]error:[/red] {plain(problem)}")
+    if not swept.all_is_well:
+        raise typer.Exit(1)
 
 
 @app.command()

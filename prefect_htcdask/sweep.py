@@ -1,128 +1,256 @@
 """The sweep: removes worker jobs and gateway clusters whose flow run is over, unknown, or superseded by a retry.
 
-The last layer of cleanup, for what hosts and processes that died together may leave. It touches only the user's own.
+The last layer of cleanup, for what hosts and processes that died together may leave. It touches only the user's own:
+jobs in the schedd's queue, and of the user's gateway clusters those that a job or a run directory names. Task runs that
+such a flow run left unfinished are moved to Crashed.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-from uuid import UUID
 
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun
+import classad2
+from prefect.client.base import ServerType
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 
-from prefect_htcdask.cleanup import stop_clusters
+from prefect_htcdask.cluster_owners import SignsOfLife, owners_by_history
 from prefect_htcdask.condor.worker_job import flow_run_constraint
-from prefect_htcdask.resolution import resolve_running_parts
+from prefect_htcdask.gateway import HTCGateway
+from prefect_htcdask.leftovers import Leftover, ended_at, find_leftovers
+from prefect_htcdask.prefect_api import prefect_api
+from prefect_htcdask.removal import GATEWAY_ERRORS, running_clusters, stop_clusters
+from prefect_htcdask.resolution import Parts, resolve_running_parts
+from prefect_htcdask.run_files import ClusterRecord, ClusterTrace, cluster_traces
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor import oneshot
+from prefect_htcdask.supervisor.handle import SupervisorError
+from prefect_htcdask.task_run_sweep import end_task_runs, read_flow_runs, unfinished_task_runs
 from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
 
-_PAGE = 100
+WINDOW = 7 * 86400.0
+"""Seconds: flow runs that ended longer ago are not looked at for unfinished task runs."""
+
+_SETTLE = 30.0
+"""Seconds in which a flow's process, or its workers' last events, may still tell how a task run ended."""
+
+_GONE_TIMEOUT = 60.0
+_PAUSE = 1.0
 
 
 @dataclass(frozen=True)
-class Leftover:
-    """Jobs of one flow run that nobody needs any more, and why."""
+class Kept:
+    """What is there of a flow run that is over or unknown, and was left alone, and why."""
 
     flow_run_id: str
-    batch_name: str
-    before_attempt: int | None
     why: str
-    job_ids: tuple[str, ...]
-    clusters: tuple[str, ...]
 
 
 @dataclass
 class Swept:
-    """What a sweep found, and what it removed; nothing in a dry run."""
+    """What a sweep found, and what it removed; nothing in a dry run.
+
+    Attributes:
+        leftovers: jobs and gateway clusters that nobody needs any more.
+        unfinished_task_runs: how many task runs are unfinished under a flow run that is over, by its id.
+        kept: what was left alone though its flow run is over or unknown, for a reason that passes.
+        jobs_removed: how many jobs the schedd was asked to remove.
+        clusters_stopped: names of the gateway clusters that were stopped.
+        task_runs_ended: how many task runs were moved to Crashed.
+        problems: what was in the way; the exit status of the command is 0 only where there is none.
+        dry_run: whether nothing was removed by intent.
+    """
 
     leftovers: list[Leftover] = field(default_factory=list)
+    unfinished_task_runs: dict[str, int] = field(default_factory=dict)
+    kept: list[Kept] = field(default_factory=list)
     jobs_removed: int = 0
     clusters_stopped: list[str] = field(default_factory=list)
+    task_runs_ended: int = 0
+    problems: list[str] = field(default_factory=list)
     dry_run: bool = False
 
+    @property
+    def found(self) -> bool:
+        """Whether anything is or was left over."""
+        return bool(self.leftovers or self.unfinished_task_runs)
 
-def sweep(settings: HTCDaskSettings, dry_run: bool = False) -> Swept:
-    """Find what is left over, and remove it.
+    @property
+    def all_is_well(self) -> bool:
+        """Whether nothing is left over now, as far as this sweep can tell."""
+        return not self.problems and not (self.dry_run and self.found)
+
+    def lines(self) -> list[str]:
+        """What was found and done, for people to read; the problems are not among it."""
+        lines = [one.describe(self.dry_run) for one in self.leftovers]
+        verb = "would be moved" if self.dry_run else "to be moved"
+        lines += [
+            f"flow run {flow_run_id}: {count} unfinished task runs {verb} to Crashed"
+            for flow_run_id, count in self.unfinished_task_runs.items()
+        ]
+        lines += [f"flow run {one.flow_run_id} is left alone: {one.why}" for one in self.kept]
+        if not self.found:
+            lines.append("nothing is left over")
+        elif not self.dry_run:
+            lines.append(
+                f"{self.jobs_removed} jobs removed, {len(self.clusters_stopped)} gateway clusters stopped, "
+                f"{self.task_runs_ended} task runs moved to Crashed"
+            )
+        return lines
+
+
+def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WINDOW) -> Swept:
+    """Find what is left over, and remove it. Sweeps in parallel do each other no harm.
 
     Args:
         settings: where gateway and schedd are.
         dry_run: only find it.
+        window: seconds since the end of a flow run in which its task runs are looked at.
 
     Raises:
+        SettingsError: a setting cannot work.
         SupervisorError: the schedd could not be asked.
-        httpx.HTTPError: the Prefect API could not be asked; then nothing was removed.
+        PrefectAPIError: the Prefect API could not be asked; nothing was removed that it had not judged before.
     """
     swept = Swept(dry_run=dry_run)
+    now = time.time()
     parts = resolve_running_parts(settings)
-    if parts is None:
-        return swept
-    jobs = [job for job in worker_jobs(parts) if job.flow_run_id]
-    swept.leftovers = find_leftovers(jobs, _flow_runs({job.flow_run_id for job in jobs}))
-    if dry_run:
-        return swept
-    for leftover in swept.leftovers:
-        constraint = flow_run_constraint(leftover.flow_run_id, leftover.before_attempt)
-        swept.jobs_removed += oneshot.call(parts.schedd, "remove", constraint, f"prefect_htcdask sweep: {leftover.why}")
-    names = sorted({name for leftover in swept.leftovers for name in leftover.clusters})
-    if names:
-        swept.clusters_stopped = stop_clusters(parts, names)
+    jobs = [job for job in worker_jobs(parts) if job.flow_run_id] if parts is not None else []
+    traces = {trace.cluster: trace for trace in cluster_traces(settings, since=now - window)}
+    running = _running_clusters(parts, swept)
+    records = _records(parts, traces, running, jobs, now - window, swept)
+    ids = {job.flow_run_id for job in jobs} | {record.flow_run_id for record in records}
+    with prefect_api() as client:
+        flow_runs = read_flow_runs(client, ids)
+        over = {key: run for key, run in flow_runs.items() if (at := ended_at(run)) is not None and at > now - window}
+        unfinished, complete = unfinished_task_runs(client, over)
+        if not complete:
+            swept.problems.append("there are more unfinished task runs than one sweep looks at; run it again")
+        signs = SignsOfLife(jobs, records, traces, settings.lease.duration, now)
+        there = {job.flow_run_id for job in jobs} | {r.flow_run_id for r in records if r.cluster in running}
+        _keep_of_other_apis(client, there - flow_runs.keys(), signs, swept)
+        _keep_still_reporting(over, unfinished, signs, now, swept)
+        kept = {one.flow_run_id for one in swept.kept}
+        swept.leftovers = find_leftovers(jobs, flow_runs, [r for r in records if r.cluster in running], kept)
+        lost = {key: task_runs for key, task_runs in unfinished.items() if key not in kept}
+        swept.unfinished_task_runs = {key: len(task_runs) for key, task_runs in lost.items()}
+        if not dry_run:
+            if parts is not None:
+                _remove(parts, swept)
+            _end_task_runs(client, parts, lost, over, swept)
     return swept
 
 
-def find_leftovers(jobs: Iterable[WorkerJob], flow_runs: Mapping[str, FlowRun]) -> list[Leftover]:
-    """Which jobs nobody needs any more.
-
-    Args:
-        jobs: worker jobs of flow runs.
-        flow_runs: those of their flow runs that the Prefect API knows, by id.
-    """
-    by_flow_run: dict[str, list[WorkerJob]] = {}
-    for job in jobs:
-        by_flow_run.setdefault(job.flow_run_id, []).append(job)
-    leftovers = []
-    for flow_run_id, members in by_flow_run.items():
-        flow_run = flow_runs.get(flow_run_id)
-        before: int | None = None
-        if flow_run is None:
-            why = "the Prefect API does not know its flow run"
-        elif flow_run.state is None or flow_run.state.is_final():
-            why = f"its flow run is {flow_run.state.name if flow_run.state else 'without a state'}"
-        else:
-            before = flow_run.run_count or 1
-            members = [job for job in members if job.attempt < (before or 1)]
-            why = f"attempt {before} of its flow run has taken its place"
-        if members:
-            leftovers.append(
-                Leftover(
-                    flow_run_id=flow_run_id,
-                    batch_name=members[0].batch_name,
-                    before_attempt=before,
-                    why=why,
-                    job_ids=tuple(job.job_id for job in members),
-                    clusters=tuple(sorted({job.cluster for job in members})),
-                )
-            )
-    return leftovers
-
-
-def _flow_runs(ids: set[str]) -> dict[str, FlowRun]:
-    found: dict[str, Any] = {}
-    wanted = [UUID(text) for text in sorted(ids) if _is_uuid(text)]
-    with get_client(sync_client=True) as client:
-        for start in range(0, len(wanted), _PAGE):
-            only = FlowRunFilter(id=FlowRunFilterId(any_=wanted[start : start + _PAGE]))
-            found.update({str(flow_run.id): flow_run for flow_run in client.read_flow_runs(flow_run_filter=only)})
-    return found
-
-
-def _is_uuid(text: str) -> bool:
+def _running_clusters(parts: Parts | None, swept: Swept) -> set[str]:
+    if parts is None:
+        return set()
     try:
-        UUID(text)
-    except ValueError:
-        return False
-    return True
+        with HTCGateway(parts=parts) as gateway:
+            return set(running_clusters(gateway))
+    except GATEWAY_ERRORS as exc:
+        swept.problems.append(f"no gateway cluster was looked at: {exc or type(exc).__name__}")
+        return set()
+
+
+def _records(
+    parts: Parts | None,
+    traces: Mapping[str, ClusterTrace],
+    running: set[str],
+    jobs: Iterable[WorkerJob],
+    since: float,
+    swept: Swept,
+) -> list[ClusterRecord]:
+    """Whose each cluster is: by its run directory's record, by its jobs, else by the jobs that it once had."""
+    records = [trace.record for trace in traces.values() if trace.record is not None]
+    known = {record.cluster for record in records} | {job.cluster for job in jobs}
+    unknown = [name for name in dict.fromkeys([*sorted(running), *traces]) if name not in known]
+    if parts is not None and unknown:
+        try:
+            records += owners_by_history(parts, unknown, since)
+        except SupervisorError as exc:
+            swept.problems.append(f"whose {len(unknown)} clusters are could not be told: {exc}")
+    return records
+
+
+def _keep_of_other_apis(client: SyncPrefectClient, unknown: Iterable[str], signs: SignsOfLife, swept: Swept) -> None:
+    """Leave flow runs alone that this API does not know because they belong to another one."""
+    ours = str(client.api_url).rstrip("/")
+    for flow_run_id in sorted(unknown):
+        if other := signs.other_api(flow_run_id, ours):
+            swept.kept.append(Kept(flow_run_id, f"it belongs to the Prefect API at {other}"))
+        elif client.server_type == ServerType.EPHEMERAL:
+            swept.kept.append(Kept(flow_run_id, "PREFECT_API_URL is not set, and Prefect's own database has none such"))
+            swept.problems.append(f"which API knows flow run {flow_run_id} cannot be told: set PREFECT_API_URL")
+
+
+def _keep_still_reporting(
+    over: Mapping[str, FlowRun],
+    unfinished: Mapping[str, list[TaskRun]],
+    signs: SignsOfLife,
+    now: float,
+    swept: Swept,
+) -> None:
+    """Leave flow runs alone whose process, or whose workers, may still say how their last task runs end.
+
+    A flow run is Completed or Failed when its function has returned; its process then waits for the task runs that
+    nobody awaited. One that is Crashed has no process any more.
+    """
+    for flow_run_id, task_runs in unfinished.items():
+        flow_run = over[flow_run_id]
+        if flow_run.state_type == StateType.CRASHED or signs.process_is_dead(flow_run_id):
+            continue
+        name = flow_run.state.name if flow_run.state else ""
+        age = now - (ended_at(flow_run) or 0.0)
+        if age < _SETTLE:
+            swept.kept.append(Kept(flow_run_id, f"{name} {age:.0f} s ago: {len(task_runs)} task runs may still report"))
+        elif flow_run.state_type != StateType.CANCELLED and signs.may_live(flow_run_id):
+            swept.kept.append(Kept(flow_run_id, f"{name}, but its process may wait for {len(task_runs)} task runs"))
+
+
+def _remove(parts: Parts, swept: Swept) -> None:
+    if not swept.leftovers:
+        return
+    mine = f"User == {classad2.quote(oneshot.call(parts.schedd, 'user'))}"
+    for leftover in swept.leftovers:
+        constraint = f"{flow_run_constraint(leftover.flow_run_id, leftover.before_attempt)} && {mine}"
+        if leftover.job_ids:
+            reason = f"prefect_htcdask sweep: {leftover.why}"
+            swept.jobs_removed += oneshot.call(parts.schedd, "remove", constraint, reason)
+    names = [name for leftover in swept.leftovers for name in leftover.clusters]
+    swept.clusters_stopped, problems = stop_clusters(parts, names)
+    swept.problems += problems
+
+
+def _end_task_runs(
+    client: SyncPrefectClient,
+    parts: Parts | None,
+    lost: Mapping[str, list[TaskRun]],
+    over: Mapping[str, FlowRun],
+    swept: Swept,
+) -> None:
+    """Move task runs to Crashed, once their workers are gone: a worker's last word on its task run counts more."""
+    if not lost:
+        return
+    left = {one.flow_run_id for one in swept.leftovers if one.job_ids} & lost.keys()
+    deadline = time.monotonic() + _GONE_TIMEOUT
+    while parts is not None and left:
+        left &= {job.flow_run_id for job in worker_jobs(parts)}
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(_PAUSE)
+    for flow_run_id, task_runs in lost.items():
+        if flow_run_id in left:
+            swept.problems.append(
+                f"jobs of flow run {flow_run_id} have not left the queue within {_GONE_TIMEOUT:.0f} s, so its "
+                f"{len(task_runs)} unfinished task runs were left alone; run it again"
+            )
+            continue
+        state = over[flow_run_id].state
+        swept.task_runs_ended += end_task_runs(
+            client,
+            task_runs,
+            f"Ended by prefect_htcdask's sweep: the flow run is {state.name if state else 'over'} and the worker of "
+            "this task run is gone",
+        )

@@ -1,0 +1,106 @@
+"""Which flow run each of this user's clusters was started for, and whether the process that has it may live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import classad2
+
+from prefect_htcdask.condor.worker_job import CLUSTER_ATTRIBUTE, FLOW_RUN_ATTRIBUTE, cluster_constraint
+from prefect_htcdask.resolution import Parts
+from prefect_htcdask.run_files import ClusterRecord, ClusterTrace
+from prefect_htcdask.supervisor import oneshot
+from prefect_htcdask.worker_jobs import WorkerJob
+
+_MOST_CLUSTERS = 100
+_MOST_ADS = 10_000
+
+
+def owners_by_history(parts: Parts, clusters: Iterable[str], since: float) -> list[ClusterRecord]:
+    """The flow runs of clusters that no run directory tells of, by the jobs that they once had.
+
+    Args:
+        parts: gateway and schedd.
+        clusters: names of clusters; a hundred of them are asked for.
+        since: Unix time in seconds; jobs that left the queue earlier are not looked at.
+
+    Raises:
+        SupervisorError: the schedd could not be asked.
+    """
+    wanted = list(clusters)[:_MOST_CLUSTERS]
+    if not wanted:
+        return []
+    user = oneshot.call(parts.schedd, "user")
+    constraint = (
+        f"User == {classad2.quote(user)} && {FLOW_RUN_ATTRIBUTE} =!= undefined && EnteredCurrentStatus > {int(since)} "
+        f"&& ({' || '.join(cluster_constraint(name) for name in wanted)})"
+    )
+    projection = [CLUSTER_ATTRIBUTE, FLOW_RUN_ATTRIBUTE, "HTCDaskAttempt", "JobBatchName"]
+    ads = oneshot.call(parts.schedd, "history", constraint, projection, _MOST_ADS)
+    return list({str(ad[CLUSTER_ATTRIBUTE]): _of_ad(ad) for ad in ads}.values())
+
+
+def _of_ad(ad: Mapping[str, Any]) -> ClusterRecord:
+    return ClusterRecord(
+        cluster=str(ad[CLUSTER_ATTRIBUTE]),
+        flow_run_id=str(ad[FLOW_RUN_ATTRIBUTE]),
+        flow_run_name=str(ad.get("JobBatchName") or ""),
+        attempt=int(ad.get("HTCDaskAttempt") or 1),
+        api_url="",
+        lease=0.0,
+        host="",
+        pid=0,
+        started=0.0,
+    )
+
+
+class SignsOfLife:
+    """What tells whether the process of a flow run lives.
+
+    Args:
+        jobs: worker jobs in the queue.
+        records: whose the clusters are.
+        traces: run directories, by cluster.
+        lease: seconds that a cluster lives without a renewal, where its record does not say.
+        now: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        jobs: Iterable[WorkerJob],
+        records: Iterable[ClusterRecord],
+        traces: Mapping[str, ClusterTrace],
+        lease: float,
+        now: float,
+    ) -> None:
+        self._now = now
+        self._leased_until: dict[str, float] = {}
+        self._records: dict[str, list[ClusterRecord]] = {}
+        for job in jobs:
+            self._extend(job.flow_run_id, job.lease_expires)
+        for record in records:
+            self._records.setdefault(record.flow_run_id, []).append(record)
+            trace = traces.get(record.cluster)
+            if trace is not None:
+                self._extend(record.flow_run_id, trace.last_sign + (record.lease or lease))
+
+    def _extend(self, flow_run_id: str, until: float) -> None:
+        self._leased_until[flow_run_id] = max(until, self._leased_until.get(flow_run_id, 0.0))
+
+    def process_is_dead(self, flow_run_id: str) -> bool:
+        """Whether the process of the last attempt is known to be gone, since it ran on this host."""
+        records = self._records.get(flow_run_id, [])
+        last = max((record.attempt for record in records), default=0)
+        answers = [record.process_lives() for record in records if record.attempt == last]
+        return bool(answers) and all(answer is False for answer in answers)
+
+    def may_live(self, flow_run_id: str) -> bool:
+        """Whether somebody may look after the flow run's cluster: its lease has not run out."""
+        leased = self._leased_until.get(flow_run_id, 0.0) > self._now
+        return leased and not self.process_is_dead(flow_run_id)
+
+    def other_api(self, flow_run_id: str, ours: str) -> str:
+        """The Prefect API that knows the flow run, where that is known to be another one than `ours`; else empty."""
+        urls = {record.api_url for record in self._records.get(flow_run_id, []) if record.api_url}
+        return "" if ours in urls else " and ".join(sorted(urls))
