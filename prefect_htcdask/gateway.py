@@ -22,14 +22,15 @@ from .collection import PrivateGateway, close_when_collected, forget_loop
 from .condor.worker_job import FlowRunTag, WorkerJobError
 from .gateway_checks import GatewayUnreachable, ask_for_options, check_scheduler_versions
 from .hand_off import gateway_access, hand_off, scheduler_plugin
-from .resolution import Parts, resolve_parts, worker_spec
+from .resolution import Parts, resolve_parts, worker_offers, worker_specs
 from .run_files import prune, run_directory
 from .scaling.demand import PLUGIN_NAME
 from .settings import HTCDaskSettings, WorkerSettings, load_settings
 from .supervisor import oneshot
 from .supervisor.handle import SupervisorError, SupervisorHandle
-from .supervisor.protocol import Preflight
+from .supervisor.protocol import Preflight, group_of
 from .threads import in_thread
+from .worker_groups import OFFERS_METADATA
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,10 @@ class HTCGatewayCluster(GatewayCluster):
         flow_run: the flow run that the workers belong to.
         worker_secrets: environment variables for the worker processes alone: never in an ad.
         on_message: called from a thread with what the supervisor says; the default logs it.
-        n_workers: workers to start with.
+        n_workers: workers to start with, of the default group.
+        workers: several kinds of workers, by the names of their groups, the default group first: mappings of fields of
+            the worker settings, and of `minimum` and `maximum`; the settings' by default. Each group is scaled by
+            itself.
         kwargs: fields of the worker settings (cpus, memory, disk, gpus, nthreads, image, container_image, …), and
             otherwise options of the gateway.
 
@@ -167,10 +171,11 @@ class HTCGatewayCluster(GatewayCluster):
         worker_secrets: Mapping[str, str] | None = None,
         on_message: Callable[[dict[str, Any]], None] | None = None,
         n_workers: int | None = None,
+        workers: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in _WORKER_FIELDS}
-        self._prepare(settings, flow_run, worker_secrets, on_message, given)
+        self._prepare(settings, flow_run, worker_secrets, on_message, given, workers)
         if n_workers is not None:
             self._fixed = _worker_count(n_workers)
         self.parts = parts or resolve_parts(
@@ -196,14 +201,17 @@ class HTCGatewayCluster(GatewayCluster):
         worker_secrets: Mapping[str, str] | None,
         on_message: Callable[[dict[str, Any]], None] | None,
         worker: Mapping[str, Any],
+        workers: Mapping[str, Mapping[str, Any]] | None,
     ) -> None:
         settings = settings or load_settings()
-        if worker:
-            stated = settings.worker.model_dump(exclude_unset=True)
-            checked = load_settings(worker={**stated, **worker})
-            settings = settings.model_copy(update={"worker": checked.worker})
+        if worker or workers is not None:
+            stated = settings.stated()
+            groups = stated.get("workers") if workers is None else workers
+            checked = load_settings(worker={**stated["worker"], **worker}, adaptive=stated["adaptive"], workers=groups)
+            settings = settings.model_copy(update={"worker": checked.worker, "workers": checked.workers})
         self.settings = settings
-        self.spec = worker_spec(settings.worker)
+        self.specs = worker_specs(settings)
+        self._offers: Mapping[str, Mapping[str, float]] = worker_offers(settings)
         self.flow_run = flow_run
         self.summary: dict[str, Any] = {}
         self._worker_secrets = dict(worker_secrets or {})
@@ -227,11 +235,16 @@ class HTCGatewayCluster(GatewayCluster):
         *,
         settings: HTCDaskSettings | None = None,
         parts: Parts | None = None,
+        workers: Mapping[str, Mapping[str, Any]] | None = None,
         **worker: Any,
     ) -> HTCGatewayCluster:
-        """Connect to a running cluster by its name; keywords are worker settings for workers that `scale` adds."""
+        """Connect to a running cluster by its name.
+
+        Its worker groups are those that it has. The keywords, worker settings, are for a cluster that nobody looks
+        after any more: they say what the workers are that `scale` adds.
+        """
         self: HTCGatewayCluster = object.__new__(cls)
-        self._prepare(settings, None, None, None, worker)
+        self._prepare(settings, None, None, None, worker, workers)
         self._connected = True
         self.parts = parts or resolve_parts(
             self.settings,
@@ -276,6 +289,8 @@ class HTCGatewayCluster(GatewayCluster):
             check_scheduler_versions(await self.scheduler_comm.versions(), self.gateway.address)
             if not self._connected:
                 await self._give_workers_to_supervisor()
+            else:
+                await self._learn_groups()
         except BaseException:
             if self.name is not None and not self._connected:
                 self.shutdown_on_close = True
@@ -308,7 +323,7 @@ class HTCGatewayCluster(GatewayCluster):
     def _start_supervisor(self) -> SupervisorHandle:
         logs = run_directory(self.settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
         prune(logs.parent, self.settings.condor.keep_logs, self.settings.lease.duration)
-        preflight = Preflight(schedd=self.parts.schedd, groups={"default": self.spec})
+        preflight = Preflight(schedd=self.parts.schedd, groups=self.specs)
         # The handle's reading thread must not keep a cluster alive that nobody else knows any more.
         take_message = weakref.WeakMethod(self._take_message)
 
@@ -322,11 +337,12 @@ class HTCGatewayCluster(GatewayCluster):
         """Install the scheduler plugin, then hand the cluster over."""
         assert self._supervisor is not None
         await in_thread(self._supervisor.wait_checked)
-        plugin = scheduler_plugin(lease=self.settings.lease.duration)
+        offers = worker_offers(self.settings)
+        plugin = scheduler_plugin(lease=self.settings.lease.duration, offers=offers)
         await self.scheduler_comm.register_scheduler_plugin(plugin=plugin, name=PLUGIN_NAME, idempotent=True)
         plan = hand_off(
             self,
-            spec=self.spec,
+            specs=self.specs,
             settings=self.settings,
             schedd=self.parts.schedd,
             flow_run=self.flow_run,
@@ -335,6 +351,8 @@ class HTCGatewayCluster(GatewayCluster):
             fixed=self._fixed,
         )
         await in_thread(self._supervisor.hand_off, plan)
+        # For those who connect to this cluster, with this class or only to its scheduler.
+        await self.scheduler_comm.set_metadata(keys=list(OFFERS_METADATA), value=offers)
         self._supervisor.keep_log_in(self.run_directory)
 
     def _take_message(self, message: dict[str, Any]) -> None:
@@ -347,32 +365,62 @@ class HTCGatewayCluster(GatewayCluster):
 
     # Scaling
 
-    def scale(self, n: int, **kwargs: Any) -> Any:
-        """Have `n` workers: submits or removes the difference only.
+    @property
+    def worker_offers(self) -> dict[str, dict[str, float]]:
+        """The Dask resources that one worker of each group offers, by the group's name, the default group first."""
+        return {name: dict(offer) for name, offer in self._offers.items()}
 
-        Raises:
-            ValueError: `n` is no number of workers.
-        """
-        return self.gateway.sync(self._set_target, {"op": "scale", "n": _worker_count(n)}, **kwargs)
+    async def _learn_groups(self) -> None:
+        """The worker groups of a running cluster, which its owner wrote down at the scheduler."""
+        offers = await self.scheduler_comm.get_metadata(keys=list(OFFERS_METADATA), default=None)
+        if offers:
+            self._offers = offers
 
-    def adapt(self, minimum: int | None = None, maximum: int | None = None, active: bool = True, **kwargs: Any) -> Any:
-        """Follow the number of queued tasks between `minimum` and `maximum` workers (defaults: the settings').
+    def scale(self, n: int, group: str | None = None, **kwargs: Any) -> Any:
+        """Have `n` workers of a group: submits or removes the difference only.
 
         Args:
-            minimum: workers kept in any case.
-            maximum: workers at most.
-            active: False: stop adapting, and keep as many workers as there are.
+            n: how many.
+            group: name of the worker group; the default group by default.
 
         Raises:
-            ValueError: minimum is above maximum, or negative.
+            ValueError: `n` is no number of workers, or there is no such group.
         """
-        low = self.settings.adaptive.minimum if minimum is None else _worker_count(minimum)
-        high = max(self.settings.adaptive.maximum, low) if maximum is None else _worker_count(maximum)
+        request = {"op": "scale", "n": _worker_count(n), "group": group_of({"group": group}, self._offers)}
+        return self.gateway.sync(self._set_target, request, **kwargs)
+
+    def adapt(
+        self,
+        minimum: int | None = None,
+        maximum: int | None = None,
+        active: bool = True,
+        group: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Follow the number of a group's queued tasks between `minimum` and `maximum` workers.
+
+        Args:
+            minimum: workers kept in any case; default: the settings'.
+            maximum: workers at most; default: the settings'.
+            active: False: stop adapting, and keep as many workers as there are.
+            group: name of the worker group; the default group by default.
+
+        Raises:
+            ValueError: minimum is above maximum, or negative, or there is no such group.
+        """
+        group = group_of({"group": group}, self._offers)
+        limits = self.settings.groups.get(group)
+        low = (limits and limits.minimum) or 0 if minimum is None else _worker_count(minimum)
+        if maximum is not None:
+            high = _worker_count(maximum)
+        else:
+            high = max((limits and limits.maximum) or self.settings.adaptive.maximum, low)
         if low > high:
             raise ValueError(
                 f"adapt: minimum = {low} is above maximum = {high}; raise the maximum or lower the minimum"
             )
-        request = {"op": "adapt", "minimum": low, "maximum": high} if active else {"op": "hold"}
+        request: dict[str, Any] = {"op": "adapt", "minimum": low, "maximum": high} if active else {"op": "hold"}
+        request["group"] = group
         return self.gateway.sync(self._set_target, request, **kwargs)
 
     async def _set_target(self, request: dict[str, Any]) -> None:
@@ -381,6 +429,11 @@ class HTCGatewayCluster(GatewayCluster):
             with suppress(Exception):
                 if (await self.scheduler_comm.htcdask_scale(request=request))["owner"] is not None:
                     return
+            if list(self._offers) != list(self.specs):
+                raise GatewayClusterError(
+                    f"cluster {self.name} has the worker groups {', '.join(self._offers)}, and nobody looks after them "
+                    f"any more; to scale them, connect with the same workers= (here: {', '.join(self.specs)})"
+                )
             self._supervisor = await in_thread(self._start_supervisor)
             await self._give_workers_to_supervisor()
         arguments = {name: value for name, value in request.items() if name != "op"}

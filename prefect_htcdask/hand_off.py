@@ -17,8 +17,9 @@ from .gateway_checks import local_versions
 from .gateway_comm import gateway_address
 from .resolution import is_loopback
 from .scaling import demand as demand_module
+from .scaling.policy import Target
 from .settings import HTCDaskSettings
-from .supervisor.protocol import GatewayAccess, HandOff, ScheddSettings
+from .supervisor.protocol import GatewayAccess, GroupPlan, HandOff, ScheddSettings
 
 # Pickling by value is registered for a whole process.
 _pickle_lock = threading.Lock()
@@ -61,7 +62,7 @@ def gateway_access(cluster: GatewayCluster) -> GatewayAccess:
 def hand_off(
     cluster: GatewayCluster,
     *,
-    spec: WorkerSpec,
+    specs: Mapping[str, WorkerSpec],
     settings: HTCDaskSettings,
     schedd: ScheddSettings,
     flow_run: FlowRunTag | None,
@@ -73,14 +74,22 @@ def hand_off(
 
     Args:
         cluster: the cluster, connected.
-        spec: what one worker is.
+        specs: what one worker of each group is.
         settings: the settings.
         schedd: how to reach the schedd.
         flow_run: the flow run that the workers belong to, if any.
         worker_secrets: environment variables for the worker processes alone.
         run_directory: where the cluster's files are.
-        fixed: workers to start with.
+        fixed: workers of the default group to start with.
     """
+    groups = {
+        name: GroupPlan(
+            spec=spec,
+            start_timeout=settings.groups[name].start_timeout,
+            target=Target(fixed=fixed if name == next(iter(specs)) else 0),
+        )
+        for name, spec in specs.items()
+    }
     gateway = cluster.gateway
     proxy = gateway.proxy_address.removeprefix("gateway://")
     return HandOff(
@@ -88,7 +97,7 @@ def hand_off(
         parent_pid=os.getpid(),
         access=gateway_access(cluster),
         schedd=schedd,
-        groups={"default": spec},
+        groups=groups,
         worker_config={
             "scheduler_address": gateway_address(proxy, cluster.name),
             "host": "127.0.0.1" if is_loopback(proxy) else None,
@@ -105,7 +114,5 @@ def hand_off(
         residence=settings.adaptive.residence,
         max_idle_jobs=settings.adaptive.max_idle_jobs,
         max_failures=settings.adaptive.max_failures,
-        start_timeout=settings.worker.start_timeout,
         detached=not cluster.shutdown_on_close,
-        fixed=fixed,
     )

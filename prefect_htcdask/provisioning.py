@@ -128,8 +128,11 @@ def _make_cluster(
         on_message=relay,
     )
     try:
-        if runner.adapt_kwargs or "n_workers" not in runner.cluster_kwargs:
-            cluster.adapt(minimum=settings.adaptive.minimum, maximum=settings.adaptive.maximum)
+        adaptive = list(cluster.worker_offers)
+        if "n_workers" in runner.cluster_kwargs and not runner.adapt_kwargs:
+            del adaptive[0]  # the default group, whose number is given
+        for group in adaptive:
+            cluster.adapt(group=group)
     except BaseException:
         cluster.close()
         raise
@@ -163,9 +166,7 @@ def _api_url(context: FlowRunContext | None) -> str | None:
 
 
 def _send_code(client: distributed.Client, flow: Any | None, with_package: bool) -> None:
-    plugin = source_code.make_plugin(
-        source_code.collect(flow), source_code.own_package() if with_package else None
-    )
+    plugin = source_code.make_plugin(source_code.collect(flow), source_code.own_package() if with_package else None)
     client.register_plugin(plugin)
 
 
@@ -174,5 +175,3 @@ def _logger(runner: HTCDaskTaskRunner, context: FlowRunContext | None) -> Logger
     if context is not None and context.flow_run is not None:
         logger = get_run_logger(context)
     return logger
-
-

@@ -9,7 +9,7 @@ import ipaddress
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlparse
 
@@ -17,6 +17,7 @@ import dask
 from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
 
 from .condor.worker_job import WorkerSpec
+from .scaling.groups import group_resource
 from .settings import GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings
 from .supervisor.protocol import ScheddSettings
 
@@ -174,15 +175,48 @@ def gateway_auth(gateway: GatewaySettings, auth: str | None) -> GatewayAuth:
         ) from exc
 
 
-def worker_spec(worker: WorkerSettings) -> WorkerSpec:
+def worker_offers(settings: HTCDaskSettings) -> dict[str, dict[str, float]]:
+    """The Dask resources that one worker of each group offers, by the group's name, the default group first.
+
+    GPUs are offered as `GPU`. Where there are several kinds of workers (`workers`), each also offers its group's own
+    resource, as much as it has threads, for tasks that name the group.
+    """
+    return {
+        name: {
+            **({group_resource(name): group.threads} if settings.workers else {}),
+            **({"GPU": group.gpus} if group.gpus else {}),
+            **group.resources,
+        }
+        for name, group in settings.groups.items()
+    }
+
+
+def worker_specs(settings: HTCDaskSettings) -> dict[str, WorkerSpec]:
+    """What one worker of each group is, by the group's name, the default group first.
+
+    Raises:
+        SettingsError: a container image does not exist.
+    """
+    offers = worker_offers(settings)
+    return {
+        name: replace(worker_spec(group, f"workers.{name}" if settings.workers else "worker"), resources=offers[name])
+        for name, group in settings.groups.items()
+    }
+
+
+def worker_spec(worker: WorkerSettings, setting: str = "worker") -> WorkerSpec:
     """What one worker is, as the supervisor needs it.
+
+    Args:
+        worker: its settings.
+        setting: how errors call them.
 
     Raises:
         SettingsError: the container image does not exist.
     """
     image = worker.container_image or (f"docker://{worker.image}" if worker.image else None)
     if worker.container_image and "://" not in worker.container_image:
-        check_image_file(worker.container_image)
+        check_image_file(worker.container_image, setting)
     return WorkerSpec(
         cpus=worker.cpus,
         memory=worker.memory,
@@ -196,11 +230,15 @@ def worker_spec(worker: WorkerSettings) -> WorkerSpec:
         accounting_group=worker.accounting_group,
         priority=worker.priority,
         extra_submit=dict(worker.extra_submit),
+        resources=dict(worker.resources),
         lifetime=worker.lifetime,
+        lifetime_stagger=0.1 * worker.lifetime
+        if worker.lifetime and worker.lifetime_stagger is None
+        else worker.lifetime_stagger,
     )
 
 
-def check_image_file(image: str) -> None:
+def check_image_file(image: str, setting: str = "worker") -> None:
     """Check that a container image on a file system exists here.
 
     Raises:
@@ -210,7 +248,7 @@ def check_image_file(image: str) -> None:
         return  # mounted on the execute hosts only, as many sites do
     if not os.path.exists(image):
         raise SettingsError(
-            f"worker.container_image = {image!r} does not exist; name a .sif file or image directory, or an address "
+            f"{setting}.container_image = {image!r} does not exist; name a .sif file or image directory, or an address "
             "such as docker://image:tag"
         )
 

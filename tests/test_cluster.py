@@ -72,7 +72,8 @@ def test_adapt_goes_up_with_the_queue_and_back_to_the_minimum(
         assert cluster.gateway is not None
         wait_until(lambda: len(jobs_of(queue, cluster.name)) == 1, 40, "back at the minimum")
         bursts = [m for m in messages if m["kind"] == "decision" and "+" in m["text"]]
-        assert sum(int(m["text"].rsplit("+", 1)[1]) for m in bursts) == 3, "three jobs in all, none twice"
+        assert sum(m["submit"] for m in bursts) == 3, "three jobs in all, none twice"
+        assert all(m["text"].endswith(f": +{m['submit']} workers") for m in bursts)
         cluster.adapt(active=False)
         assert len(jobs_of(queue, cluster.name)) == 1
 

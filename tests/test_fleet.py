@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect_htcdask.condor.job_events import apply
+from prefect_htcdask.scaling.policy import Supply
 from prefect_htcdask.supervisor.fleet import Fleet
 
 
@@ -17,6 +18,10 @@ def answer(**idle: float) -> dict[str, Any]:
     return {"idle": {f"htcdask-{job[1:].replace('_', '.')}-0": seconds for job, seconds in idle.items()}}
 
 
+def supply_of(fleet: Fleet, answer: dict[str, Any] | None, now: float = 0.0) -> Supply:
+    return fleet.supplies(answer, now)["default"]
+
+
 def a_fleet(*jobs: str) -> Fleet:
     fleet = Fleet()
     fleet.submitted_jobs(jobs, "default", 1.0)
@@ -26,27 +31,27 @@ def a_fleet(*jobs: str) -> Fleet:
 def test_a_job_is_pending_until_its_worker_joins() -> None:
     fleet = a_fleet("1.0", "1.1", "1.10")
     tell(fleet, "EXECUTE", "1.0")
-    supply = fleet.supply(answer())
+    supply = supply_of(fleet, answer())
     assert supply.pending == ("1.0", "1.1", "1.10")
     assert supply.unstarted == 2
     assert fleet.saw_workers(["htcdask-1.0-0", "somebody-else"]) == ["1.0"]
     assert fleet.saw_workers(["htcdask-1.0-0"]) == []
-    supply = fleet.supply(answer(_1_0=4.0), now=100.0)
+    supply = supply_of(fleet, answer(_1_0=4.0), now=100.0)
     assert (supply.pending, supply.idle, supply.busy) == (("1.1", "1.10"), {"htcdask-1.0-0": 96.0}, ())
 
 
 def test_a_worker_without_an_idle_time_is_busy() -> None:
     fleet = a_fleet("1.0")
     fleet.saw_workers(["htcdask-1.0-0"])
-    assert fleet.supply(answer()).busy == ("htcdask-1.0-0",)
-    assert fleet.supply(None).busy == ("htcdask-1.0-0",)
+    assert supply_of(fleet, answer()).busy == ("htcdask-1.0-0",)
+    assert supply_of(fleet, None).busy == ("htcdask-1.0-0",)
 
 
 def test_who_is_told_to_leave_counts_as_gone() -> None:
     fleet = a_fleet("1.0", "1.1")
     fleet.saw_workers(["htcdask-1.0-0"])
     fleet.leaving.update(["1.0", "1.1"])
-    assert fleet.supply(answer()).total == 0
+    assert supply_of(fleet, answer()).total == 0
 
 
 def test_a_leaving_worker_whose_job_starts_again_is_back() -> None:
@@ -54,39 +59,36 @@ def test_a_leaving_worker_whose_job_starts_again_is_back() -> None:
     fleet.saw_workers(["htcdask-1.0-0"])
     fleet.leaving.add("1.0")
     fleet.saw_workers(["htcdask-1.0-0"])
-    assert fleet.supply(answer()).total == 0
+    assert supply_of(fleet, answer()).total == 0
     fleet.saw_workers([])
     fleet.saw_workers(["htcdask-1.0-1"])
-    assert fleet.supply(answer()).total == 1
+    assert supply_of(fleet, answer()).total == 1
 
 
 def test_held_jobs_are_no_supply() -> None:
     fleet = a_fleet("1.0", "1.1")
     tell(fleet, "JOB_HELD", "1.0", HoldReasonCode=1)
-    assert fleet.supply(answer()).pending == ("1.1",)
+    assert supply_of(fleet, answer()).pending == ("1.1",)
     assert [record.job_id for record in fleet.queued_jobs()] == ["1.0", "1.1"]
 
 
-def test_failures_to_start_are_counted_in_a_row() -> None:
+def test_what_is_a_failure_to_start() -> None:
     fleet = a_fleet("1.0", "1.1", "1.2", "1.3", "1.4")
     assert tell(fleet, "JOB_TERMINATED", "1.0", ReturnValue=1)
     assert tell(fleet, "JOB_HELD", "1.1", HoldReasonCode=35)
-    assert fleet.failures == 2
     fleet.saw_workers(["htcdask-1.2-0"])
-    assert fleet.failures == 0
     assert not tell(fleet, "JOB_TERMINATED", "1.2", ReturnValue=1), "its worker had joined"
     assert not tell(fleet, "JOB_HELD", "1.3", HoldReasonCode=1), "a user held it"
     fleet.leaving.add("1.4")
     assert not tell(fleet, "JOB_TERMINATED", "1.4", ReturnValue=0), "it was told to go"
-    assert fleet.failures == 0
 
 
 def test_an_eviction_is_no_failure() -> None:
     fleet = a_fleet("1.0")
     tell(fleet, "EXECUTE", "1.0")
     assert not tell(fleet, "JOB_EVICTED", "1.0")
-    assert (fleet.evictions, fleet.failures) == (1, 0)
-    assert fleet.supply(answer()).pending == ("1.0",)
+    assert fleet.evictions == 1
+    assert supply_of(fleet, answer()).pending == ("1.0",)
 
 
 def test_the_summary_adds_up() -> None:
@@ -101,3 +103,54 @@ def test_the_summary_adds_up() -> None:
     assert summary["job_ids"] == ["9.0", "10.0"]
     assert (summary["jobs"], summary["peak"], summary["left"]) == (2, 2, 1)
     assert summary["hosts"] == ["slot1@a", "slot1@b"]
+
+
+def two_groups() -> Fleet:
+    fleet = Fleet(("cpu", "gpu"))
+    fleet.submitted_jobs(["1.0", "1.1"], "cpu", 1.0)
+    fleet.submitted_jobs(["2.0", "2.1"], "gpu", 1.0)
+    for job in ("1.0", "1.1", "2.0"):
+        tell(fleet, "EXECUTE", job)
+    fleet.saw_workers(["htcdask-1.0-0", "htcdask-1.1-0", "htcdask-2.0-0"])
+    return fleet
+
+
+def test_each_group_has_its_own_supply() -> None:
+    supplies = two_groups().supplies({**answer(_1_0=3.0), "holding": ["htcdask-1.0-0"]}, 10.0)
+    cpu, gpu = supplies["cpu"], supplies["gpu"]
+    assert (cpu.pending, cpu.idle, cpu.busy) == ((), {"htcdask-1.0-0": 7.0}, ("htcdask-1.1-0",))
+    assert (gpu.pending, gpu.unstarted, gpu.idle, gpu.busy) == (("2.1",), 1, {}, ("htcdask-2.0-0",))
+    assert (cpu.holding, gpu.holding) == ({"htcdask-1.0-0"}, frozenset())
+
+
+def test_each_group_has_its_own_demand() -> None:
+    told = {"queued": 5, "stacked": 1, "coming": {10: 2}, "work": 7.5, "task_seconds": 1.5}
+    demands = two_groups().demands(
+        {"groups": {"gpu": told}, "in_hand": {"htcdask-1.1-0": 2, "htcdask-2.0-0": 3, "somebody": 9}}
+    )
+    assert (demands["cpu"].queued, demands["cpu"].in_hand) == (0, {"htcdask-1.1-0": 2})
+    gpu = demands["gpu"]
+    assert (gpu.queued, gpu.in_hand, gpu.coming) == (5, {"htcdask-2.0-0": 3}, {10: 2})
+    assert (gpu.work, gpu.task_seconds) == (7.5, 1.5)
+
+
+def test_a_worker_that_leaves_by_itself_counts_as_gone() -> None:
+    fleet = two_groups()
+    supplies = fleet.supplies({**answer(_1_0=3.0), "closing": ["htcdask-1.0-0", "htcdask-2.0-0"]}, 10.0)
+    assert (supplies["cpu"].total, supplies["gpu"].total) == (1, 1)
+    assert (supplies["cpu"].retiring, supplies["gpu"].retiring) == (("htcdask-1.0-0",), ("htcdask-2.0-0",))
+
+
+def test_a_job_of_a_group_that_nobody_knows_counts_as_of_the_default_group() -> None:
+    fleet = two_groups()
+    fleet.submitted_jobs(["3.0"], "highmem", 1.0)
+    assert fleet.supplies(answer(), 0.0)["cpu"].pending == ("3.0",)
+
+
+def test_the_summary_tells_groups_where_there_are_several() -> None:
+    groups = two_groups().summary(now=3601.0)["groups"]
+    assert {name: (group["jobs"], group["worker_hours"], group["peak"]) for name, group in groups.items()} == {
+        "cpu": (2, 2.0, 2),
+        "gpu": (2, 1.0, 1),
+    }
+    assert "groups" not in a_fleet("1.0").summary(now=1.0)

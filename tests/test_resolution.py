@@ -10,7 +10,14 @@ import dask
 import pytest
 from dask_gateway.auth import BasicAuth, JupyterHubAuth
 
-from prefect_htcdask.resolution import gateway_auth, is_loopback, resolve_parts, worker_spec
+from prefect_htcdask.resolution import (
+    gateway_auth,
+    is_loopback,
+    resolve_parts,
+    worker_offers,
+    worker_spec,
+    worker_specs,
+)
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 
 
@@ -106,3 +113,34 @@ def test_threads_are_the_cores_unless_said() -> None:
 )
 def test_loopback(address: str, loopback: bool) -> None:
     assert is_loopback(address) is loopback
+
+
+def test_what_the_workers_of_each_group_offer() -> None:
+    assert worker_offers(load_settings()) == {"default": {}}
+    assert worker_offers(load_settings(worker={"gpus": 2, "resources": {"licence": 1}})) == {
+        "default": {"GPU": 2, "licence": 1}
+    }
+    workers = {"cpu": {"cpus": 8, "nthreads": 4}, "gpu": {"gpus": 1, "resources": {"GPU": 3}}}
+    settings = load_settings(workers=workers, worker={"memory": "1 GiB"})
+    assert worker_offers(settings) == {
+        "cpu": {"htcdask-group-cpu": 4},
+        "gpu": {"htcdask-group-gpu": 1, "GPU": 3},
+    }
+    cpu, gpu = worker_specs(settings).values()
+    assert (cpu.cpus, cpu.threads, cpu.memory, dict(cpu.resources)) == (8, 4, 2**30, {"htcdask-group-cpu": 4})
+    assert (gpu.gpus, dict(gpu.resources)) == (1, {"htcdask-group-gpu": 1, "GPU": 3})
+
+
+def test_a_lifetime_is_staggered_by_a_tenth_unless_said_otherwise() -> None:
+    def stagger(**worker: str) -> float | None:
+        return worker_spec(load_settings(worker=worker).worker).lifetime_stagger
+
+    assert stagger() is None
+    assert stagger(lifetime="1 h") == 360
+    assert stagger(lifetime="1 h", lifetime_stagger="0 s") == 0
+    assert stagger(lifetime="1 h", lifetime_stagger="5 m") == 300
+
+
+def test_a_group_s_missing_image_is_named_with_its_group() -> None:
+    with pytest.raises(SettingsError, match=r"workers\.gpu\.container_image = '/no/such\.sif' does not exist"):
+        worker_specs(load_settings(workers={"cpu": {}, "gpu": {"container_image": "/no/such.sif"}}))

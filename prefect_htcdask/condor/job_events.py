@@ -293,12 +293,17 @@ class QueueReader:
                 ads.setdefault(f"{ad['ClusterId']}.{ad['ProcId']}", ad)
         for job_id in gone:
             ads.setdefault(job_id, {"JobStatus": 3, "RemoveReason": "no longer in the queue, nor in the history"})
-        return [
+        changes = [
             change
             for job_id, ad in ads.items()
             for event, when, data in events_of_ad(table.records.get(job_id), ad)
             if (change := apply(table, event, job_id, when, data)) is not None
         ]
+        for job_id, ad in ads.items():
+            # A job that another supervisor submitted: only its ad says what it is.
+            if (record := table.records.get(job_id)) is not None:
+                record.group = record.group or str(ad.get("HTCDaskWorkerGroup") or "")
+        return changes
 
     def hurry(self) -> None:
         """Look at the next read, whenever the last one was."""

@@ -80,7 +80,9 @@ class WorkerSpec:
     accounting_group: str | None = None
     priority: int = 0
     extra_submit: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=dict)
     lifetime: float | None = None
+    lifetime_stagger: float | None = None
     vacate_time: float = 20.0
 
     @property

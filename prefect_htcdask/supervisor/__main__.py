@@ -78,8 +78,8 @@ async def serve(
             reply: dict[str, Any] = {"kind": "reply", "id": command.get("id"), "ok": True}
             try:
                 if command["op"] in ("scale", "adapt", "hold"):
-                    supervisor.set_target(command)
-                    reply["fixed"] = supervisor.target.fixed
+                    group = supervisor.set_target(command)
+                    reply.update(group=group.name, fixed=group.target.fixed)
                 elif command["op"] == "status":
                     reply["summary"] = supervisor.fleet.summary(time.time())
                 elif command["op"] == "detach":

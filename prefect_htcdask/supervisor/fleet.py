@@ -1,17 +1,19 @@
 """The workers of a cluster as the supervisor sees them: HTCondor jobs on one side, Dask workers on the other.
 
-Pure bookkeeping: the loop feeds it job changes and the scheduler's answers, and asks it for the supply.
+Pure bookkeeping: the loop feeds it job changes and the scheduler's answers, and asks it for demand and supply of each
+worker group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..condor.job_events import JobChange, JobRecord, JobState, JobTable
 from ..condor.worker_job import job_of_worker
-from ..scaling.policy import Supply
+from ..scaling.policy import Demand, Supply
 
 
 @dataclass
@@ -19,23 +21,23 @@ class Fleet:
     """Jobs and workers of one cluster.
 
     Attributes:
+        groups: names of the worker groups, the default group first.
         table: all jobs known.
         joined: names of workers at the scheduler now, by job id.
         names: the last name of each job's worker, also of those that left.
         ever_joined: ids of jobs whose worker was at the scheduler at some time.
         leaving: ids of jobs that were told to go, by removal or retirement.
-        failures: workers in a row that ended before they joined.
-        last_failure: when the last of them did, on the monotonic clock.
+        peaks: the most workers that each group ever had at the scheduler.
     """
 
+    groups: Sequence[str] = ("default",)
     table: JobTable = field(default_factory=JobTable)
     joined: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     ever_joined: set[str] = field(default_factory=set)
     leaving: set[str] = field(default_factory=set)
-    failures: int = 0
-    last_failure: float | None = None
     peak: int = 0
+    peaks: dict[str, int] = field(default_factory=dict)
     evictions: int = 0
     holds: int = 0
 
@@ -44,6 +46,15 @@ class Fleet:
         for job_id in job_ids:
             record = self.table.get(job_id)
             record.group, record.submitted = group, now
+
+    def group_of(self, record: JobRecord) -> str:
+        """The worker group of a job. One that another supervisor's groups know counts as of the default group."""
+        return record.group if record.group in self.groups else self.groups[0]
+
+    def group_of_worker(self, name: str) -> str | None:
+        """The worker group of a worker, by its name; `None` for one that is not ours."""
+        job_id = job_of_worker(name)
+        return None if job_id is None else self.group_of(self.table.get(job_id))
 
     def saw_workers(self, names: Iterable[str]) -> list[str]:
         """Take in the workers that the scheduler has now; returns the ids of jobs whose worker is new there."""
@@ -60,13 +71,14 @@ class Fleet:
             if job_id not in self.ever_joined:
                 self.ever_joined.add(job_id)
                 new.append(job_id)
-        if new:
-            self.failures, self.last_failure = 0, None
         self.peak = max(self.peak, len(self.joined))
+        if len(self.groups) > 1:
+            counts = Counter(self.group_of(self.table.get(job_id)) for job_id in self.joined)
+            self.peaks.update({group: max(count, self.peaks.get(group, 0)) for group, count in counts.items()})
         return new
 
     def saw_change(self, change: JobChange) -> bool:
-        """Take in a job's change; returns whether it is a failure to start, which counts against the budget."""
+        """Take in a job's change; returns whether it is a failure to start, which counts against a budget."""
         unexpected = change.job_id not in self.leaving
         # A removal that we asked for shows in the event log as an eviction first.
         if change.what == "evicted" and unexpected:
@@ -75,61 +87,100 @@ class Fleet:
             self.holds += 1
         never_joined = change.job_id not in self.ever_joined
         record = self.table.records[change.job_id]
-        failed_start = (
+        return (
             unexpected
             and never_joined
             and (change.what == "exited" or (change.what == "held" and record.hold_code != 1))
         )
-        if failed_start:
-            self.failures += 1
-        return failed_start
 
     def queued_jobs(self) -> list[JobRecord]:
         """Jobs in the queue in any state, told to leave or not."""
         return self.table.in_state(JobState.IDLE, JobState.RUNNING, JobState.HELD)
 
-    def supply(self, answer: Mapping[str, Any] | None, now: float = 0.0) -> Supply:
-        """The supply for the policy.
+    def demands(self, answer: Mapping[str, Any]) -> dict[str, Demand]:
+        """The demand of each group for the policy, from the scheduler's answer."""
+        in_hand: dict[str, dict[str, int]] = {group: {} for group in self.groups}
+        for name, count in answer["in_hand"].items():
+            group = self.group_of_worker(name)
+            if group is not None:
+                in_hand[group][name] = count
+        counts: Mapping[str, Mapping[str, Any]] = answer["groups"]
+        return {
+            group: Demand(
+                queued=told.get("queued", 0),
+                in_hand=in_hand[group],
+                coming=told.get("coming", {}),
+                task_seconds=told.get("task_seconds", 0.0),
+                work=told.get("work", 0.0),
+            )
+            for group in self.groups
+            for told in [counts.get(group, {})]
+        }
+
+    def supplies(self, answer: Mapping[str, Any] | None, now: float) -> dict[str, Supply]:
+        """The supply of each group for the policy, as far as the jobs tell.
 
         Args:
             answer: the scheduler's answer, or `None` where it gave none; then joined workers count as busy.
             now: the time, on the monotonic clock.
         """
-        active = [
-            record
-            for record in self.table.in_state(JobState.IDLE, JobState.RUNNING)
-            if record.job_id not in self.leaving
-        ]
-        pending = [record for record in active if record.job_id not in self.joined]
-        names = [self.joined[record.job_id] for record in active if record.job_id in self.joined]
         idle_times: Mapping[str, float] = answer["idle"] if answer else {}
-        return Supply(
-            pending=tuple(record.job_id for record in sorted(pending, key=_submission_order)),
-            idle={name: now - float(idle_times[name]) for name in names if name in idle_times},
-            busy=tuple(name for name in names if name not in idle_times),
-            retiring=tuple(sorted(self.leaving)),
-            unstarted=sum(1 for record in pending if record.state is JobState.IDLE),
-            failures=self.failures,
-            last_failure=self.last_failure,
-        )
+        holding = frozenset(answer.get("holding", ())) if answer else frozenset()
+        closing = frozenset(answer.get("closing", ())) if answer else frozenset()
+        pending: dict[str, list[JobRecord]] = {group: [] for group in self.groups}
+        idle: dict[str, dict[str, float]] = {group: {} for group in self.groups}
+        busy: dict[str, list[str]] = {group: [] for group in self.groups}
+        retiring: dict[str, list[str]] = {group: [] for group in self.groups}
+        for record in self.table.in_state(JobState.IDLE, JobState.RUNNING):
+            group, name = self.group_of(record), self.joined.get(record.job_id)
+            if record.job_id in self.leaving or name in closing:
+                # Gone, as far as the policy is concerned: where there is demand, another one is asked for.
+                retiring[group].append(name or record.job_id)
+            elif name is None:
+                pending[group].append(record)
+            elif name in idle_times:
+                idle[group][name] = now - float(idle_times[name])
+            else:
+                busy[group].append(name)
+        return {
+            group: Supply(
+                pending=tuple(record.job_id for record in sorted(pending[group], key=_submission_order)),
+                unstarted=sum(1 for record in pending[group] if record.state is JobState.IDLE),
+                idle=idle[group],
+                busy=tuple(busy[group]),
+                holding=holding & idle[group].keys(),
+                retiring=tuple(retiring[group]),
+            )
+            for group in self.groups
+        }
 
     def summary(self, now: float) -> dict[str, Any]:
         """What became of the workers, for the flow run's log."""
         records = self.table.records.values()
-        seconds = sum(
-            record.run_seconds + (max(0.0, now - record.started) if record.started and record.in_queue else 0.0)
-            for record in records
-        )
+        seconds = {record.job_id: _run_seconds(record, now) for record in records}
+        groups = {
+            name: {
+                "jobs": len(of_group := [record.job_id for record in records if self.group_of(record) == name]),
+                "worker_hours": sum(seconds[job_id] for job_id in of_group) / 3600,
+                "peak": self.peaks.get(name, 0),
+            }
+            for name in self.groups
+        }
         return {
+            **({"groups": groups} if len(self.groups) > 1 else {}),
             "jobs": len(records),
             "job_ids": sorted((record.job_id for record in records), key=_id_order),
             "hosts": sorted({record.host for record in records if record.host}),
-            "worker_hours": seconds / 3600,
+            "worker_hours": sum(seconds.values()) / 3600,
             "peak": self.peak,
             "held": self.holds,
             "evicted": self.evictions,
             "left": len(self.queued_jobs()),
         }
+
+
+def _run_seconds(record: JobRecord, now: float) -> float:
+    return record.run_seconds + (max(0.0, now - record.started) if record.started and record.in_queue else 0.0)
 
 
 def _id_order(job_id: str) -> tuple[int, int]:

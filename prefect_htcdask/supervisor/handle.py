@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .protocol import CLOSE_TIMEOUT, GatewayAccess, HandOff, Preflight, encode, from_line, to_line
+from .protocol import CLOSE_TIMEOUT, GatewayAccess, HandOff, Preflight, encode, from_line, group_of, target_of, to_line
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,8 @@ class SupervisorHandle:
         with self._lock:
             if self.ended.is_set():
                 raise SupervisorError(f"the supervisor has ended; its log is {self.log_path}")
-            self._remember(op, arguments)
+            if op in ("scale", "adapt", "detach"):
+                self._remember(op, arguments)
             self._next_id += 1
             number = self._next_id
             line = to_line({"op": op, "id": number, **arguments})
@@ -151,21 +152,19 @@ class SupervisorHandle:
         if not answer.get("ok"):
             raise SupervisorError(str(answer.get("error")))
         if op == "hold":
-            self._remember("scale", {"n": answer["fixed"]})
+            self._remember("scale", {"n": answer["fixed"], "group": answer["group"]})
         return answer
 
     def _remember(self, op: str, arguments: Mapping[str, Any]) -> None:
         """Keep a new target, for a supervisor that has to take over."""
         if self._plan is None:
             return
-        if op == "scale":
-            self._plan = dataclasses.replace(self._plan, adaptive=False, fixed=arguments["n"])
-        elif op == "adapt":
-            self._plan = dataclasses.replace(
-                self._plan, adaptive=True, minimum=arguments["minimum"], maximum=arguments["maximum"]
-            )
-        elif op == "detach":
+        if op == "detach":
             self._plan = dataclasses.replace(self._plan, detached=True)
+            return
+        with suppress(ValueError):  # which the supervisor refuses, and says so
+            group = group_of(arguments, self._plan.groups)
+            self._plan = self._plan.with_target(group, target_of({**arguments, "op": op}))
 
     def close(self, timeout: float = CLOSE_TIMEOUT) -> dict[str, Any]:
         """Have it remove all jobs and stop the cluster, then reap it; idempotent, and quiet about a dead one.
@@ -271,8 +270,7 @@ class SupervisorHandle:
         elif kind == "target":
             # Another process's wish, which this one's plan must not undo in a successor.
             with self._lock:
-                op = "adapt" if message["fixed"] is None else "scale"
-                self._remember(op, {**message, "n": message["fixed"]})
+                self._remember(message["op"], message)
                 if self._plan is not None:
                     self._plan = dataclasses.replace(self._plan, request_seen=message["number"])
         else:

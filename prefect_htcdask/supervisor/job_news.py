@@ -9,8 +9,8 @@ from typing import Any
 from ..condor.diagnosis import Diagnosis, diagnose_exit, diagnose_hold, diagnose_waiting
 from ..condor.job_events import JobChange, JobRecord, JobState
 from ..condor.staging import RunDirectory
-from ..condor.worker_job import WorkerSpec
 from .fleet import Fleet
+from .group import Group
 
 _HELD_BY_USER = 1  # HoldReasonCode
 
@@ -20,18 +20,22 @@ class JobNews:
 
     Args:
         fleet: the jobs and workers.
+        groups: the worker groups, which learn from it.
         directory: where the workers' stderr comes back to.
         say: sends a message to the flow's process.
-
-    Attributes:
-        last_failed: the job that ended last without its worker having joined.
     """
 
-    def __init__(self, fleet: Fleet, directory: RunDirectory, say: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        groups: Mapping[str, Group],
+        directory: RunDirectory,
+        say: Callable[[dict[str, Any]], None],
+    ) -> None:
         self._fleet = fleet
+        self._groups = groups
         self._directory = directory
         self._say = say
-        self.last_failed: JobRecord | None = None
 
     def take(self, changes: Iterable[JobChange]) -> list[str]:
         """Take in changes and say them; returns the ids of jobs held by HTCondor, which are of no use any more."""
@@ -55,9 +59,11 @@ class JobNews:
         self._say(
             {"kind": "job", "what": change.what, "job": change.job_id, "host": record.host, "reason": change.reason}
         )
+        group = self._groups[self._fleet.group_of(record)]
+        if change.what == "started":
+            group.started(record)
         if failed_start:
-            self.last_failed = record
-            self._fleet.last_failure = time.monotonic()
+            group.failed(record, time.monotonic())
         if change.what == "held":
             return "error", f"held: {self.why_it_ended(record)}"
         if change.job_id in self._fleet.leaving:
@@ -77,10 +83,12 @@ class JobNews:
         return diagnose_exit(record.exit_code, record.exit_signal, self._directory.stderr_tail(record.job_id))
 
 
-def why_none_joined(fleet: Fleet, spec: WorkerSpec, slots: Sequence[Mapping[str, Any]]) -> str:
-    """Why no worker has come, as far as jobs and slots tell."""
-    running = fleet.table.in_state(JobState.RUNNING)
+def why_none_joined(fleet: Fleet, group: Group, slots: Sequence[Mapping[str, Any]]) -> str:
+    """Why no worker of a group has come, as far as jobs and slots tell."""
+    jobs = [record for record in fleet.table.records.values() if fleet.group_of(record) == group.name]
+    running = sum(1 for record in jobs if record.state is JobState.RUNNING)
     if running:
-        return f"{len(running)} worker jobs run, but none joined the scheduler: can they reach the gateway's proxy?"
-    waiting = len(fleet.table.in_state(JobState.IDLE))
+        return f"{running} worker jobs run, but none joined the scheduler: can they reach the gateway's proxy?"
+    waiting = sum(1 for record in jobs if record.state is JobState.IDLE)
+    spec = group.spec
     return str(diagnose_waiting(slots, cpus=spec.cpus, memory=spec.memory, gpus=spec.gpus, waiting=waiting))

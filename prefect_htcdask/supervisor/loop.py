@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..condor.job_events import EventLogReader, JobReader, QueueReader
+from ..condor.job_events import EventLogReader, JobReader, JobState, QueueReader
 from ..condor.schedd import ScheddClient, ScheddError
 from ..condor.staging import RunDirectory
-from ..condor.worker_job import JobFiles, cluster_constraint, submit_description
-from ..scaling.policy import Decision, Demand, PolicySettings, Target, decide
+from ..condor.worker_job import cluster_constraint, submit_description
+from ..scaling.policy import Decision, Target, decide
 from .fleet import Fleet
+from .group import Group, idle_job_caps
 from .job_news import JobNews, why_none_joined
-from .protocol import HandOff
+from .protocol import HandOff, group_of, target_of
 from .scheduler_link import GatewayLink, SchedulerLink
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,7 @@ logger = logging.getLogger(__name__)
 SUPERSEDED = "superseded"
 """Why a supervisor ends whose cluster another one took over: it leaves the jobs alone."""
 
-_DEFAULT_GROUP = "default"
 _FIRST_INTERVAL = 0.2
-_MAX_BACKOFF = 60.0
 _PATIENCE = 2.0  # seconds without an answer of the scheduler before the gateway is asked
 _MAX_RENEWAL_INTERVAL = 600.0
 
@@ -51,12 +50,15 @@ class Supervisor:
         self.say = say
         self.directory = RunDirectory(Path(plan.run_directory))
         self.constraint = cluster_constraint(plan.access.cluster_name)
-        self.fleet = Fleet()
-        self.news = JobNews(self.fleet, self.directory, say)
-        self.target = (
-            Target(minimum=plan.minimum, maximum=plan.maximum) if plan.adaptive else Target(fixed=plan.fixed or 0)
+        self.fleet = Fleet(tuple(plan.groups))
+        self.groups = {
+            name: Group(name, group, "workers" if len(plan.groups) == 1 else name, group.target)
+            for name, group in plan.groups.items()
+        }
+        self.news = JobNews(self.fleet, self.groups, self.directory, say)
+        self.scheduler = SchedulerLink(
+            plan.access, plan.owner, {name: group.spec.resources for name, group in plan.groups.items()}
         )
-        self.scheduler = SchedulerLink(plan.access, plan.owner)
         self.gateway = GatewayLink(plan.access)
         self.wake = asyncio.Event()
         self.over = asyncio.Event()
@@ -64,13 +66,9 @@ class Supervisor:
         self.stop_cluster = True
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="condor")
         self._reader: JobReader | None = None
-        self._files: dict[str, JobFiles] = {}
         self._renew_at = 0.0
-        self._waiting_since: float | None = None
         self._request_seen = plan.request_seen
-        self._no_submit_before = 0.0
-        self._backoff = 1.0
-        self._failed = False
+        self._taken_over_at: float | None = None
         self._told: set[str] = set()
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -101,10 +99,10 @@ class Supervisor:
                 f"cluster {self.plan.access.cluster_name} is looked after by another supervisor ({answer['owner']})"
             )
         self.directory.prepare()
-        for group in self.plan.groups:
-            self._files[group] = self.directory.stage(
-                group,
-                self.plan.config_of(group),
+        for group in self.groups.values():
+            group.files = self.directory.stage(
+                group.name,
+                self.plan.config_of(group.name),
                 tls_cert=self.plan.access.tls_cert,
                 tls_key=self.plan.access.tls_key,
                 secrets=self.plan.worker_secrets,
@@ -113,9 +111,17 @@ class Supervisor:
         queue = QueueReader(self.schedd, self.constraint)
         self._reader = EventLogReader(self.directory.event_log) if self.schedd.address.is_local else queue
         if takeover or answer["epoch"] > 1:
-            # Jobs that a predecessor submitted, of which the log may not tell: it may have been on another host.
-            await self.read_jobs()
-            await self.condor(queue.read, self.fleet.table)
+            await self.take_over(queue)
+
+    async def take_over(self, queue: QueueReader) -> None:
+        """Find the jobs that a predecessor submitted. What became of them was told by that one."""
+        assert self._reader is not None
+        self._taken_over_at = time.time()
+        await self.condor(self._reader.read, self.fleet.table)
+        # The log may not tell of all of them, it may have been on another host; and only the ads tell the groups.
+        await self.condor(queue.read, self.fleet.table)
+        for record in self.fleet.table.in_state(JobState.RUNNING):
+            self.groups[self.fleet.group_of(record)].started(record)
 
     # The loop
 
@@ -152,16 +158,28 @@ class Supervisor:
         except ScheddError as exc:
             # The scheduler's lease is renewed by the question for demand, schedd or no schedd.
             self.tell_once("warning", f"{exc}; trying again")
-        demand = await self.take_answer(answer := await self.ask_scheduler())
+        answer = await self.ask_scheduler()
+        known = await self.take_answer(answer)
         if self.over.is_set():
             return
         now = time.monotonic()
-        decision = decide(demand, self.fleet.supply(answer if demand else None, now), self.policy(), now)
-        if demand is not None and decision.target == 0:
-            self._waiting_since = None  # nobody waits for a worker any more
-        await self.act(decision)
+        supplies = self.fleet.supplies(answer if known else None, now)
+        demands = self.fleet.demands(answer) if answer and known else {}
+        unstarted = {name: supply.unstarted for name, supply in supplies.items()}
+        for name, group in self.groups.items():
+            cap = idle_job_caps(unstarted, self.plan.max_idle_jobs)[name]
+            settings = group.policy(self.plan.residence, cap, self.plan.max_failures)
+            decision = decide(demands.get(name), group.supply(supplies[name]), settings, now)
+            if known and decision.target == 0:
+                group.waiting_since = None  # nobody waits for a worker any more
+            try:
+                unstarted[name] += await self.act(group, decision)
+            except ScheddError as exc:
+                self.tell_once("warning", f"{exc}; trying again")
         await self.renew()
-        await self.check_start(demand)
+        for group in self.groups.values():
+            if group.overdue(time.monotonic()):
+                await self.give_up_waiting(group)
 
     async def ask_scheduler(self) -> dict[str, Any] | None:
         """The scheduler's answer; none at once where the gateway says that its cluster is over."""
@@ -172,24 +190,16 @@ class Supervisor:
             return None
         return await asking
 
-    def policy(self) -> PolicySettings:
-        """The policy's settings as they are now."""
-        spec = self.plan.groups[_DEFAULT_GROUP]
-        return PolicySettings(
-            target=self.target,
-            threads=spec.threads,
-            residence=self.plan.residence,
-            max_idle_jobs=self.plan.max_idle_jobs,
-            max_failures=self.plan.max_failures,
-        )
-
-    async def take_answer(self, answer: dict[str, Any] | None) -> Demand | None:
-        """Take in what the scheduler said; returns the demand, or `None` where it is unknown."""
+    async def take_answer(self, answer: dict[str, Any] | None) -> bool:
+        """Take in what the scheduler said; returns whether the demand is known."""
         if answer is None:
             if await self.gateway.is_over():
-                self.fail(f"gateway cluster {self.plan.access.cluster_name} is gone: its scheduler was stopped or lost")
+                name = self.plan.access.cluster_name
+                self.say(
+                    {"kind": "failed", "text": f"gateway cluster {name} is gone: its scheduler was stopped or lost"}
+                )
                 self.end("the gateway cluster is gone")
-            return None
+            return False
         if answer["status"] == "superseded":
             # Another supervisor owns the workers now: leave them alone.
             self.say(
@@ -202,56 +212,84 @@ class Supervisor:
             self.stop_cluster = False
             self.fleet.leaving.clear()
             self.end(SUPERSEDED)
-            return None
+            return False
+        joined_at = time.time()
         for job_id in self.fleet.saw_workers(answer["joined"]):
-            self.say({"kind": "job", "what": "joined", "job": job_id, "host": self.fleet.table.get(job_id).host})
-        request = answer.get("request")
-        if request and request["number"] > self._request_seen:
-            self._request_seen = request["number"]
-            self.set_target(request)
-            self.say({**request, "kind": "target", "fixed": self.target.fixed})
-        return Demand(queued=answer["queued"], in_hand=answer["in_hand"])
+            record = self.fleet.table.get(job_id)
+            # When a predecessor's workers joined, nobody knows.
+            known = self._taken_over_at is None or (record.started or 0.0) > self._taken_over_at
+            self.groups[self.fleet.group_of(record)].joined(record, joined_at if known else None)
+            self.say({"kind": "job", "what": "joined", "job": job_id, "host": record.host})
+        for wish, count in answer.get("unmatched", {}).items():
+            self.warn_of_unmatched(wish, count)
+        for request in answer.get("requests", ()):
+            if request["number"] > self._request_seen:
+                self._request_seen = request["number"]
+                self.take_request(request)
+        return True
 
-    def set_target(self, request: dict[str, Any]) -> None:
-        """Take a wish to scale or adapt.
+    def take_request(self, request: dict[str, Any]) -> None:
+        """Take another connection's wish, and tell the flow's process, for a successor of this one."""
+        try:
+            group = self.set_target(request)
+        except ValueError as exc:
+            self.say({"kind": "log", "level": "warning", "text": f"another connection's wish is not followed: {exc}"})
+            return
+        if request["op"] == "hold":
+            request = {"op": "scale", "n": group.target.fixed, "number": request["number"]}
+        self.say({**request, "kind": "target", "group": group.name})
+
+    def set_target(self, request: Mapping[str, Any]) -> Group:
+        """Take a wish to scale or adapt; returns the group that it is for.
 
         Raises:
-            ValueError: the numbers make no sense.
+            ValueError: the numbers make no sense, or there is no such group.
         """
-        if request["op"] == "scale":
-            self.target = Target(fixed=int(request["n"]))
-        elif request["op"] == "hold":
-            self.target = Target(fixed=self.fleet.supply(None).total)
+        group = self.groups[group_of(request, self.groups)]
+        if request["op"] == "hold":
+            supply = self.fleet.supplies(None, time.monotonic())[group.name]
+            group.wants(Target(fixed=supply.total))
         else:
-            self.target = Target(minimum=int(request["minimum"]), maximum=int(request["maximum"]))
+            group.wants(target_of(request))
         self.wake.set()
+        return group
 
-    async def act(self, decision: Decision) -> None:
-        """Carry a decision out."""
+    async def act(self, group: Group, decision: Decision) -> int:
+        """Carry a decision out; returns how many jobs were submitted."""
         if decision.gives_up:
-            self.give_up(decision.gives_up)
-        if decision.submit and (self._failed or time.monotonic() < self._no_submit_before):
-            return
-        if decision.changes:
-            self.say({"kind": "decision", "text": decision.reason, "target": decision.target})
-        if decision.submit:
-            await self.submit(decision.submit)
+            self.give_up(group, decision.gives_up)
+        submitted = 0
+        if decision.submit and not group.gave_up and time.monotonic() >= group.submit_after:
+            submitted = await self.submit(group, decision.submit)
         if decision.remove_pending:
-            self.fleet.leaving.update(decision.remove_pending)
             await self.condor(self.schedd.remove, decision.remove_pending, "prefect_htcdask: fewer workers are needed")
+            self.fleet.leaving.update(decision.remove_pending)
         if decision.retire:
             jobs = {name: job for job, name in self.fleet.joined.items() if name in set(decision.retire)}
             self.fleet.leaving.update(jobs.values())
-            self._spawn(self.retire(jobs, idle_only=self.target.fixed is None))
+            self._spawn(self.retire(group, jobs, idle_only=group.target.fixed is None))
+        removed = len(decision.remove_pending) + len(decision.retire)
+        if submitted or removed:
+            self.say(
+                {
+                    "kind": "decision",
+                    "group": group.name,
+                    "target": decision.target,
+                    "submit": submitted,
+                    "remove": removed,
+                    "text": decision.reason,
+                }
+            )
+        return submitted
 
-    async def submit(self, count: int) -> None:
-        """Submit workers in one transaction, if the schedd takes them."""
-        spec, files = self.plan.groups[_DEFAULT_GROUP], self._files[_DEFAULT_GROUP]
+    async def submit(self, group: Group, count: int) -> int:
+        """Submit workers in one transaction, if the schedd takes them; returns how many it took."""
+        assert group.files is not None
         commands = submit_description(
-            spec,
-            files,
+            group.spec,
+            group.files,
             cluster_name=self.plan.access.cluster_name,
-            group=_DEFAULT_GROUP,
+            group=group.name,
             flow_run=self.plan.flow_run,
             lease_expires=int(time.time() + self.plan.lease),
             lost_schedd_lease=self.plan.lost_schedd,
@@ -259,22 +297,20 @@ class Supervisor:
         try:
             job_ids = await self.condor(self.schedd.submit, commands, count)
         except ScheddError as exc:
-            self._no_submit_before = time.monotonic() + self._backoff
-            self.tell_once("error", f"{exc}; the next attempt is in {self._backoff:.0f} s")
-            self._backoff = min(self._backoff * 2, _MAX_BACKOFF)
-            self._waiting_since = self._waiting_since or time.monotonic()
-            return
-        self._backoff = 1.0
-        self._waiting_since = self._waiting_since or time.monotonic()
-        self.fleet.submitted_jobs(job_ids, _DEFAULT_GROUP, time.time())
-        logger.info("submitted %d jobs: %s to %s", count, job_ids[0], job_ids[-1])
+            pause = group.refused(time.monotonic())
+            self.tell_once("error", f"{exc}; the next attempt is in {pause:.0f} s", key=str(exc))
+            return 0
+        group.submitted(time.monotonic())
+        self.fleet.submitted_jobs(job_ids, group.name, time.time())
+        logger.info("submitted %d jobs of group %s: %s to %s", count, group.name, job_ids[0], job_ids[-1])
+        return len(job_ids)
 
-    async def retire(self, jobs: dict[str, str], idle_only: bool) -> None:
+    async def retire(self, group: Group, jobs: dict[str, str], idle_only: bool) -> None:
         """Retire workers, given with their jobs; those that cannot go now stay in the fleet."""
         retired = await self.scheduler.retire(sorted(jobs), idle_only)
         self.fleet.leaving.difference_update(job for name, job in jobs.items() if name not in retired)
         # A worker process that hangs in its end would keep the slot.
-        await asyncio.sleep(2 * self.plan.groups[_DEFAULT_GROUP].vacate_time)
+        await asyncio.sleep(2 * group.spec.vacate_time)
         queued = {record.job_id for record in self.fleet.queued_jobs()}
         stuck = [jobs[name] for name in retired if jobs[name] in queued & self.fleet.leaving]
         await self.condor(self.schedd.remove, stuck, "prefect_htcdask: the worker was retired but did not end")
@@ -300,26 +336,33 @@ class Supervisor:
 
     # When workers cannot be had
 
-    def give_up(self, why: str) -> None:
+    def give_up(self, group: Group, why: str) -> None:
         """The failure budget is spent: say so, with what became of the last."""
-        if (record := self.news.last_failed) is not None:
+        if (record := group.last_failed) is not None:
             where = f" on {record.host}" if record.host else ""
             why += f". The last, HTCondor job {record.job_id}{where}: {self.news.why_it_ended(record)}"
-        self.fail(why)
+        self.fail(group, why)
 
-    async def check_start(self, demand: Demand | None) -> None:
-        """Give up where no worker came within the start timeout."""
-        waiting = self._waiting_since
-        if self._failed or waiting is None or self.fleet.ever_joined or not self.plan.start_timeout:
-            return
-        if time.monotonic() - waiting < self.plan.start_timeout:
-            return
+    async def give_up_waiting(self, group: Group) -> None:
+        """No worker of a group came within its start timeout: say why, as far as the pool tells."""
         try:
-            slots = await self.condor(self.schedd.slots)
-            why = why_none_joined(self.fleet, self.plan.groups[_DEFAULT_GROUP], slots)
+            why = why_none_joined(self.fleet, group, await self.condor(self.schedd.slots))
         except ScheddError as exc:
             why = str(exc)
-        self.fail(f"no worker started within worker.start_timeout = {self.plan.start_timeout:.0f} s: {why}")
+        self.fail(group, f"no worker started within worker.start_timeout = {group.plan.start_timeout:.0f} s: {why}")
+
+    def warn_of_unmatched(self, wish: str, count: int) -> None:
+        """Tasks ask for what no worker of any group offers."""
+        offers = "; ".join(
+            f"{name}: {', '.join(f'{resource}={amount:g}' for resource, amount in group.spec.resources.items()) or '-'}"
+            for name, group in self.groups.items()
+        )
+        self.tell_once(
+            "warning",
+            f"{count} waiting task{'s'[: count > 1]} asked for {wish}, which no worker group offers ({offers}): ask "
+            "for less, or have a group offer it (worker.gpus, worker.resources, workers)",
+            key=f"unmatched {wish}",
+        )
 
     # Words
 
@@ -329,11 +372,12 @@ class Supervisor:
             self._told.add(key or text)
             self.say({"kind": "log", "level": level, "text": text})
 
-    def fail(self, text: str) -> None:
-        """Say that workers cannot be had: the flow must fail rather than wait for ever."""
-        if not self._failed:
-            self._failed = True
-            self.say({"kind": "failed", "text": text})
+    def fail(self, group: Group, text: str) -> None:
+        """Say that workers of a group cannot be had: the flow must fail rather than wait for ever."""
+        if not group.gave_up:
+            group.gave_up = True
+            prefix = f"worker group {group.name}: " if len(self.groups) > 1 else ""
+            self.say({"kind": "failed", "text": prefix + text})
 
     def end(self, why: str) -> None:
         """Leave the loop; the cleanup follows."""

@@ -10,10 +10,11 @@ import base64
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..condor.worker_job import FlowRunTag, WorkerSpec
+from ..scaling.policy import Target
 
 # Bounds that depend on no site: how long closing may take at most, in seconds.
 CLOSE_TIMEOUT = 20.0
@@ -53,10 +54,26 @@ class GatewayAccess:
 
 
 @dataclass(frozen=True)
+class GroupPlan:
+    """One worker group.
+
+    Attributes:
+        spec: what one worker is.
+        start_timeout: seconds that its first worker may take to start.
+        target: how many workers are wanted.
+    """
+
+    spec: WorkerSpec
+    start_timeout: float
+    target: Target
+
+
+@dataclass(frozen=True)
 class HandOff:
     """All that a supervisor needs. Times in seconds.
 
     Attributes:
+        groups: the worker groups by their names, the default group first.
         request_seen: number of the last wish of another process (`DemandPlugin.scale`) that the target includes.
     """
 
@@ -64,7 +81,7 @@ class HandOff:
     parent_pid: int
     access: GatewayAccess
     schedd: ScheddSettings
-    groups: Mapping[str, WorkerSpec]
+    groups: Mapping[str, GroupPlan]
     worker_config: Mapping[str, Any]
     worker_secrets: Mapping[str, str] = field(repr=False)
     flow_run: FlowRunTag | None
@@ -75,24 +92,51 @@ class HandOff:
     residence: float
     max_idle_jobs: int
     max_failures: int
-    start_timeout: float
     detached: bool = False
-    fixed: int | None = None
-    minimum: int = 0
-    maximum: int = 0
-    adaptive: bool = False
     request_seen: int = 0
 
     def config_of(self, group: str) -> dict[str, Any]:
         """What a worker of a group reads at its start; no secret is in it."""
-        spec = self.groups[group]
+        spec = self.groups[group].spec
         return {
             **self.worker_config,
+            "group": group,
             "nthreads": spec.threads,
             "memory_limit": spec.memory,
+            "resources": dict(spec.resources),
             "lifetime": spec.lifetime,
+            "lifetime_stagger": spec.lifetime_stagger,
             "vacate_time": spec.vacate_time,
         }
+
+    def with_target(self, group: str, target: Target) -> HandOff:
+        """The same with another number of workers wanted in a group."""
+        return replace(self, groups={**self.groups, group: replace(self.groups[group], target=target)})
+
+
+def group_of(request: Mapping[str, Any], groups: Mapping[str, Any]) -> str:
+    """The worker group that a wish is for: the first one by default.
+
+    Raises:
+        ValueError: there is no such group; the message names those there are.
+    """
+    group = request.get("group")
+    if group is None:
+        return next(iter(groups))
+    if group not in groups:
+        raise ValueError(f"group={group!r} is no worker group of this cluster; it has {', '.join(groups)}")
+    return str(group)
+
+
+def target_of(request: Mapping[str, Any]) -> Target:
+    """The target that a wish to scale or adapt asks for.
+
+    Raises:
+        ValueError: the numbers make no sense.
+    """
+    if request["op"] == "scale":
+        return Target(fixed=int(request["n"]))
+    return Target(minimum=int(request["minimum"]), maximum=int(request["maximum"]))
 
 
 def encode(message: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from dask_gateway import Gateway
@@ -23,11 +24,13 @@ class SchedulerLink:
     Args:
         access: addresses and TLS material of the cluster.
         owner: this supervisor's identity.
+        offers: the Dask resources that one worker of each group offers.
     """
 
-    def __init__(self, access: GatewayAccess, owner: str) -> None:
+    def __init__(self, access: GatewayAccess, owner: str, offers: Mapping[str, Mapping[str, float]]) -> None:
         self.access = access
         self.owner = owner
+        self.offers = {name: dict(offer) for name, offer in offers.items()}
         self.epoch = 0
         security = GatewaySecurity(tls_key=access.tls_key, tls_cert=access.tls_cert)
         self._rpc = rpc(access.scheduler_address, connection_args=security.get_connection_args("client"))
@@ -37,7 +40,7 @@ class SchedulerLink:
 
     async def claim(self, force: bool) -> dict[str, Any]:
         """Ask for the cluster; the answer says whether it was granted, and who owns it."""
-        answer: dict[str, Any] = await self._ask("htcdask_claim", owner=self.owner, force=force)
+        answer: dict[str, Any] = await self._ask("htcdask_claim", owner=self.owner, force=force, offers=self.offers)
         if answer["granted"]:
             self.epoch = answer["epoch"]
         return answer

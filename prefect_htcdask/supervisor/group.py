@@ -1,0 +1,144 @@
+"""One worker group of a cluster, as the supervisor knows it: what is wanted of it, and what its jobs have taught."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from ..condor.job_events import JobRecord
+from ..condor.worker_job import JobFiles, WorkerSpec
+from ..scaling.policy import PolicySettings, Supply, Target
+from .protocol import GroupPlan
+
+_LATEST = 50
+_FIRST_BACKOFF = 1.0
+_MAX_BACKOFF = 60.0
+
+
+@dataclass
+class Group:
+    """One worker group. Times are seconds of the monotonic clock, durations seconds.
+
+    Attributes:
+        name: its name.
+        plan: what was handed over.
+        unit: what its workers are called where a decision is told.
+        target: how many workers are wanted.
+        files: what its jobs take with them.
+        waits: how long the latest jobs waited in the queue before they started, oldest first.
+        boots: how long the latest workers took from their job's start until they joined.
+        failures: jobs in a row that ended or were held before their worker joined.
+        last_failure: when the last of them did.
+        last_failed: that job.
+        waiting_since: since when somebody waits for the first worker.
+        has_joined: whether a worker ever joined.
+        gave_up: whether workers cannot be had, as was told.
+        submit_after: no submission before this time: the schedd refused the last one.
+    """
+
+    name: str
+    plan: GroupPlan
+    unit: str
+    target: Target
+    files: JobFiles | None = None
+    waits: deque[float] = field(default_factory=lambda: deque(maxlen=_LATEST))
+    boots: deque[float] = field(default_factory=lambda: deque(maxlen=_LATEST))
+    failures: int = 0
+    last_failure: float | None = None
+    last_failed: JobRecord | None = None
+    waiting_since: float | None = None
+    has_joined: bool = False
+    gave_up: bool = False
+    submit_after: float = 0.0
+    backoff: float = _FIRST_BACKOFF
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """What one worker is."""
+        return self.plan.spec
+
+    def wants(self, target: Target) -> None:
+        """Take a new target. Who asks again gets a fresh failure budget, and the time that a first worker may take."""
+        self.target = target
+        self.failures, self.last_failure, self.gave_up = 0, None, False
+        self.submit_after, self.backoff = 0.0, _FIRST_BACKOFF
+        self.waiting_since = None
+
+    # What happens to its jobs
+
+    def started(self, record: JobRecord) -> None:
+        """A job has started: learn how long it waited, unless it had run before."""
+        if record.starts == 1 and record.started is not None and record.submitted:
+            self.waits.append(max(0.0, record.started - record.submitted))
+
+    def joined(self, record: JobRecord, when: float | None) -> None:
+        """A job's worker has joined the scheduler, at the Unix time `when` if that is known."""
+        self.failures, self.last_failure, self.gave_up = 0, None, False
+        self.has_joined = True
+        if when is not None and record.started is not None:
+            self.boots.append(max(0.0, when - record.started))
+
+    def failed(self, record: JobRecord, now: float) -> None:
+        """A job ended or was held before its worker joined."""
+        self.failures += 1
+        self.last_failure, self.last_failed = now, record
+
+    def submitted(self, now: float) -> None:
+        """The schedd took new jobs."""
+        self.backoff = _FIRST_BACKOFF
+        self.waiting_since = self.waiting_since or now
+
+    def refused(self, now: float) -> float:
+        """The schedd took no jobs; returns how long the next attempt is put off."""
+        pause, self.backoff = self.backoff, min(self.backoff * 2, _MAX_BACKOFF)
+        self.submit_after = now + pause
+        self.waiting_since = self.waiting_since or now
+        return pause
+
+    # For the policy
+
+    def supply(self, jobs: Supply) -> Supply:
+        """The supply, from that of the jobs as they are now."""
+        return dataclasses.replace(
+            jobs,
+            waits=tuple(self.waits),
+            boot=statistics.median(self.boots) if self.boots else jobs.boot,
+            failures=self.failures,
+            last_failure=self.last_failure,
+        )
+
+    def policy(self, residence: float, max_idle_jobs: int, max_failures: int) -> PolicySettings:
+        """The policy's settings for this group."""
+        return PolicySettings(
+            target=self.target,
+            group=self.unit,
+            threads=self.spec.threads,
+            residence=residence,
+            max_idle_jobs=max_idle_jobs,
+            max_failures=max_failures,
+        )
+
+    def overdue(self, now: float) -> bool:
+        """Whether its first worker takes longer than its start timeout."""
+        if self.gave_up or self.has_joined or self.waiting_since is None or not self.plan.start_timeout:
+            return False
+        return now - self.waiting_since >= self.plan.start_timeout
+
+
+def idle_job_caps(unstarted: dict[str, int], cap: int) -> dict[str, int]:
+    """How many jobs of each group may wait in the queue, so that all together are no more than the cap.
+
+    A group with many waiting jobs leaves some of the cap to the others: a group whose tasks come later may be the one
+    for which the pool has room.
+
+    Args:
+        unstarted: jobs that wait in the queue, by group.
+        cap: jobs that may wait in all.
+    """
+    reserve = cap // (2 * len(unstarted))
+    return {
+        name: max(0, cap - sum(max(waiting, reserve) for other, waiting in unstarted.items() if other != name))
+        for name in unstarted
+    }

@@ -1,0 +1,200 @@
+"""What the supervisor knows of one worker group, and what it tells of jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_htcdask.condor.job_events import JobRecord, apply
+from prefect_htcdask.condor.staging import RunDirectory
+from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.scaling.policy import Demand, Supply, Target, decide
+from prefect_htcdask.supervisor.fleet import Fleet
+from prefect_htcdask.supervisor.group import Group, idle_job_caps
+from prefect_htcdask.supervisor.job_news import JobNews, why_none_joined
+from prefect_htcdask.supervisor.protocol import GroupPlan, group_of, target_of
+
+
+def a_group(name: str = "default", **target: int) -> Group:
+    wanted = Target(**(target or {"fixed": 2}))
+    return Group(name, GroupPlan(WorkerSpec(cpus=2), start_timeout=30.0, target=wanted), "workers", wanted)
+
+
+def record(submitted: float, started: float, starts: int = 1) -> JobRecord:
+    return JobRecord("1.0", submitted=submitted, started=started, starts=starts)
+
+
+def test_it_learns_how_long_jobs_wait_and_workers_take_to_join() -> None:
+    group = a_group()
+    assert group.supply(Supply()).waits == () and group.supply(Supply()).boot == Supply().boot
+    group.started(record(100.0, 130.0))
+    group.started(record(100.0, 500.0, starts=2))
+    for seconds in (2.0, 3.0, 9.0):
+        group.joined(record(100.0, 130.0), 130.0 + seconds)
+    group.joined(record(100.0, 130.0), None)
+    supply = group.supply(Supply(pending=("1.0",)))
+    assert (supply.waits, supply.boot, supply.pending) == ((30.0,), 3.0, ("1.0",))
+    for wait in range(60):
+        group.started(record(100.0, 100.0 + wait))
+    assert list(group.supply(Supply()).waits) == list(range(10, 60)), "the latest, oldest first"
+
+
+def demand_and_decision(group: Group, now: float) -> tuple[int, str]:
+    decision = decide(Demand(queued=4), group.supply(Supply()), group.policy(30.0, 100, 3), now)
+    return decision.submit, decision.gives_up
+
+
+def test_bad_starts_in_a_row_end_in_giving_up_until_somebody_asks_again() -> None:
+    group = a_group()
+    for now in (1.0, 2.0, 3.0):
+        group.failed(record(0.0, 0.0), now)
+    submit, gives_up = demand_and_decision(group, 1000.0)
+    assert submit == 0 and "3 workers in a row" in gives_up
+    group.gave_up = True
+    group.wants(Target(fixed=2))
+    assert demand_and_decision(group, 1000.0) == (2, "") and not group.gave_up
+
+
+def test_a_worker_that_joins_makes_up_for_bad_starts() -> None:
+    group = a_group()
+    group.failed(record(0.0, 0.0), 1.0)
+    assert demand_and_decision(group, 1.1) == (0, ""), "not at once"
+    assert demand_and_decision(group, 100.0) == (2, "")
+    group.joined(record(0.0, 0.0), None)
+    assert demand_and_decision(group, 1.2) == (2, "")
+
+
+def test_the_first_worker_may_take_its_time() -> None:
+    group = a_group()
+    assert not group.overdue(1e9), "nobody waits"
+    group.submitted(100.0)
+    group.submitted(120.0)
+    assert not group.overdue(129.0) and group.overdue(130.0)
+    group.wants(Target(fixed=1))
+    assert not group.overdue(1e9), "whoever asks again waits anew"
+    group.submitted(200.0)
+    assert group.overdue(231.0)
+    group.joined(record(0.0, 0.0), None)
+    assert not group.overdue(1e9)
+
+
+def test_what_the_schedd_refuses_is_tried_again_ever_later() -> None:
+    group = a_group()
+    assert [group.refused(0.0) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert group.submit_after == 60.0
+    group.submitted(0.0)
+    assert group.refused(0.0) == 1
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 300), min_size=1, max_size=6), st.integers(1, 300))
+def test_groups_share_the_cap_on_idle_jobs(unstarted: dict[str, int], cap: int) -> None:
+    caps = idle_job_caps(unstarted, cap)
+    waiting = dict(unstarted)
+    for name in waiting:
+        # As the loop does it: each fills what is left to it, one after the other.
+        waiting[name] = max(waiting[name], idle_job_caps(waiting, cap)[name])
+    assert sum(waiting.values()) <= max(cap, sum(unstarted.values()))
+    if len(unstarted) == 1:
+        assert list(caps.values()) == [cap]
+
+
+def test_a_group_s_burst_leaves_room_for_the_others() -> None:
+    assert idle_job_caps({"cpu": 0, "gpu": 0}, 200) == {"cpu": 150, "gpu": 150}
+    assert idle_job_caps({"cpu": 150, "gpu": 0}, 200) == {"cpu": 150, "gpu": 50}
+    assert idle_job_caps({"cpu": 90, "gpu": 60}, 200) == {"cpu": 140, "gpu": 110}
+
+
+def test_wishes() -> None:
+    assert group_of({}, {"cpu": 1, "gpu": 2}) == "cpu"
+    assert group_of({"group": "gpu"}, {"cpu": 1, "gpu": 2}) == "gpu"
+    with pytest.raises(ValueError, match=r"group='tpu' is no worker group .* cpu, gpu"):
+        group_of({"group": "tpu"}, {"cpu": 1, "gpu": 2})
+    assert target_of({"op": "scale", "n": 3}) == Target(fixed=3)
+    assert target_of({"op": "adapt", "minimum": 1, "maximum": 4}) == Target(minimum=1, maximum=4)
+    with pytest.raises(ValueError, match="minimum"):
+        target_of({"op": "adapt", "minimum": 5, "maximum": 4})
+
+
+class Told:
+    """News of a fleet of two groups."""
+
+    def __init__(self, directory: Path) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.groups = {"cpu": a_group("cpu"), "gpu": a_group("gpu")}
+        self.fleet = Fleet(("cpu", "gpu"))
+        self.fleet.submitted_jobs(["1.0", "1.1", "1.2"], "cpu", 10.0)
+        self.fleet.submitted_jobs(["2.0"], "gpu", 10.0)
+        self.news = JobNews(self.fleet, self.groups, RunDirectory(directory), self.messages.append)
+
+    def __call__(self, event: str, *jobs: str, when: float = 20.0, **data: Any) -> list[str]:
+        changes = [apply(self.fleet.table, event, job, when, data) for job in jobs]
+        return self.news.take([change for change in changes if change])
+
+    @property
+    def log(self) -> list[str]:
+        return [message["text"] for message in self.messages if message["kind"] == "log"]
+
+
+def test_jobs_teach_their_own_group(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    told("EXECUTE", "1.0", "2.0", SlotName="slot1@a")
+    assert (list(told.groups["cpu"].waits), list(told.groups["gpu"].waits)) == ([10.0], [10.0])
+    told("JOB_TERMINATED", "2.0", ReturnValue=3)
+    assert (told.groups["cpu"].failures, told.groups["gpu"].failures) == (0, 1)
+    assert told.groups["gpu"].last_failed is told.fleet.table.get("2.0")
+    assert told.log == [f"HTCondor job 2.0 ended on slot1@a: {told.news.why_it_ended(told.fleet.table.get('2.0'))}"]
+
+
+def test_jobs_that_share_a_fate_share_a_line(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    assert told("JOB_HELD", "1.0", "1.1", HoldReasonCode=13, HoldReason="no such file") == ["1.0", "1.1"]
+    assert len(told.log) == 1 and told.log[0].startswith("HTCondor jobs 1.0, 1.1 held:")
+    assert told("JOB_HELD", "1.2", HoldReasonCode=1, HoldReason="by the user") == [], "that is the user's to release"
+
+
+def test_why_none_joined_looks_at_the_group_s_own_jobs(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    told("EXECUTE", "1.0")
+    assert "1 worker jobs run" in why_none_joined(told.fleet, told.groups["cpu"], [])
+    assert "1 worker job waits" in why_none_joined(told.fleet, told.groups["gpu"], [])
+
+
+def test_a_plan_keeps_the_newest_target(a_plan: Any) -> None:
+    plan = a_plan.with_target("gpu", Target(fixed=4))
+    assert [group.target.fixed for group in plan.groups.values()] == [1, 4]
+    assert [group.target.fixed for group in a_plan.groups.values()] == [1, 0]
+    config = plan.config_of("gpu")
+    assert (config["group"], config["nthreads"], config["resources"]) == ("gpu", 3, {"GPU": 1})
+    assert (config["lifetime"], config["lifetime_stagger"]) == (60.0, 5.0)
+
+
+@pytest.fixture
+def a_plan() -> Any:
+    from prefect_htcdask.supervisor.protocol import GatewayAccess, HandOff, ScheddSettings
+
+    gpu = WorkerSpec(cpus=3, gpus=1, resources={"GPU": 1}, lifetime=60.0, lifetime_stagger=5.0)
+    groups = {
+        "cpu": GroupPlan(WorkerSpec(), 30.0, Target(fixed=1)),
+        "gpu": GroupPlan(gpu, 30.0, Target(fixed=0)),
+    }
+    return HandOff(
+        owner="o",
+        parent_pid=1,
+        access=GatewayAccess("", "", "", None, "c", "", "", ""),
+        schedd=ScheddSettings(),
+        groups=groups,
+        worker_config={},
+        worker_secrets={},
+        flow_run=None,
+        run_directory="",
+        lease=1.0,
+        lost_schedd=1.0,
+        interval=1.0,
+        residence=1.0,
+        max_idle_jobs=1,
+        max_failures=1,
+    )
