@@ -106,12 +106,16 @@ class WorkerSettings(PrefectBaseSettings):
     )
     lifetime: Duration | None = Field(
         default=None,
-        description="A worker leaves by itself, drained, after this time. Unset: it stays as long as used.",
+        description="When a worker should be gone by itself, counted from the start of its job. It takes no new tasks "
+        "for the last part of it (`lifetime_stagger`), and is replaced meanwhile. A task in hand is never cut off for "
+        "it: a worker leaves late rather than have its task run again. Set it below the pool's limit, by the time that "
+        "your longest task takes: at that limit HTCondor ends the job, and the task runs again from its beginning. "
+        "Unset: a worker stays as long as it is used.",
     )
     lifetime_stagger: Duration | None = Field(
         default=None,
-        description="Each worker's lifetime is longer or shorter by up to this time, so that not all leave at once. "
-        "Unset: a tenth of `lifetime`.",
+        description="Each worker takes its last task at a moment of its own before the end of its lifetime: between "
+        "this time and a quarter of it before, spread so that not all leave at once. Unset: a tenth of `lifetime`.",
     )
     resources: Resources = Field(
         default_factory=dict,
