@@ -127,8 +127,7 @@ class DemandPlugin(SchedulerPlugin):
             - `in_hand`: for each busy worker its tasks that have or want a thread, at least 1;
             - `joined`: all workers; `idle`: for each without a task, since how many seconds; `holding`: those of the
               idle that hold results; `closing`: those that take no more tasks and leave;
-            - `clients`: connected ones; `requests`: the last wish for each group, the oldest first; `request`: the
-              last of all.
+            - `clients`: connected ones; `requests`: the last wish for each group, the oldest first.
         """
         if owner != self.owner or epoch != self.epoch:
             return {"status": "superseded", "owner": self.owner, "epoch": self.epoch}
@@ -157,10 +156,8 @@ class DemandPlugin(SchedulerPlugin):
                     holding.append(name)
             if ws.status in LEAVING:
                 closing.append(name)
-        requests = sorted(self.requests.values(), key=lambda request: request["number"])
         return {
             "status": "ok",
-            "queued": len(scheduler.queued) + len(scheduler.unrunnable),
             "groups": counter.told(stacked, now),
             "unmatched": counter.kinds.unserved(),
             "durations": counter.kinds.durations(),
@@ -170,8 +167,7 @@ class DemandPlugin(SchedulerPlugin):
             "holding": holding,
             "closing": closing,
             "clients": sum(1 for key in scheduler.clients if key != "fire-and-forget"),
-            "request": requests[-1] if requests else None,
-            "requests": requests,
+            "requests": sorted(self.requests.values(), key=lambda request: request["number"]),
         }
 
     async def scale(self, request: dict[str, Any]) -> dict[str, Any]:
