@@ -227,14 +227,16 @@ def test_a_task_is_forecast_once_all_that_it_needs_is_in_hand() -> None:
     trace.submit(0)
     forecast = Forecast(trace)
     coming = forecast.coming["cpu"]
-    forecast.ended(0, 42.0)
+    forecast.ended(0, 50.0, 42.0)
     forecast.began(needed[0], 0.0)
     assert not coming
     forecast.began(needed[1], 10.0)
     assert coming == {int((10 + 42) // BUCKET): 1}
-    # Run again after an eviction, it changes nothing.
+    # Its worker is lost: it is not known when it will be run again, until it is.
+    forecast.lost(needed[1])
+    assert not coming
     forecast.began(needed[1], 30.0)
-    assert coming == {int((10 + 42) // BUCKET): 1}
+    assert coming == {int((30 + 42) // BUCKET): 1}
     forecast.ready(total)
     assert not coming
 

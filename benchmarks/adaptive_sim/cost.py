@@ -9,7 +9,7 @@ from random import Random
 
 from .ours import ours
 from .pool import JOINED, GroupPool, Job
-from .state import GroupState
+from .state import GroupState, KindState
 from .trace import Group, Pool
 
 TASKS = 1_000_000
@@ -44,6 +44,12 @@ def _state(pending: int = 0, busy: int = 0, idle: int = 0, queued: int = TASKS) 
     state = GroupState(group, GroupPool(group, Pool(), seed=0), [0], seed=0)
     # A heap that holds but zeros is one.
     state.queue = [0] * queued
+    # Durations are known, and some hundred tasks wait for others: all that a decision may reckon with.
+    kind = state.kinds[0] = KindState(queued=queued, running=dict.fromkeys(range(busy), 0.0))
+    for _ in range(100):
+        kind.ended(60.0)
+    state.coming.update({bucket: 10 for bucket in range(100, 140)})
+    state.waits = [float(wait) for wait in range(100)]
     random = Random(0)
     for number in range(pending + busy + idle):
         job = Job(f"worker-{number}", number, 0.0)

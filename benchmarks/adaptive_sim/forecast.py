@@ -1,7 +1,7 @@
 """When tasks that wait for results will be ready: once all that they still need is in hand, it is a matter of time.
 
-It is what a plugin on the scheduler can keep with constant work per transition and dependent. It looks no further than
-one step, since a task that is itself queued may begin at any time.
+It is what `prefect_htcdask.scaling.counting` keeps on the scheduler, with constant work per transition and dependent.
+It looks no further than one step, since a task that is itself queued may begin at any time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ BUCKET = 10.0
 class Forecast:
     """Forecasts for one trace.
 
-    Each task is forecast once; one that is late, or whose input an eviction took, stays due until it is ready.
+    A task that is late stays due until it is ready; one whose input is no longer in hand, its worker being lost, is
+    forecast again when the input is.
 
     Attributes:
         coming: for each group, the number of tasks forecast and not ready yet, by the bucket of their time.
@@ -28,30 +29,41 @@ class Forecast:
         self.not_begun = trace.dependencies()
         self.latest: dict[int, float] = {}
         self.bucket: dict[int, int] = {}
-        self.begun: set[int] = set()
-        self.seconds: dict[int, float] = {}
-        self.any_seconds = 0.0
+        self.mean: dict[int, float] = {}
+        self.done = 0
+        self.seconds = 0.0
         self.coming: dict[str, Counter[int]] = {group.name: Counter() for group in trace.groups}
 
-    def ended(self, kind: int, seconds: float) -> None:
-        """A task of a kind has ended; tasks of this kind take so many seconds on average."""
-        self.seconds[kind] = self.any_seconds = seconds
+    def ended(self, kind: int, seconds: float, mean: float) -> None:
+        """A task of a kind has ended that took so many seconds; the latest of this kind took the mean."""
+        self.mean[kind] = mean
+        self.done += 1
+        self.seconds += seconds
 
     def began(self, task: int, now: float) -> None:
         """A task is in hand. Of a kind that has never ended yet, it is taken to last as long as others do."""
-        if task not in self.trace.dependents or task in self.begun:
+        if task not in self.trace.dependents:
             return
-        self.begun.add(task)
-        end = now + self.seconds.get(self.trace.kind_of[task], self.any_seconds)
+        mean = self.mean.get(self.trace.kind_of[task])
+        end = now + (self.seconds / max(1, self.done) if mean is None else mean)
         for dependent in self.trace.dependents[task]:
             self.not_begun[dependent] -= 1
             self.latest[dependent] = max(end, self.latest.get(dependent, 0.0))
             if not self.not_begun[dependent]:
-                self.bucket[dependent] = bucket = int(self.latest.pop(dependent) // BUCKET)
+                self.bucket[dependent] = bucket = int(self.latest[dependent] // BUCKET)
                 self._coming(dependent)[bucket] += 1
+
+    def lost(self, task: int) -> None:
+        """A task is in hand no more, though it has not ended."""
+        for dependent in self.trace.dependents.get(task, ()):
+            self.not_begun[dependent] += 1
+            self._uncount(dependent)
 
     def ready(self, task: int) -> None:
         """A task is ready."""
+        self._uncount(task)
+
+    def _uncount(self, task: int) -> None:
         bucket = self.bucket.pop(task, None)
         if bucket is None:
             return

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from prefect_htcdask.scaling.policy import Decision, Demand, PolicySettings, Supply, Target, decide
+from prefect_htcdask.scaling.policy import RECENT_WAITS, Decision, Demand, PolicySettings, Supply, Target, decide
 from prefect_htcdask.settings import AdaptiveSettings
 
+from .forecast import BUCKET
 from .state import GroupState, Orders
-from .trace import Group
+from .trace import Group, Pool
 
 
 def default_settings() -> PolicySettings:
@@ -22,27 +24,49 @@ class Ours:
     """`prefect_htcdask.scaling.policy.decide`, for one group."""
 
     settings: PolicySettings
+    boot: float = Pool.boot
 
     def look(self, state: GroupState, now: float) -> Orders:
         """Put the group's state into the policy's words, and its decision into the simulation's."""
         decision = self.decide(state, now)
-        again = None
+        again = now + BUCKET if state.coming else None
         if state.idle:
             # A residence may run out though nothing happens.
             first = min(job.idle_since for job in state.idle.values()) + self.settings.residence
-            again = first if first > now else now + 1
+            again = min(first if first > now else now + 1, again or first + 1)
         return Orders(decision.submit, (*decision.remove_pending, *decision.retire), again)
 
     def decide(self, state: GroupState, now: float) -> Decision:
         """The decision."""
-        demand = Demand(queued=len(state.queue), in_hand=state.in_hand)
+        kinds = state.kinds.values()
+        done = sum(kind.done for kind in kinds)
+        task_seconds = sum(kind.seconds for kind in kinds) / done if done else 0.0
+        this = now // BUCKET
+        demand = Demand(
+            queued=len(state.queue),
+            in_hand=state.in_hand,
+            coming=merged((max(0.0, bucket - this) * BUCKET, count) for bucket, count in state.coming.items()),
+            work=sum((kind.queued + len(kind.running)) * (kind.mean if kind.done else task_seconds) for kind in kinds),
+            unknown=sum(kind.queued + len(kind.running) for kind in kinds if not kind.done),
+            task_seconds=task_seconds,
+        )
         supply = Supply(
             pending=tuple(state.pending),
             idle={name: job.idle_since for name, job in state.idle.items()},
             busy=tuple(state.in_hand),
             unstarted=state.unstarted,
+            waits=state.waits[-RECENT_WAITS:],
+            boot=self.boot,
         )
         return decide(demand, supply, self.settings, now)
+
+
+def merged(counts: Iterable[tuple[float, int]]) -> dict[float, int]:
+    """One number for each time."""
+    told: dict[float, int] = {}
+    for at, count in counts:
+        told[at] = told.get(at, 0) + count
+    return told
 
 
 def ours(group: Group) -> Ours:

@@ -183,7 +183,7 @@ class Simulation:
             state.in_hand[job.name] = count + 1
             if count + 1 < free.threads:
                 free.add(job, count + 1)
-            self.start(job, heapq.heappop(queue))
+            self.start(job, state.next_task())
 
     def start(self, job: Job, task: int) -> None:
         """A worker begins a task."""
@@ -202,14 +202,15 @@ class Simulation:
             return
         number = self.trace.kind_of[task]
         kind, state = self.kinds[number], self.state_of_kind[number]
-        kind.ended(self.now - kind.running.pop(task))
+        seconds = self.now - kind.running.pop(task)
+        kind.ended(seconds)
         if self.forecast is not None:
-            self.forecast.ended(number, kind.seconds / kind.done)
+            self.forecast.ended(number, seconds, kind.mean)
         self.outcome.ends[task] += 1
         job.tasks.discard(task)
         more = self.less_needed(self.trace.dependents[task]) if task in self.trace.dependents else []
         if state.queue:
-            self.start(job, heapq.heappop(state.queue))
+            self.start(job, state.next_task())
         else:
             count = len(job.tasks)
             state.free.discard(job, count + 1)
@@ -281,6 +282,8 @@ class Simulation:
         self.outcome.lost += len(job.tasks)
         for task in sorted(job.tasks):
             del self.kinds[self.trace.kind_of[task]].running[task]
+            if self.forecast is not None:
+                self.forecast.lost(task)
             state.ready(task)
 
     # The policy

@@ -12,6 +12,9 @@ from typing import Protocol
 from .pool import GroupPool, Job
 from .trace import Group
 
+WINDOW = 100
+"""Tasks that make a kind's mean duration."""
+
 
 @dataclass
 class KindState:
@@ -19,20 +22,25 @@ class KindState:
 
     Attributes:
         running: tasks in hand and when they began, oldest first.
+        queued: tasks that are ready and have no thread.
         average: Dask's moving average of durations; -1: unknown.
         done: tasks that have ended.
         seconds: how long these ran in all.
+        mean: of the last hundred or so, as `prefect_htcdask.scaling.counting` keeps it.
     """
 
     running: dict[int, float] = field(default_factory=dict)
+    queued: int = 0
     average: float = -1.0
     done: int = 0
     seconds: float = 0.0
+    mean: float = 0.0
 
     def ended(self, seconds: float) -> None:
         """A task has ended (`TaskPrefix.add_duration`)."""
         self.done += 1
         self.seconds += seconds
+        self.mean += (seconds - self.mean) / min(self.done, WINDOW)
         self.average = seconds if self.average < 0 else 0.5 * seconds + 0.5 * self.average
 
 
@@ -112,7 +120,14 @@ class GroupState:
 
     def ready(self, task: int) -> None:
         """A task waits for a thread."""
+        self.kinds[self.kind_of[task]].queued += 1
         heapq.heappush(self.queue, task)
+
+    def next_task(self) -> int:
+        """Takes the first task from the queue."""
+        task = heapq.heappop(self.queue)
+        self.kinds[self.kind_of[task]].queued -= 1
+        return task
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,12 @@ from dataclasses import dataclass, field
 FIRST_BACKOFF = 1.0
 LONGEST_BACKOFF = 60.0
 
+RECENT_WAITS = 50
+"""Waits that a group's expected arrival is learned from."""
+
+FIRST_WAIT = 60.0
+"""Seconds that a job is taken to wait before any has started: HTCondor's default negotiation cycle."""
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -26,22 +32,43 @@ class Demand:
     Attributes:
         queued: tasks that are ready and not with a worker.
         in_hand: tasks assigned to a worker, by the worker's name; no entry for an idle worker.
+        stacked: how many of those in hand cannot begin before others end, though their worker may have free threads:
+            tasks with Dask resources pile up so.
         coming: tasks that wait for nothing but results of tasks in hand: how many are expected to be ready in so many
-            seconds from now; negative where they are late.
-        task_seconds: what a task takes on average; 0: not known yet.
+            seconds from now; late ones at 0 or below.
         work: seconds that what is queued and in hand takes in all, as far as is known.
+        unknown: how many of these tasks are of a kind of which none has ended yet.
+        task_seconds: what a task took on average so far; 0: none has ended.
     """
 
     queued: int = 0
     in_hand: Mapping[str, int] = field(default_factory=dict)
+    stacked: int = 0
     coming: Mapping[float, int] = field(default_factory=dict)
-    task_seconds: float = 0.0
     work: float = 0.0
+    unknown: int = 0
+    task_seconds: float = 0.0
 
     @property
     def tasks(self) -> int:
         """All tasks that want a thread."""
         return self.queued + sum(self.in_hand.values())
+
+    def waiting(self, threads: int) -> int:
+        """Those of them that have none, where a worker has so many."""
+        return self.queued + max(self.stacked, self.beyond(threads))
+
+    def beyond(self, threads: int) -> int:
+        """Tasks in hand beyond their workers' threads."""
+        return sum(count - threads for count in self.in_hand.values() if count > threads)
+
+    def ready_within(self, seconds: float) -> int:
+        """Tasks that are not ready yet, but are expected to be within this time."""
+        return sum(count for at, count in self.coming.items() if at <= seconds)
+
+    def mean(self) -> float:
+        """Seconds that one of the tasks takes, as far as is known; 0: it is not."""
+        return self.work / self.tasks if self.work > 0 and self.tasks else self.task_seconds
 
 
 @dataclass(frozen=True)
@@ -57,7 +84,7 @@ class Supply:
         retiring: names of workers already told to leave; they count as gone.
         waits: seconds that the latest jobs of the group waited before they started, oldest first.
         boot: seconds from a job's start until its worker joins.
-        failures: jobs in a row that ended or were held before they were of use.
+        failures: jobs in a row that ended, were held or vanished before they were of use.
         last_failure: when the last of these was; `None`: there was none.
     """
 
@@ -71,6 +98,15 @@ class Supply:
     boot: float = 10.0
     failures: int = 0
     last_failure: float | None = None
+
+    @property
+    def arrival(self) -> float:
+        """Seconds in which a job that is submitted now may have joined: one in four of the latest was as quick.
+
+        What is asked for this long ahead comes too late more often than it comes too early, and idles.
+        """
+        recent = sorted(self.waits[-RECENT_WAITS:])
+        return (recent[len(recent) // 4] if recent else FIRST_WAIT) + self.boot
 
     @property
     def joined(self) -> int:
@@ -107,7 +143,7 @@ class PolicySettings:
     Attributes:
         target: what the user asked for.
         group: the group's name, for the reason; empty where there is one group only.
-        threads: tasks that one worker runs at once.
+        threads: tasks that one worker runs at once, where they want no more than a thread.
         residence: how long a worker may be idle before it is removed.
         max_idle_jobs: jobs that may wait in the queue at once, while adapting.
         max_failures: failures in a row after which no more jobs are submitted.
@@ -116,8 +152,8 @@ class PolicySettings:
     target: Target = Target()
     group: str = ""
     threads: int = 1
-    residence: float = 30.0
-    max_idle_jobs: int = 200
+    residence: float = 5.0
+    max_idle_jobs: int = 1000
     max_failures: int = 3
 
 
@@ -147,16 +183,45 @@ class Decision:
         return bool(self.submit or self.remove_pending or self.retire)
 
 
-def wanted_workers(demand: Demand, settings: PolicySettings) -> int:
+def wanted_workers(demand: Demand, supply: Supply, settings: PolicySettings) -> int:
     """How many workers the demand asks for, within the target's bounds.
 
-    A task needs a thread whether it waits or runs; pending workers do not lower the number, so a first worker's
-    arrival changes nothing.
+    A task needs a thread whether it waits or runs, and so does one that will be ready by the time a worker that is
+    asked for now joins. Pending workers do not lower the number, so a first worker's arrival changes nothing.
     """
     target = settings.target
     if target.fixed is not None:
         return target.fixed
-    return min(max(math.ceil(demand.tasks / max(1, settings.threads)), target.minimum), target.maximum)
+    tasks = demand.tasks + demand.ready_within(supply.arrival)
+    return min(max(math.ceil(tasks / _tasks_at_once(demand, settings)), target.minimum), target.maximum)
+
+
+def useful_pending(demand: Demand, supply: Supply, settings: PolicySettings) -> int:
+    """How many jobs would still find a task when they join, were they submitted now.
+
+    By then each thread at the scheduler can have ended `arrival / mean` of the tasks there are. One of a kind of which
+    none has ended yet may be long: it is taken to wait still.
+    """
+    at_once = _tasks_at_once(demand, settings)
+    left: float = demand.tasks + demand.ready_within(supply.arrival)
+    mean = demand.mean()
+    if mean > 0:
+        ended = at_once * supply.joined * supply.arrival / mean
+        left = max(left - ended, min(demand.unknown, demand.waiting(settings.threads)))
+    return math.ceil(left / at_once)
+
+
+def _tasks_at_once(demand: Demand, settings: PolicySettings) -> float:
+    """Tasks that one worker runs at once.
+
+    Where tasks wait on workers that have free threads, they want something else too, a GPU say: then as many as the
+    busy workers run at once now.
+    """
+    threads = max(1, settings.threads)
+    if demand.stacked <= demand.beyond(threads):
+        return threads
+    running = sum(demand.in_hand.values()) - demand.stacked
+    return max(1.0, min(threads, running / max(1, len(demand.in_hand))))
 
 
 def backoff(failures: int) -> float:
@@ -179,51 +244,62 @@ def decide(demand: Demand | None, supply: Supply, settings: PolicySettings, now:
     """
     if demand is None:
         return Decision(target=supply.total)
-    wanted = wanted_workers(demand, settings)
-    missing = wanted - supply.total
-    if missing > 0:
-        return _grow(wanted, missing, demand, supply, settings, now)
-    if missing < 0:
-        return _shrink(wanted, -missing, demand, supply, settings, now)
+    wanted = wanted_workers(demand, supply, settings)
+    if wanted > supply.total:
+        return _grow(wanted, demand, supply, settings, now)
+    if wanted < supply.total:
+        return _shrink(wanted, demand, supply, settings, now)
     return Decision(target=wanted)
 
 
-def _grow(wanted: int, missing: int, demand: Demand, supply: Supply, settings: PolicySettings, now: float) -> Decision:
+def _grow(wanted: int, demand: Demand, supply: Supply, settings: PolicySettings, now: float) -> Decision:
     if supply.failures >= settings.max_failures:
-        gives_up = f"{supply.failures} workers in a row ended before they joined the scheduler; no more are submitted"
-        return Decision(target=wanted, gives_up=gives_up)
+        # Those that have joined go on with the work, and one that has started may yet join and end the row.
+        hope = supply.joined or len(supply.pending) > supply.unstarted
+        text = f"{supply.failures} workers in a row ended before they joined the scheduler; no more are submitted"
+        return Decision(target=wanted, gives_up="" if hope else text)
     if supply.last_failure is not None and now < supply.last_failure + backoff(supply.failures):
         return Decision(target=wanted)
-    # Who asks for a number by name gets it; politeness is for what is asked by arithmetic.
-    fixed = settings.target.fixed is not None
-    submit = missing if fixed else min(missing, max(0, settings.max_idle_jobs - supply.unstarted))
-    if not submit:
+    submit, note = wanted - supply.total, ""
+    if settings.target.fixed is None:
+        # Who asks for a number by name gets it; usefulness and politeness are for what is asked by arithmetic.
+        useful = useful_pending(demand, supply, settings) - len(supply.pending)
+        submit = min(submit, max(useful, settings.target.minimum - supply.total))
+        room = settings.max_idle_jobs - supply.unstarted
+        if submit > room:
+            submit, note = room, f" (adaptive.max_idle_jobs = {settings.max_idle_jobs})"
+    if submit <= 0:
         return Decision(target=wanted)
-    return Decision(target=wanted, submit=submit, reason=_reason(demand, supply, settings, submit))
+    return Decision(target=wanted, submit=submit, reason=_reason(demand, supply, settings, submit) + note)
 
 
-def _shrink(
-    wanted: int, surplus: int, demand: Demand, supply: Supply, settings: PolicySettings, now: float
-) -> Decision:
+def _shrink(wanted: int, demand: Demand, supply: Supply, settings: PolicySettings, now: float) -> Decision:
+    surplus = supply.total - wanted
     fixed = settings.target.fixed is not None
-    if not fixed and demand.queued:
+    if not fixed and demand.waiting(settings.threads):
         # Tasks wait for a thread: nothing that could serve them goes, whatever the arithmetic of threads says.
         return Decision(target=wanted)
     # The newest go first: the oldest are next to start.
     remove = tuple(reversed(supply.pending))[:surplus]
     surplus -= len(remove)
-    residence = 0.0 if fixed else settings.residence
-    longest_idle = sorted(supply.idle, key=lambda name: (supply.idle[name], name))
-    retire = tuple(name for name in longest_idle if now - supply.idle[name] >= residence)[:surplus]
-    surplus -= len(retire)
-    if fixed and surplus > 0:
-        fewest_tasks = sorted(supply.busy, key=lambda name: (demand.in_hand.get(name, 0), name))
-        retire += tuple(fewest_tasks[:surplus])
+    # Those without results first: there is nothing to move.
+    order = sorted(supply.idle, key=lambda name: (name in supply.holding, supply.idle[name], name))
+    if fixed:
+        order += sorted(supply.busy, key=lambda name: (demand.in_hand.get(name, 0), name))
+    else:
+        order = [name for name in order if now - supply.idle[name] >= settings.residence and name not in demand.in_hand]
+        if len(order) == supply.joined and supply.holding:
+            # Results of the last worker have nowhere to go to.
+            order.pop()
+    retire = tuple(order[:surplus])
     gone = len(remove) + len(retire)
     reason = _reason(demand, supply, settings, -gone) if gone else ""
     return Decision(target=wanted, remove_pending=remove, retire=retire, reason=reason)
 
 
 def _reason(demand: Demand, supply: Supply, settings: PolicySettings, change: int) -> str:
-    state = f"{demand.queued} queued, {supply.joined} running, {len(supply.pending)} pending"
-    return f"{state}: {change:+d}{f' {settings.group}' if settings.group else ''}"
+    parts = [f"{demand.waiting(settings.threads)} queued"]
+    if soon := demand.ready_within(supply.arrival):
+        parts.append(f"{soon} ready within {supply.arrival:.0f} s")
+    parts += [f"{supply.joined} running", f"{len(supply.pending)} pending"]
+    return f"{', '.join(parts)}: {change:+d}{f' {settings.group}' if settings.group else ''}"
