@@ -1,3 +1,19 @@
 """Fixtures of all tests; the real parts they need are in the modules named here."""
 
+from __future__ import annotations
+
+import signal
+
+import pytest
+
 pytest_plugins = ["tests.cluster_fixtures", "tests.pool_fixtures", "tests.prefect_fixtures"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the processes that tests start take SIGINT.
+
+    A shell starts what it puts into the background with SIGINT ignored (POSIX, "Asynchronous Lists"), and every child
+    inherits that: Ctrl-C could not be tested in a run that a script started with ``&``.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
