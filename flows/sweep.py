@@ -1,7 +1,7 @@
 """Removes what flow runs left behind: jobs, gateway clusters and unfinished task runs of those that are over.
 
-The same as the command ``prefect-htcdask sweep``, as a flow for a schedule. It needs no worker of its own, and runs on the
-submit host, as the user whose flows it looks after.
+The same as the command ``prefect-htcdask sweep``, as a flow for a schedule. It needs no worker of its own: run it on
+the submit host, as the user whose flows it looks after.
 
     python flows/sweep.py --dry-run
 """

@@ -88,10 +88,15 @@ class SignsOfLife:
     def _extend(self, flow_run_id: str, until: float) -> None:
         self._leased_until[flow_run_id] = max(until, self._leased_until.get(flow_run_id, 0.0))
 
-    def process_is_dead(self, flow_run_id: str) -> bool:
-        """Whether the process of the last attempt is known to be gone, since it ran on this host."""
+    def process_is_dead(self, flow_run_id: str, attempt: int | None = None) -> bool:
+        """Whether the process of a flow run is known to be gone, since it ran on this host.
+
+        Args:
+            flow_run_id: the flow run.
+            attempt: the attempt that it was; the last one that has a record by default.
+        """
         records = self._records.get(flow_run_id, [])
-        last = max((record.attempt for record in records), default=0)
+        last = attempt or max((record.attempt for record in records), default=0)
         answers = [record.process_lives() for record in records if record.attempt == last]
         return bool(answers) and all(answer is False for answer in answers)
 

@@ -58,6 +58,7 @@ def find_leftovers(
     flow_runs: Mapping[str, FlowRun],
     clusters: Iterable[ClusterRecord] = (),
     kept: Iterable[str] = (),
+    abandoned: Iterable[str] = (),
 ) -> list[Leftover]:
     """What nobody needs any more.
 
@@ -66,6 +67,7 @@ def find_leftovers(
         flow_runs: those of the flow runs that the Prefect API knows, by id.
         clusters: gateway clusters of flow runs that run or start.
         kept: ids of flow runs to be left alone.
+        abandoned: ids of flow runs whose process is gone, though Prefect does not say that they are over.
     """
     signs: dict[str, _Signs] = {}
     for job in jobs:
@@ -76,12 +78,12 @@ def find_leftovers(
         mine = signs.setdefault(record.flow_run_id, _Signs())
         mine.name = mine.name or record.flow_run_name
         mine.clusters.append(record)
-    spared = set(kept)
+    spared, lost = set(kept), set(abandoned)
     leftovers = []
     for flow_run_id, mine in signs.items():
         if flow_run_id in spared:
             continue
-        why, before = judge(flow_runs.get(flow_run_id))
+        why, before = judge(flow_runs.get(flow_run_id), flow_run_id in lost)
         over = [job for job in mine.jobs if before is None or job.attempt < before]
         names = {job.cluster for job in over if job.cluster}
         names |= {record.cluster for record in mine.clusters if before is None or record.attempt < before}
@@ -99,16 +101,19 @@ def find_leftovers(
     return leftovers
 
 
-def judge(flow_run: FlowRun | None) -> tuple[str, int | None]:
+def judge(flow_run: FlowRun | None, abandoned: bool = False) -> tuple[str, int | None]:
     """Why attempts of a flow run are over, and the first attempt that is not; `None` where all are.
 
     Args:
         flow_run: the flow run, or `None` where the Prefect API does not know it.
+        abandoned: whether its process is known to be gone.
     """
     if flow_run is None:
         return "the Prefect API does not know its flow run", None
     if flow_run.state is None or flow_run.state.is_final():
         return f"its flow run is {flow_run.state.name if flow_run.state else 'without a state'}", None
+    if abandoned:
+        return "the process of its flow run is gone", None
     attempt = flow_run.run_count or 1
     return f"attempt {attempt} of its flow run has taken its place", attempt
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import platformdirs
 import psutil
 
+from .condor.worker_job import FlowRunTag
 from .settings import HTCDaskSettings
 
 _SURELY_DEAD = 3600.0
@@ -105,23 +106,21 @@ class ClusterTrace:
     record: ClusterRecord | None
 
 
-def record_cluster(
-    directory: Path, *, flow_run_id: str, flow_run_name: str, attempt: int, api_url: str, lease: float
-) -> None:
+def record_cluster(directory: Path, flow_run: FlowRunTag, *, api_url: str, lease: float) -> None:
     """Write down that this process has a gateway cluster for a flow run, so that what is left of it can be found.
 
     Args:
         directory: the cluster's run directory, named as the cluster; made if needed with mode 0700.
-        flow_run_id, flow_run_name, attempt: the flow run.
+        flow_run: the flow run.
         api_url: address of the Prefect API that knows it, or empty.
         lease: seconds that the cluster lives without a renewal.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     record = ClusterRecord(
         cluster=directory.name,
-        flow_run_id=flow_run_id,
-        flow_run_name=flow_run_name,
-        attempt=attempt,
+        flow_run_id=flow_run.id,
+        flow_run_name=flow_run.name,
+        attempt=flow_run.attempt,
         api_url=api_url.rstrip("/"),
         lease=lease,
         host=_this_host(),

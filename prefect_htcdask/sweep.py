@@ -2,7 +2,7 @@
 
 The last layer of cleanup, for what hosts and processes that died together may leave. It touches only the user's own:
 jobs in the schedd's queue, and of the user's gateway clusters those that a job or a run directory names. Task runs that
-such a flow run left unfinished are moved to Crashed.
+such a flow run left unfinished are moved to Crashed, and so is a flow run itself whose process is known to be gone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prefect_htcdask.run_files import ClusterRecord, ClusterTrace, cluster_trace
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.handle import SupervisorError
-from prefect_htcdask.task_run_sweep import end_task_runs, read_flow_runs, unfinished_task_runs
+from prefect_htcdask.task_run_sweep import end_flow_run, end_task_runs, read_flow_runs, unfinished_task_runs
 from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
 
 WINDOW = 7 * 86400.0
@@ -36,6 +36,7 @@ WINDOW = 7 * 86400.0
 _SETTLE = 30.0
 """Seconds in which a flow's process, or its workers' last events, may still tell how a task run ended."""
 
+_SPEAK_FIRST = 10.0
 _GONE_TIMEOUT = 60.0
 _PAUSE = 1.0
 
@@ -54,20 +55,24 @@ class Swept:
 
     Attributes:
         leftovers: jobs and gateway clusters that nobody needs any more.
+        abandoned: ids of flow runs that Prefect has as Running or Cancelling, whose process is gone.
         unfinished_task_runs: how many task runs are unfinished under a flow run that is over, by its id.
         kept: what was left alone though its flow run is over or unknown, for a reason that passes.
         jobs_removed: how many jobs the schedd was asked to remove.
         clusters_stopped: names of the gateway clusters that were stopped.
+        flow_runs_ended: how many flow runs were moved to Crashed or Cancelled: those abandoned.
         task_runs_ended: how many task runs were moved to Crashed.
         problems: what was in the way; the exit status of the command is 0 only where there is none.
         dry_run: whether nothing was removed by intent.
     """
 
     leftovers: list[Leftover] = field(default_factory=list)
+    abandoned: list[str] = field(default_factory=list)
     unfinished_task_runs: dict[str, int] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
     jobs_removed: int = 0
     clusters_stopped: list[str] = field(default_factory=list)
+    flow_runs_ended: int = 0
     task_runs_ended: int = 0
     problems: list[str] = field(default_factory=list)
     dry_run: bool = False
@@ -75,7 +80,7 @@ class Swept:
     @property
     def found(self) -> bool:
         """Whether anything is or was left over."""
-        return bool(self.leftovers or self.unfinished_task_runs)
+        return bool(self.leftovers or self.abandoned or self.unfinished_task_runs)
 
     @property
     def all_is_well(self) -> bool:
@@ -86,6 +91,7 @@ class Swept:
         """What was found and done, for people to read; the problems are not among it."""
         lines = [one.describe(self.dry_run) for one in self.leftovers]
         verb = "would be moved" if self.dry_run else "to be moved"
+        lines += [f"flow run {one} {verb} to Crashed or Cancelled: its process is gone" for one in self.abandoned]
         lines += [
             f"flow run {flow_run_id}: {count} unfinished task runs {verb} to Crashed"
             for flow_run_id, count in self.unfinished_task_runs.items()
@@ -96,7 +102,7 @@ class Swept:
         elif not self.dry_run:
             lines.append(
                 f"{self.jobs_removed} jobs removed, {len(self.clusters_stopped)} gateway clusters stopped, "
-                f"{self.task_runs_ended} task runs moved to Crashed"
+                f"{self.flow_runs_ended} flow runs and {self.task_runs_ended} task runs ended"
             )
         return lines
 
@@ -123,24 +129,37 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
     records = _records(parts, traces, running, jobs, now - window, swept)
     ids = {job.flow_run_id for job in jobs} | {record.flow_run_id for record in records}
     with prefect_api() as client:
+        client.hello()
         flow_runs = read_flow_runs(client, ids)
+        signs = SignsOfLife(jobs, records, traces, settings.lease.duration, now)
         over = {key: run for key, run in flow_runs.items() if (at := ended_at(run)) is not None and at > now - window}
+        abandoned = {key: run for key, run in flow_runs.items() if _is_abandoned(run, signs)}
+        swept.abandoned = sorted(abandoned)
+        over |= abandoned
         unfinished, complete = unfinished_task_runs(client, over)
         if not complete:
             swept.problems.append("there are more unfinished task runs than one sweep looks at; run it again")
-        signs = SignsOfLife(jobs, records, traces, settings.lease.duration, now)
         there = {job.flow_run_id for job in jobs} | {r.flow_run_id for r in records if r.cluster in running}
         _keep_of_other_apis(client, there - flow_runs.keys(), signs, swept)
         _keep_still_reporting(over, unfinished, signs, now, swept)
         kept = {one.flow_run_id for one in swept.kept}
-        swept.leftovers = find_leftovers(jobs, flow_runs, [r for r in records if r.cluster in running], kept)
+        there_too = [record for record in records if record.cluster in running]
+        swept.leftovers = find_leftovers(jobs, flow_runs, there_too, kept, abandoned)
         lost = {key: task_runs for key, task_runs in unfinished.items() if key not in kept}
         swept.unfinished_task_runs = {key: len(task_runs) for key, task_runs in lost.items()}
         if not dry_run:
             if parts is not None:
                 _remove(parts, swept)
+            for spoken_for in _end_flow_runs(client, abandoned.values(), now, swept):
+                lost.pop(spoken_for, None)
             _end_task_runs(client, parts, lost, over, swept)
     return swept
+
+
+def _is_abandoned(flow_run: FlowRun, signs: SignsOfLife) -> bool:
+    """Whether a flow run has no process any more, and no Prefect process said so: it was ``python flow.py``, killed."""
+    unsaid = flow_run.state_type in (StateType.RUNNING, StateType.CANCELLING)
+    return unsaid and signs.process_is_dead(str(flow_run.id), flow_run.run_count or 1)
 
 
 def _running_clusters(parts: Parts | None, swept: Swept) -> set[str]:
@@ -223,6 +242,20 @@ def _remove(parts: Parts, swept: Swept) -> None:
     swept.problems += problems
 
 
+def _end_flow_runs(client: SyncPrefectClient, abandoned: Iterable[FlowRun], seen: float, swept: Swept) -> list[str]:
+    """Move flow runs to a final state; returns the ids of those that have meanwhile got another one."""
+    spoken_for = []
+    for flow_run in abandoned:
+        # A Prefect process that supervises it is to speak first, and may mean to run it again.
+        time.sleep(max(0.0, seen + _SPEAK_FIRST - time.time()))
+        message = "Ended by prefect_htcdask's sweep: the process of this flow run is gone"
+        if end_flow_run(client, flow_run, message) is None:
+            spoken_for.append(str(flow_run.id))
+        else:
+            swept.flow_runs_ended += 1
+    return spoken_for
+
+
 def _end_task_runs(
     client: SyncPrefectClient,
     parts: Parts | None,
@@ -248,9 +281,7 @@ def _end_task_runs(
             )
             continue
         state = over[flow_run_id].state
+        why = f"is {state.name}" if state is not None and state.is_final() else "has no process any more"
         swept.task_runs_ended += end_task_runs(
-            client,
-            task_runs,
-            f"Ended by prefect_htcdask's sweep: the flow run is {state.name if state else 'over'} and the worker of "
-            "this task run is gone",
+            client, task_runs, f"Ended by prefect_htcdask's sweep: its flow run {why}, and its worker is gone"
         )

@@ -1,4 +1,4 @@
-"""Task runs that nothing can end any more: those left unfinished under a flow run that is over."""
+"""Flow runs and task runs that nothing can end any more: whose process is gone, or whose flow run is over."""
 
 from __future__ import annotations
 
@@ -76,6 +76,29 @@ def end_task_runs(client: SyncPrefectClient, task_runs: Iterable[TaskRun], messa
             continue  # deleted meanwhile
         moved += 1
     return moved
+
+
+def end_flow_run(client: SyncPrefectClient, seen: FlowRun, message: str) -> State[None] | None:
+    """Move a flow run whose process is gone to Crashed, or to Cancelled where that was asked for.
+
+    Args:
+        client: the Prefect API.
+        seen: the flow run, read at least some seconds ago: a Prefect process that supervises it speaks first.
+        message: why, for the state.
+
+    Returns:
+        the new state, or `None` where the flow run has another one than had been seen.
+    """
+    try:
+        now = client.read_flow_run(seen.id)
+    except ObjectNotFound:
+        return None
+    if now.state is None or seen.state is None or now.state.id != seen.state.id:
+        return None
+    kind = StateType.CANCELLED if now.state.is_cancelling() else StateType.CRASHED
+    state: State[None] = State(type=kind, name=kind.value.capitalize(), message=message)
+    client.set_flow_run_state(seen.id, state, force=True)
+    return state
 
 
 def _batches(items: Sequence[T]) -> Iterator[list[T]]:
