@@ -11,23 +11,18 @@ import distributed
 from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
 from prefect.client.schemas.objects import RunInput
 from prefect.context import FlowRunContext
-from prefect.exceptions import MappingLengthMismatch, MappingMissingIterable
 from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect.tasks import Task
-from prefect.utilities.annotations import allow_failure, opaque, quote, unmapped
-from prefect.utilities.callables import (
-    collapse_variadic_parameters,
-    explode_variadic_parameter,
-    get_parameter_defaults,
-)
-from prefect.utilities.collections import isiterable
-from prefect.utilities.engine import collect_task_run_inputs_sync, resolve_inputs_sync
+from prefect.utilities.engine import collect_task_run_inputs_sync
 from prefect.utilities.importtools import from_qualified_name
 from prefect_dask.task_runners import DaskTaskRunner
 
 from prefect_htcdask import live
 from prefect_htcdask.futures import HTCDaskFuture, HTCDaskFutureList
+from prefect_htcdask.mapping import expand_mapping
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
+from prefect_htcdask.submission import current_tags
+from prefect_htcdask.worker_groups import Offers, resources_of
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -53,7 +48,8 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         performance_report_path: where Dask's performance report is written at the end.
         settings: all settings at once, instead of those of environment, ``prefect.toml`` and profile.
         keywords: single settings: a group (``worker={"memory": "4 GiB"}``) or a field of the group `worker`
-            (``memory="4 GiB"``).
+            (``memory="4 GiB"``). ``workers={"cpu": {}, "gpu": {"gpus": 1}}`` gives several kinds of workers, each
+            scaled by its own queue; `worker_group` or a tag says which a task goes to, and others go to the first.
 
     Raises:
         SettingsError: a setting cannot work; the message names it, its value and the remedy.
@@ -104,6 +100,8 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             groups = self.settings.stated()
         else:
             groups = {name: dict(values) for name, values in self.overrides.items()}
+        if "workers" in self.cluster_kwargs:
+            groups["workers"] = self.cluster_kwargs["workers"]
         worker = {k: v for k, v in self.cluster_kwargs.items() if k in WorkerSettings.model_fields}
         groups["worker"] = {**groups.get("worker", {}), **worker}
         unknown = sorted(set(self.adapt_kwargs) - {"minimum", "maximum"})
@@ -191,12 +189,14 @@ class HTCDaskTaskRunner(DaskTaskRunner):
 
         Raises:
             HTCDaskError: the cluster cannot be had or has failed.
+            UnknownWorkerGroupError: no worker group is named or can do what the task asks for; nothing was started.
             SettingsError: a setting cannot work.
         """
         self._require_started()
+        resources = self._resources_of(task)
         run = self._run()
         run.check()
-        task_run_id, wrapped = run.submission.submit(task, parameters, wait_for, dependencies)
+        task_run_id, wrapped = run.submission.submit(task, parameters, wait_for, dependencies, resources)
         future: HTCDaskFuture[R] = HTCDaskFuture(task_run_id, wrapped, run.collector, task.name, task)
         run.track([future])
         return future
@@ -213,15 +213,17 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             MappingMissingIterable: no parameter is iterable.
             MappingLengthMismatch: the iterables differ in length.
             HTCDaskError: the cluster cannot be had or has failed.
+            UnknownWorkerGroupError: no worker group is named or can do what the task asks for; nothing was started.
             SettingsError: a setting cannot work.
         """
         self._require_started()
         raise_if_flow_run_suspension_requested()
         inputs = {k: collect_task_run_inputs_sync(v, max_depth=0) for k, v in parameters.items()}
         calls, shared = expand_mapping(task, parameters)
+        resources = self._resources_of(task)
         run = self._run()
         run.check()
-        submitted = run.submission.submit_many(task, calls, shared, wait_for, inputs)
+        submitted = run.submission.submit_many(task, calls, shared, wait_for, inputs, resources)
         futures: list[HTCDaskFuture[R]] = [
             HTCDaskFuture(task_run_id, wrapped, run.collector, task.name, task) for task_run_id, wrapped in submitted
         ]
@@ -266,71 +268,41 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         if self._live_key is None:
             flow_run = context.flow_run if context is not None else None
             self._live_key = str(flow_run.id) if flow_run is not None else uuid.uuid4().hex
+        key = self._live_key
+        return live.find_or_open(key, lambda: self._open(key, context))
+
+    def _open(self, key: str, context: FlowRunContext | None) -> live.LiveRun:
         from prefect_htcdask.provisioning import open_run
 
-        key = self._live_key
-        return live.find_or_open(key, lambda: open_run(self, key, context))
+        run = open_run(self, key, context)
+        try:
+            run.know_offers(getattr(run.cluster, "worker_offers", None) or self._known_offers())
+        except BaseException as exc:
+            run.close(exc)
+            raise
+        return run
 
+    def _resources_of(self, task: Task[Any, Any]) -> dict[str, float] | None:
+        """The Dask resources that a task asks for, by the worker group that it is for."""
+        run: live.LiveRun | live.NestedRun | None = None
+        if _on_worker():
+            run = live.nested()
+        elif self._live_key is not None:
+            run = live.find(self._live_key)
+        if run is None and (self._cluster is not None or self.address is not None):
+            # It runs already, and its scheduler may tell.
+            run = self._run()
+        # Else the settings, before anything is provisioned.
+        offers = run.offers if run is not None else self._known_offers()
+        return resources_of(task.name, {*task.tags, *current_tags()}, offers)
 
-def expand_mapping(
-    task: Task[Any, Any], parameters: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Split the parameters of a `map` into those of each call and those that all calls share.
+    def _known_offers(self) -> Offers | None:
+        """What the worker groups offer, as far as this process knows without asking a scheduler."""
+        if self._cluster is not None or self.address is not None:
+            return getattr(self._cluster, "worker_offers", None)
+        from prefect_htcdask.resolution import worker_offers
 
-    The rules are those of `prefect.task_runners.TaskRunner.map`.
-
-    Returns:
-        the parameters of each call, and the shared ones; a call's are its own followed by the shared.
-
-    Raises:
-        MappingMissingIterable: no parameter is iterable.
-        MappingLengthMismatch: the iterables differ in length.
-    """
-    # Only the top level is resolved, so as to know what to map over; what is nested in it is resolved where it is used.
-    parameters = resolve_inputs_sync(parameters, max_depth=0)
-    parameters = explode_variadic_parameter(task.fn, parameters)
-    iterables: dict[str, list[Any]] = {}
-    static: dict[str, Any] = {}
-    annotated: dict[str, Any] = {}
-    for name, value in parameters.items():
-        if isinstance(value, (allow_failure, opaque, quote)):
-            annotated[name] = value
-            value = value.unwrap()
-        if isinstance(value, unmapped):
-            static[name] = value.value
-        elif isiterable(value):
-            iterables[name] = list(value)
-        else:
-            static[name] = value
-    if not iterables:
-        raise MappingMissingIterable(
-            "No iterable parameters were received. Parameters for map must include at least one iterable. "
-            f"Parameters: {parameters}"
-        )
-    lengths = {name: len(values) for name, values in iterables.items()}
-    if len(set(lengths.values())) > 1:
-        raise MappingLengthMismatch(
-            "Received iterable parameters with different lengths. Parameters for map must all be the same length. "
-            f"Got lengths: {lengths}"
-        )
-    for name, value in get_parameter_defaults(task.fn).items():
-        if name not in iterables:
-            static.setdefault(name, value)
-    for name, annotation in annotated.items():
-        if name in static:
-            static[name] = annotation.rewrap(static[name])
-    calls = [
-        {
-            name: annotated[name].rewrap(values[index]) if name in annotated else values[index]
-            for name, values in iterables.items()
-        }
-        for index in range(next(iter(lengths.values())))
-    ]
-    collapsed = collapse_variadic_parameters(task.fn, {**(calls[0] if calls else {}), **static})
-    if set(collapsed) != {*iterables, *static}:
-        # Exploded keyword arguments go back into one parameter, which then holds mapped and shared values.
-        return [collapse_variadic_parameters(task.fn, {**call, **static}) for call in calls], {}
-    return calls, static
+        return worker_offers(self.effective_settings())
 
 
 def _on_worker() -> bool:

@@ -15,10 +15,11 @@ from prefect.utilities.annotations import allow_failure, opaque, quote, unmapped
 from prefect_dask import DaskTaskRunner
 
 from prefect_htcdask import HTCDaskTaskRunner, HTCGatewayCluster
+from prefect_htcdask.mapping import expand_mapping
 from prefect_htcdask.preflight import check_api_reachable, is_loopback
+from prefect_htcdask.scaling.groups import group_resource
 from prefect_htcdask.settings import SettingsError, load_settings
 from prefect_htcdask.submission import key_prefix
-from prefect_htcdask.task_runner import expand_mapping
 
 
 class OurCluster(HTCGatewayCluster):
@@ -63,6 +64,26 @@ def test_duplicates_are_equal_and_not_started() -> None:
     assert runner != DaskTaskRunner(adapt_kwargs={"minimum": 1, "maximum": 3})
 
 
+@pytest.mark.parametrize("given", ["keyword", "cluster_kwargs", "settings"])
+def test_worker_groups_are_given_in_their_order(given: str) -> None:
+    groups = {"small": {"cpus": 2}, "gpu": {"gpus": 1, "nthreads": 1}, "big": {"memory": "8 GiB"}}
+    runner = {
+        "keyword": lambda: HTCDaskTaskRunner(workers=groups, memory="1 GiB"),
+        "cluster_kwargs": lambda: HTCDaskTaskRunner(cluster_kwargs={"workers": groups, "memory": "1 GiB"}),
+        "settings": lambda: HTCDaskTaskRunner(settings=load_settings(workers=groups, worker={"memory": "1 GiB"})),
+    }[given]()
+    for one in (runner, runner.duplicate(), pickle.loads(pickle.dumps(runner))):
+        settings = one.effective_settings()
+        assert [group.memory >> 30 for group in settings.groups.values()] == [1, 1, 8]
+        assert list((one._known_offers() or {}).items()) == [
+            ("small", {group_resource("small"): 2}),
+            ("gpu", {group_resource("gpu"): 1, "GPU": 1}),
+            ("big", {group_resource("big"): 1}),
+        ]
+    assert HTCDaskTaskRunner(gpus=1)._known_offers() == {"default": {"GPU": 1}}
+    assert HTCDaskTaskRunner(address="tcp://127.0.0.1:1")._known_offers() is None
+
+
 def test_what_travels_to_workers_holds_no_secret() -> None:
     runner = HTCDaskTaskRunner(gateway={"password": "sesame"}, cluster_kwargs={"environment": {"A": "sesame"}})
     assert b"sesame" in pickle.dumps(runner)
@@ -101,6 +122,10 @@ def test_other_cluster_classes_belong_to_another_runner(cluster_class: Any) -> N
         ({"colour": "blue"}, "colour"),
         ({"worker": {"colour": "blue"}}, "colour"),
         ({"settings": load_settings(), "cpus": 2}, "settings"),
+        ({"workers": 2}, "workers"),
+        ({"workers": {"gpu": 2}}, "workers.gpu"),
+        ({"workers": {"gpu": {"memory": "lots"}}}, "workers.gpu.memory"),
+        ({"cluster_kwargs": {"workers": {"gpu": {"colour": "blue"}}}}, "colour"),
     ],
 )
 def test_bad_values_are_one_clear_error(arguments: dict[str, Any], named: str) -> None:
