@@ -98,11 +98,16 @@ class AdaptiveSettings(PrefectBaseSettings):
     minimum: int = Field(default=0, ge=0, description="Workers kept even when nothing is queued.")
     maximum: int = Field(default=100, ge=1, description="Workers at most, whatever is queued.")
     interval: Duration = Field(default=1.0, gt=0, description="Time between two looks at the queue of tasks.")
-    residence: Duration = Field(default=30.0, description="How long a worker stays idle before it is removed.")
+    residence: Duration = Field(
+        default=5.0,
+        description="How long a worker stays idle before it is removed. Each worker costs this much more when work "
+        "runs out; raise it where you submit wave after wave, to about as long as jobs wait in your pool.",
+    )
     max_idle_jobs: int = Field(
-        default=200,
+        default=5000,
         ge=1,
-        description="Worker jobs that may wait in the HTCondor queue at once, for politeness.",
+        description="Worker jobs that may wait in the HTCondor queue at once, while adapting; never more, as a "
+        "courtesy to the pool. More are submitted as those start.",
     )
     max_failures: int = Field(
         default=3,

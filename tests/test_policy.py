@@ -316,7 +316,7 @@ def test_more_demand_never_gives_fewer_workers(
 def test_a_burst_is_answered_in_one_decision(
     tasks: int, threads: int, maximum: int, seconds: float, pending: int
 ) -> None:
-    how = PolicySettings(target=Target(maximum=maximum), threads=threads)
+    how = PolicySettings(target=Target(maximum=maximum), threads=threads, max_idle_jobs=5000)
     before = Supply(pending=tuple(f"{n}.0" for n in range(min(pending, maximum))), unstarted=min(pending, maximum))
     decision = decide(Demand(queued=tasks, task_seconds=seconds, work=tasks * seconds), before, how, NOW)
     assert after(before, decision) == max(min(-(-tasks // threads), maximum), before.total)
@@ -374,7 +374,7 @@ def test_jobs_in_the_queue_stay_below_their_cap(situation: tuple[Demand, Supply]
 def test_the_cap_is_told_where_it_binds() -> None:
     how = PolicySettings(target=Target(maximum=100), group="cpu", max_idle_jobs=50)
     decision = decide(Demand(queued=80), Supply(), how, NOW)
-    assert decision.reason == "80 queued, 0 running, 0 pending: +50 cpu (adaptive.max_idle_jobs = 50)"
+    assert decision.reason == "80 queued, 0 running, 0 pending: +50 cpu (adaptive.max_idle_jobs)"
     decision = decide(Demand(queued=12, in_hand={f"w{n}": 1 for n in range(4)}), four_busy(), how, NOW)
     assert decision.reason == "12 queued, 4 running, 0 pending: +12 cpu"
 

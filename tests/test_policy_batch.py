@@ -65,9 +65,10 @@ def test_workers_are_held_for_the_tasks_that_will_be_ready_sooner_than_others_co
     assert len(decide(far, supply, HOW, NOW).retire) == 10
 
 
-def test_a_late_task_holds_its_worker_too() -> None:
-    supply = busy(1, idle={"i": NOW - 500}, waits=[5.0])
+def test_a_late_task_holds_its_worker_until_another_would_come_as_soon() -> None:
+    supply = busy(1, idle={"i": NOW - 500}, waits=[30.0], boot=5)
     assert not decide(Demand(in_hand=in_hand(1), coming={-30.0: 1}), supply, HOW, NOW).changes
+    assert decide(Demand(in_hand=in_hand(1), coming={-40.0: 1}), supply, HOW, NOW).retire == ("i",)
 
 
 def test_workers_that_would_come_after_the_work_is_done_are_not_asked_for() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from prefect_htcdask.scaling.policy import RECENT_WAITS, Decision, Demand, PolicySettings, Supply, Target, decide
@@ -45,7 +44,7 @@ class Ours:
         demand = Demand(
             queued=len(state.queue),
             in_hand=state.in_hand,
-            coming=merged((max(0.0, bucket - this) * BUCKET, count) for bucket, count in state.coming.items()),
+            coming={(bucket - this) * BUCKET: count for bucket, count in state.coming.items()},
             work=sum((kind.queued + len(kind.running)) * (kind.mean if kind.done else task_seconds) for kind in kinds),
             unknown=sum(kind.queued + len(kind.running) for kind in kinds if not kind.done),
             task_seconds=task_seconds,
@@ -59,14 +58,6 @@ class Ours:
             boot=self.boot,
         )
         return decide(demand, supply, self.settings, now)
-
-
-def merged(counts: Iterable[tuple[float, int]]) -> dict[float, int]:
-    """One number for each time."""
-    told: dict[float, int] = {}
-    for at, count in counts:
-        told[at] = told.get(at, 0) + count
-    return told
 
 
 def ours(group: Group) -> Ours:

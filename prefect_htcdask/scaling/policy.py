@@ -35,7 +35,7 @@ class Demand:
         stacked: how many of those in hand cannot begin before others end, though their worker may have free threads:
             tasks with Dask resources pile up so.
         coming: tasks that wait for nothing but results of tasks in hand: how many are expected to be ready in so many
-            seconds from now; late ones at 0 or below.
+            seconds from now; below 0 where they are late.
         work: seconds that what is queued and in hand takes in all, as far as is known.
         unknown: how many of these tasks are of a kind of which none has ended yet.
         task_seconds: what a task took on average so far; 0: none has ended.
@@ -63,8 +63,8 @@ class Demand:
         return sum(count - threads for count in self.in_hand.values() if count > threads)
 
     def ready_within(self, seconds: float) -> int:
-        """Tasks that are not ready yet, but are expected to be within this time."""
-        return sum(count for at, count in self.coming.items() if at <= seconds)
+        """Tasks that are not ready yet, but are expected to be within this time; if late, then by no more than it."""
+        return sum(count for at, count in self.coming.items() if -seconds <= at <= seconds)
 
     def mean(self) -> float:
         """Seconds that one of the tasks takes, as far as is known; 0: it is not."""
@@ -153,7 +153,7 @@ class PolicySettings:
     group: str = ""
     threads: int = 1
     residence: float = 5.0
-    max_idle_jobs: int = 1000
+    max_idle_jobs: int = 5000
     max_failures: int = 3
 
 
@@ -187,7 +187,8 @@ def wanted_workers(demand: Demand, supply: Supply, settings: PolicySettings) -> 
     """How many workers the demand asks for, within the target's bounds.
 
     A task needs a thread whether it waits or runs, and so does one that will be ready by the time a worker that is
-    asked for now joins. Pending workers do not lower the number, so a first worker's arrival changes nothing.
+    asked for now joins. One that is later than that by as long is not believed in any more: it may be later still.
+    Pending workers do not lower the number, so a first worker's arrival changes nothing.
     """
     target = settings.target
     if target.fixed is not None:
@@ -267,7 +268,7 @@ def _grow(wanted: int, demand: Demand, supply: Supply, settings: PolicySettings,
         submit = min(submit, max(useful, settings.target.minimum - supply.total))
         room = settings.max_idle_jobs - supply.unstarted
         if submit > room:
-            submit, note = room, f" (adaptive.max_idle_jobs = {settings.max_idle_jobs})"
+            submit, note = room, " (adaptive.max_idle_jobs)"
     if submit <= 0:
         return Decision(target=wanted)
     return Decision(target=wanted, submit=submit, reason=_reason(demand, supply, settings, submit) + note)
