@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import queue
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import awkward as ak
@@ -11,6 +16,7 @@ import hist
 import numpy as np
 import pytest
 import uproot
+from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -114,9 +120,7 @@ def test_selection_counts_each_step() -> None:
 @settings(deadline=None)
 def test_parts_add_up_however_the_events_are_split(events: list[list[Muon]], size: int) -> None:
     whole = dm.fill_histograms(as_arrays(events), "data", 1.0, 2.4)
-    parts = [
-        dm.fill_histograms(as_arrays(events[i : i + size]), "data", 1.0, 2.4) for i in range(0, len(events), size)
-    ]
+    parts = [dm.fill_histograms(as_arrays(events[i : i + size]), "data", 1.0, 2.4) for i in range(0, len(events), size)]
     other = dm.fill_histograms(as_arrays(events[:1]), "other", 1.0, 2.4)
     merged = dm.merge.fn([*parts, other])
     for mine, theirs in zip(whole, merged, strict=True):
@@ -172,9 +176,38 @@ def test_flow_reads_globs_in_entry_ranges(prefect_api: PrefectServer, tmp_path: 
     assert picture.exists()
 
 
-def test_flow_reads_a_url(prefect_api: PrefectServer, tmp_path: Path) -> None:
+@contextmanager
+def web_server(directory: Path) -> Iterator[str]:
+    """The URL of a web server for a directory; it serves parts of files, as uproot asks for them."""
+    started: queue.Queue[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = queue.Queue()
+
+    async def serve() -> None:
+        application = web.Application()
+        application.router.add_static("/", directory)
+        runner = web.AppRunner(application, shutdown_timeout=1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        over = asyncio.Event()
+        started.put((asyncio.get_running_loop(), over, runner.addresses[0][1]))
+        await over.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    loop, over, port = started.get(timeout=30)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join(30)
+
+
+@pytest.mark.parametrize("scheme", ["file", "http"])
+def test_flow_reads_a_url(scheme: str, prefect_api: PrefectServer, tmp_path: Path) -> None:
     path = write_nanoaod(tmp_path / "run1.root", [back_to_back(91.2)] * 3)
-    found = threaded_dimuon(inputs=[path.as_uri()], output=str(tmp_path / "s.png"))
+    with web_server(tmp_path) as address:
+        url = path.as_uri() if scheme == "file" else f"{address}/{path.name}"
+        found = threaded_dimuon(inputs=[url], output=str(tmp_path / "s.png"))
     assert found["pairs"] == 3
 
 
