@@ -37,7 +37,7 @@ def worker_group(name: str) -> Iterator[None]:
     """Send the tasks that are submitted within to the workers of one group.
 
     It counts more than a tag of the task; of nested ones the innermost counts. It holds for what this thread or
-    coroutine submits, and not for what the tasks themselves submit on their workers.
+    coroutine submits, in subflows too, and not for what the tasks themselves submit on their workers.
 
     Args:
         name: a group of the runner's `workers`.
