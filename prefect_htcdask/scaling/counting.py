@@ -22,7 +22,7 @@ BUCKET = 10
 """Seconds that forecasts are told apart by, so that the answer does not grow with the tasks."""
 
 FARTHEST = 3600
-"""Seconds: what is forecast for later than that is told as if for then."""
+"""Seconds: what is forecast for later than that, or as long ago, is told as if for then."""
 
 SAMPLE = 32
 """Tasks of one worker that are looked at, at most, to tell what is stacked on it."""
@@ -137,10 +137,9 @@ class DemandCounter:
                     kind.group.work += kind.mean
                 else:
                     kind.group.unknown += 1
-            end = monotonic() + 1e-6 * (kind.mean if kind.known else self.kinds.mean_of_all())
-            self._in_hand[key] = kind, end
+            self._in_hand[key] = held = kind, monotonic()
             if self._waiting:
-                self._begins(self.tasks[key], end)
+                self._begins(self.tasks[key], self._end_of(held))
         elif start == "processing":
             held = self._in_hand.pop(key, None)
             if held is None:
@@ -155,10 +154,11 @@ class DemandCounter:
                 group.unknown -= 1
             if finish == "memory":
                 self.last_busy[worker] = monotonic()  # type: ignore[index]
-                duration = 0
+                seconds = 0.0
                 for span in startstops:
                     if span["action"] == "compute":
-                        duration += int((span["stop"] - span["start"]) * 1e6)
+                        seconds += span["stop"] - span["start"]
+                duration = int(seconds * 1e6)
                 group.finished += 1
                 group.total += duration
                 if not kind.known:
@@ -206,6 +206,11 @@ class DemandCounter:
 
     # What is about to become ready
 
+    def _end_of(self, held: tuple[Kind, float]) -> float:
+        """When a task in hand is expected to end; of a name that has never ended, it takes as long as others do."""
+        kind, begun = held
+        return begun + 1e-6 * (kind.mean if kind.known else self.kinds.mean_of_all())
+
     def _waits(self, key: Hashable, task: Any) -> None:
         self._waiting[key] = record = Waiting(task, self._kind_of(task).group)
         in_hand = self._in_hand
@@ -213,8 +218,7 @@ class DemandCounter:
             held = in_hand.get(needed.key)
             if held is not None:
                 record.begun += 1
-                if held[1] > record.latest:
-                    record.latest = held[1]
+                record.latest = max(record.latest, self._end_of(held))
         if record.begun == len(task.waiting_on):
             self._forecast(record)
 
@@ -292,6 +296,7 @@ class DemandCounter:
                 "stacked": stacked.get(name, 0),
                 "coming": _from_now(group.coming, now),
                 "work": (group.work + group.unknown * mean) / 1e6,
+                "unknown": group.unknown,
                 "task_seconds": group.total / group.finished / 1e6 if group.finished else 0.0,
             }
             for name, group in self.kinds.groups.items()
@@ -341,10 +346,10 @@ class DemandCounter:
 
 
 def _from_now(coming: Mapping[int, int], now: float) -> dict[int, int]:
-    """Numbers by seconds from now, late ones with those of now."""
+    """Numbers by seconds from now, those that are late by how late they are: who asks may not believe them for ever."""
     this = int(now // BUCKET)
     told: dict[int, int] = {}
     for bucket, count in coming.items():
-        seconds = min(max(0, (bucket - this) * BUCKET), FARTHEST)
+        seconds = min(max(-FARTHEST, (bucket - this) * BUCKET), FARTHEST)
         told[seconds] = told.get(seconds, 0) + count
     return told

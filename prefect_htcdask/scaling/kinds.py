@@ -113,16 +113,16 @@ class Kinds:
 
     def kind_of(self, task: Any) -> Kind:
         """The kind of a task (`distributed.scheduler.TaskState`)."""
-        name = task.group.prefix.name
         if task.resource_restrictions or task.worker_restrictions:
-            return self._restricted_kind(name, task)
-        kind = self._plain.get(name)
-        if kind is None:
-            group = self._group_for({})
-            self._plain[name] = kind = self._new_kind(task, group, {})
-        return kind
+            return self._restricted_kind(task)
+        try:
+            return self._plain[task.group.prefix.name]
+        except KeyError:
+            self._plain[task.group.prefix.name] = kind = self._new_kind(task, self._group_for({}), {})
+            return kind
 
-    def _restricted_kind(self, name: str, task: Any) -> Kind:
+    def _restricted_kind(self, task: Any) -> Kind:
+        name: str = task.group.prefix.name
         resources: Mapping[str, float] = task.resource_restrictions or {}
         bound = () if task.loose_restrictions else (task.worker_restrictions or ())
         wish = frozenset((*resources.items(), *bound))
