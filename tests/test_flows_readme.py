@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("block", "prints"), list(zip(BLOCKS, ["285", "6"], strict=True)))
+@pytest.mark.parametrize(("block", "prints"), list(zip(BLOCKS, ["285", "6", "6561"], strict=True)))
 def test_code_of_the_readme_runs(
     block: str, prints: str, tmp_path: Path, prefect_api: PrefectServer, htcdask_environment: EmbeddedEndpoint
 ) -> None:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -27,11 +28,14 @@ from prefect.client.schemas.filters import (
 from prefect.exceptions import MappingMissingIterable
 from prefect.runtime import flow_run as flow_run_runtime
 
-from prefect_htcdask import HTCDaskTaskRunner, UnknownWorkerGroupError, live, worker_group
+from prefect_htcdask import HTCDaskTaskRunner, UnknownWorkerGroupError, get_dask_client, live, worker_group
+from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.decisions import EVENT, Decisions
+from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.errors import WorkerGroupError
 from prefect_htcdask.scaling.groups import group_resource
 from prefect_htcdask.worker_groups import OFFERS_METADATA
+from tests.cluster_fixtures import SMALL, jobs_of
 from tests.prefect_fixtures import free_port
 from tests.waiting import wait_until
 
@@ -402,3 +406,59 @@ def events_of(flow_run_id: Any) -> list[dict[str, Any]]:
         )
         answer.raise_for_status()
     return sorted(answer.json()["events"], key=lambda event: event["occurred"])
+
+
+@pytest.mark.pool
+@pytest.mark.timeout(240)
+def test_groups_of_jobs_scale_each_on_its_own_queue(
+    condor_environment: EmbeddedEndpoint, queue: ScheddClient, tmp_path: Path
+) -> None:
+    groups = {
+        "cpu": {**SMALL, "maximum": 2},
+        "big": {**SMALL, "memory": "600 MiB", "maximum": 1, "resources": {"licence": 1}},
+    }
+
+    @task
+    def job(together: int = 1) -> dict[str, str]:
+        """What the ad of this worker's job says; with several workers, no task ends before each has one."""
+        ad = Path(os.environ["_CONDOR_JOB_AD"]).read_text()
+        (tmp_path / distributed.get_worker().name).touch()
+        wait_until(lambda: len(list(tmp_path.iterdir())) >= together, 120, "a task on each worker")
+        return dict(line.split(" = ", 1) for line in ad.splitlines() if " = " in line)
+
+    @task
+    def nested() -> dict[str, str]:
+        with worker_group("big"):
+            return job.submit().result()
+
+    @flow(task_runner=HTCDaskTaskRunner(workers=groups))
+    def computing() -> Any:
+        with pytest.raises(UnknownWorkerGroupError, match=r"'gpu'.*cpu, big"), worker_group("gpu"):
+            job.submit()
+        assert jobs_of(queue) == []
+        plain = job.map([3] * 6)
+        with worker_group("big"):
+            named = job.map([3] * 2)
+        with dask.annotate(resources={"licence": 1}):
+            annotated = job.submit()
+        inside = nested.submit()
+        with get_dask_client() as client:
+            offers = client.get_metadata(list(OFFERS_METADATA), default=None)
+        return plain.result(), [*named.result(), annotated.result(), inside.result()], offers, flow_run_runtime.id
+
+    in_cpu, in_big, offers, flow_run_id = computing()
+    for ads, name, memory, workers in ((in_cpu, "cpu", 300, 2), (in_big, "big", 600, 1)):
+        assert {ad["HTCDaskWorkerGroup"] for ad in ads} == {f'"{name}"'}
+        assert {ad["RequestMemory"] for ad in ads} == {str(memory)}
+        assert len({(ad["ClusterId"], ad["ProcId"]) for ad in ads}) == workers
+    assert list(offers) == ["cpu", "big"] and offers["big"] == {group_resource("big"): 1, "licence": 1}
+
+    wait_until(lambda: jobs_of(queue) == [], 30, "no job left")
+    lines = wait_until(lambda: found if len(found := scaling_lines(flow_run_id)) > 1 else None, 20, "lines of the log")
+    assert any(line.endswith("+2 cpu") for line in lines) and any(line.endswith("+1 big") for line in lines), lines
+
+    def started() -> set[tuple[str, int]]:
+        told = [event["payload"] for event in events_of(flow_run_id)]
+        return {(one["group"], one["submit"]) for one in told if one["submit"]}
+
+    wait_until(lambda: started() == {("cpu", 2), ("big", 1)}, 20, "an event of each group at the API")
