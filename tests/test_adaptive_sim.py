@@ -12,18 +12,25 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from benchmarks.adaptive_sim.bounds import arrivals, longest_chains, makespan_floor, worker_seconds_floor
-from benchmarks.adaptive_sim.comparison import PEERS, Score, geometric_mean, judge
+from benchmarks.adaptive_sim.comparison import (
+    POLICIES,
+    Score,
+    geometric_mean,
+    judge,
+    mean_score,
+    ratio_of_products,
+    score_seed,
+)
 from benchmarks.adaptive_sim.fixed import Fixed, fixed
 from benchmarks.adaptive_sim.forecast import BUCKET, Forecast
 from benchmarks.adaptive_sim.ours import ours
 from benchmarks.adaptive_sim.pool import cycle_at
 from benchmarks.adaptive_sim.simulation import Outcome, Simulation, simulate
-from benchmarks.adaptive_sim.state import GroupPolicy, GroupState, Orders, Policy
+from benchmarks.adaptive_sim.state import GroupPolicy, GroupState, Orders
 from benchmarks.adaptive_sim.stock import Stock
 from benchmarks.adaptive_sim.trace import Group, Pool, Trace, Wave
 from benchmarks.adaptive_sim.traces import TRACES, make
 
-POLICIES: dict[str, Policy] = {"ours": ours, **PEERS}
 SMALL = [name for name in TRACES if name != "million"]
 
 
@@ -291,7 +298,7 @@ def test_stock_itself_decides() -> None:
 
 
 def score(makespan: float, worker_seconds: float, busy_removed: int = 0) -> Score:
-    return Score(makespan, worker_seconds, makespan, busy_removed, makespan * 100)
+    return Score(makespan, worker_seconds, makespan, busy_removed, makespan * 100, (makespan * worker_seconds,))
 
 
 def judged(mine: Score, decision: float = 0.01) -> dict[str, bool]:
@@ -311,6 +318,39 @@ def test_each_bound_of_the_goal_can_fail() -> None:
     }.items():
         assert [key for key, kept in checks.items() if not kept] == [name]
     assert not judged(score(1.4, 1.2))["worst_over_better_peer"]
+
+
+def test_the_standard_error_of_a_product() -> None:
+    # Of log 1.0 and log 1.21, the mean is log 1.1 and the standard error half their distance.
+    mean = mean_score([score(1.0, 1.0), score(1.1, 1.1)])
+    assert mean.product == pytest.approx(1.1)
+    assert mean.product_error == pytest.approx(1.1 * math.log(1.21) / 2)
+    assert mean_score([score(1.0, 1.0)]).product_error is None
+
+
+def test_products_are_compared_seed_by_seed() -> None:
+    # A peer whose product is always 2 % larger: whatever the seeds do to both, that is certain.
+    mine = mean_score([score(1.0, x) for x in (1.0, 1.5, 3.0)])
+    its = mean_score([score(1.02, x) for x in (1.0, 1.5, 3.0)])
+    ratio, error = ratio_of_products({"one": {"ours": mine, "peer": its}, "two": {"ours": mine, "peer": its}}, "peer")
+    assert ratio == pytest.approx(1 / 1.02)
+    assert error == pytest.approx(0.0, abs=1e-9)
+    other = mean_score([score(1.0, x) for x in (1.0, 1.0, 1.0)])
+    _, error = ratio_of_products({"one": {"ours": mine, "peer": other}}, "peer")
+    assert error > 0.3
+
+
+def test_a_seed_is_scored_against_the_fixed_cluster_in_the_same_pool() -> None:
+    scores = score_seed("quick", 3)
+    assert scores["fixed"].makespan == 1.0
+    assert all(each.worker_seconds > 1.0 and each.makespan_over_floor >= 1.0 for each in scores.values())
+
+
+def test_some_traces_lose_workers_to_evictions() -> None:
+    outcome = simulate(make("evicted", 0), ours, 0)
+    assert outcome.evictions > 20
+    assert outcome.lost > 10
+    assert outcome.busy_removed == 0
 
 
 def test_the_geometric_mean_of_ratios() -> None:

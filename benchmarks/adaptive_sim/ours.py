@@ -9,7 +9,7 @@ from prefect_htcdask.settings import AdaptiveSettings
 
 from .forecast import BUCKET
 from .state import GroupState, Orders
-from .trace import Group, Pool
+from .trace import Group
 
 
 def default_settings() -> PolicySettings:
@@ -23,7 +23,6 @@ class Ours:
     """`prefect_htcdask.scaling.policy.decide`, for one group."""
 
     settings: PolicySettings
-    boot: float = Pool.boot
 
     def look(self, state: GroupState, now: float) -> Orders:
         """Put the group's state into the policy's words, and its decision into the simulation's."""
@@ -55,7 +54,7 @@ class Ours:
             busy=tuple(state.in_hand),
             unstarted=state.unstarted,
             waits=state.waits[-RECENT_WAITS:],
-            boot=self.boot,
+            boot=state.pool.pool.boot if state.waits else Supply.boot,
         )
         return decide(demand, supply, self.settings, now)
 

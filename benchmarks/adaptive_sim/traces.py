@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from random import Random
 
-from .trace import Group, Trace, Wave
+from .trace import Group, Pool, Trace, Wave
 
 
 def lognormal(random: Random, median: float, sigma: float, count: int) -> list[float]:
@@ -104,6 +104,45 @@ def mixed(random: Random) -> Trace:
     return trace
 
 
+def evicted(random: Random) -> Trace:
+    """Two maps, the second of the first's results, on slots that others take back every half an hour."""
+    trace = Trace("evicted", groups=(Group(maximum=120),), pool=Pool(eviction_rate=2.0))
+    for read in trace.add("read", lognormal(random, 100, 0.5, 900)):
+        fit = trace.add("fit", lognormal(random, 90, 0.4, 1))[0]
+        trace.after(read, fit)
+    trace.submit(0)
+    return trace
+
+
+def slow(random: Random) -> Trace:
+    """Selection, then histograms, then fits, each of the results before, in a pool where jobs wait for six minutes."""
+    trace = Trace("slow", groups=(Group(maximum=100, wait_median=360),))
+    selected = trace.add("select", lognormal(random, 240, 0.5, 400))
+    fits = []
+    for number in range(20):
+        histogram = trace.add("histogram", lognormal(random, 120, 0.3, 1))[0]
+        for task in selected[number * 20 : (number + 1) * 20]:
+            trace.after(task, histogram)
+        for fit in trace.add("fit", lognormal(random, 300, 0.4, 10)):
+            trace.after(histogram, fit)
+            fits.append(fit)
+    table = trace.add("table", lognormal(random, 30, 0.2, 1))[0]
+    for fit in fits:
+        trace.after(fit, table)
+    trace.submit(0)
+    return trace
+
+
+def quick(random: Random) -> Trace:
+    """Short tasks in bursts, each once the results of the one before are there, in a pool that starts jobs at once."""
+    trace = Trace("quick", groups=(Group(maximum=60, wait_median=2),), pool=Pool(cycle=5.0, boot=4.0))
+    for pause in (0, 5, 40, 10, 120, 5):
+        first = trace.tasks
+        trace.add("toy", lognormal(random, 10, 0.6, 500))
+        trace.submit(first, float(pause))
+    return trace
+
+
 def million(random: Random) -> Trace:
     """A million tasks on up to 10,000 workers."""
     trace = Trace("million", groups=(Group(maximum=10_000),))
@@ -113,7 +152,7 @@ def million(random: Random) -> Trace:
 
 
 TRACES: dict[str, Callable[[Random], Trace]] = {
-    make.__name__: make for make in (burst, ramp, stragglers, dag, waves, mixed, million)
+    make.__name__: make for make in (burst, ramp, stragglers, dag, waves, mixed, evicted, slow, quick, million)
 }
 
 
