@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from prefect.client.schemas.objects import FlowRun
-from prefect.states import Completed, Running, State
+from dask_gateway import Gateway
+from dask_gateway.auth import BasicAuth
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Completed, Crashed, Failed, Running, State
 
+from prefect_htcdask.cluster_owners import SignsOfLife
+from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.doctor import examine
+from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
+from prefect_htcdask.leftovers import find_leftovers
+from prefect_htcdask.run_files import ClusterRecord, cluster_traces, record_cluster, run_directory
 from prefect_htcdask.settings import load_settings
-from prefect_htcdask.sweep import find_leftovers, sweep
+from prefect_htcdask.sweep import sweep
+from prefect_htcdask.task_run_states import UNFINISHED
 from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
+from tests.cluster_fixtures import Stopwatch, gateway_clusters, jobs_of
 from tests.prefect_fixtures import PrefectServer
 from tests.test_cli import run
 from tests.waiting import wait_until
 
 
-def job(job_id: str, flow_run_id: str, attempt: int = 1) -> WorkerJob:
+def job(job_id: str, flow_run_id: str, attempt: int = 1, lease_expires: float = 0.0) -> WorkerJob:
     return WorkerJob(
-        job_id, "idle", "", 0.0, None, "", "batch", f"cluster-{attempt}", "default", flow_run_id, attempt, 0.0
+        job_id, "idle", "", 0.0, None, "", "batch", f"cluster-{attempt}", "default", flow_run_id, attempt, lease_expires
     )
 
 
 def flow_run(state: State[Any] | None, run_count: int = 1) -> FlowRun:
     return FlowRun(flow_id=uuid.uuid4(), state=state, run_count=run_count)
+
+
+def record_of(cluster: str, flow_run_id: str, attempt: int = 1, **more: Any) -> ClusterRecord:
+    fields = {"api_url": "", "lease": 100.0, "host": "elsewhere", "pid": 1, "started": 0.0, **more}
+    return ClusterRecord(cluster=cluster, flow_run_id=flow_run_id, flow_run_name="run", attempt=attempt, **fields)
 
 
 def test_jobs_of_a_running_flow_run_are_kept() -> None:
@@ -47,6 +73,7 @@ def test_jobs_of_a_flow_run_that_is_over_are_left_over() -> None:
 def test_jobs_of_an_unknown_flow_run_are_left_over() -> None:
     (leftover,) = find_leftovers([job("1.0", "a")], {})
     assert "does not know" in leftover.why
+    assert find_leftovers([job("1.0", "a")], {}, kept=["a"]) == []
 
 
 def test_only_earlier_attempts_of_a_retried_flow_run_are_left_over() -> None:
@@ -55,6 +82,76 @@ def test_only_earlier_attempts_of_a_retried_flow_run_are_left_over() -> None:
     assert leftover.job_ids == ("1.0",)
     assert leftover.before_attempt == 2
     assert leftover.clusters == ("cluster-1",)
+
+
+def test_gateway_clusters_without_a_job_are_left_over_too() -> None:
+    clusters = [record_of("x", "a", 1), record_of("y", "a", 2), record_of("z", "b")]
+    runs = {"a": flow_run(Running(), run_count=2), "b": flow_run(Crashed())}
+    first, second = find_leftovers([], runs, clusters)
+    assert (first.flow_run_id, first.clusters, first.job_ids) == ("a", ("x",), ())
+    assert (second.flow_run_id, second.clusters, second.before_attempt) == ("b", ("z",), None)
+
+
+def test_an_abandoned_flow_run_s_are_left_over() -> None:
+    runs = {"a": flow_run(Running())}
+    (leftover,) = find_leftovers([job("1.0", "a")], runs, abandoned=["a"])
+    assert leftover.job_ids == ("1.0",) and "process" in leftover.why and leftover.before_attempt is None
+
+
+def test_signs_of_life() -> None:
+    now = time.time()
+    jobs = [job("1.0", "leased", lease_expires=now + 10), job("2.0", "lapsed", lease_expires=now - 1)]
+    signs = SignsOfLife(jobs, [record_of("x", "b", api_url="http://other/api")], {}, lease=100, now=now)
+    assert signs.may_live("leased") and not signs.may_live("lapsed") and not signs.may_live("unheard of")
+    assert not signs.process_is_dead("leased") and not signs.process_is_dead("b"), "of another host nothing is known"
+    assert signs.other_api("b", "http://ours/api") == "http://other/api"
+    assert signs.other_api("b", "http://other/api") == signs.other_api("leased", "http://ours/api") == ""
+
+
+def test_a_cluster_s_record(tmp_path: Path) -> None:
+    settings = load_settings(condor={"directory": str(tmp_path / "runs")})
+    assert cluster_traces(settings, since=0) == []
+    code = """
+        import sys
+        from pathlib import Path
+        from prefect_htcdask.condor.worker_job import FlowRunTag
+        from prefect_htcdask.run_files import record_cluster
+        record_cluster(Path(sys.argv[1]), FlowRunTag("a", "n", "f", 2), api_url="http://x/api/", lease=9.0)
+    """
+    directory = run_directory(settings, "cluster-1")
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(directory)], check=True)
+    record_cluster(directory.parent / "cluster-2", FlowRunTag("b", "", "f"), api_url="", lease=9.0)
+    (directory.parent / "cluster-3").mkdir()
+    (directory.parent / "cluster-4").mkdir()
+    (directory.parent / "cluster-4" / "cluster.json").write_text("{")
+    (directory.parent / "supervisor-1.log").touch()
+    assert (directory / "cluster.json").stat().st_mode & 0o777 == 0o600
+    assert directory.stat().st_mode & 0o777 == 0o700
+    records = {trace.cluster: trace.record for trace in cluster_traces(settings, since=0)}
+    assert sorted(records) == ["cluster-1", "cluster-2", "cluster-3", "cluster-4"]
+    assert records["cluster-3"] is None and records["cluster-4"] is None
+    dead, alive = records["cluster-1"], records["cluster-2"]
+    assert dead is not None and (dead.flow_run_id, dead.attempt, dead.api_url) == ("a", 2, "http://x/api")
+    assert dead.process_lives() is False, "its process has ended"
+    assert alive is not None and alive.process_lives() is True
+    signs = SignsOfLife([], [dead, alive], {}, 100, time.time())
+    assert signs.process_is_dead("a") and signs.process_is_dead("a", 2) and not signs.process_is_dead("b")
+    assert not signs.process_is_dead("a", 3), "of a later attempt nothing is known"
+    # What somebody copied elsewhere says nothing of this directory.
+    (directory.parent / "cluster-3" / "cluster.json").write_bytes((directory / "cluster.json").read_bytes())
+    assert {trace.cluster: trace.record for trace in cluster_traces(settings, since=0)}["cluster-3"] is None
+    assert cluster_traces(settings, since=time.time() + 60) == []
+
+
+@flow
+def nothing() -> None:
+    """A flow for flow runs that the tests move themselves."""
+
+
+@pytest.fixture
+def api(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
 
 
 @pytest.mark.pool
@@ -76,7 +173,7 @@ def test_sweep_removes_jobs_and_cluster_of_an_unknown_flow_run(
 
     dry = sweep(settings, dry_run=True)
     assert [leftover.flow_run_id for leftover in dry.leftovers] == [tag.id]
-    assert dry.jobs_removed == 0
+    assert dry.jobs_removed == 0 and dry.found and not dry.all_is_well
     assert len(worker_jobs(cluster.parts, tag.id)) == 3
 
     swept = run("sweep", "--json")
@@ -86,7 +183,52 @@ def test_sweep_removes_jobs_and_cluster_of_an_unknown_flow_run(
     assert report["clusters_stopped"] == [cluster.name]
     # What belongs to no flow run is not the sweep's: its own lease looks after it.
     wait_until(lambda: [found.cluster for found in worker_jobs(other.parts)] == [other.name], 20, "one job is left")
-    assert sweep(settings).leftovers == []
+    after = sweep(settings)
+    assert after.leftovers == [] and after.all_is_well
+
+
+@pytest.mark.pool
+def test_sweep_stops_clusters_without_jobs_and_only_those_of_flow_runs(
+    new_cluster: Callable[..., HTCGatewayCluster], condor_environment: EmbeddedEndpoint, api: SyncPrefectClient
+) -> None:
+    over, running, foreign = (api.create_flow_run(nothing) for _ in range(3))
+    api.set_flow_run_state(over.id, Completed(), force=True)
+    api.set_flow_run_state(running.id, Running(), force=True)
+    elsewhere = str(uuid.uuid4())
+    clusters = {}
+    for key, flow_run_id, url in (
+        ("over", str(over.id), ""),
+        ("running", str(running.id), ""),
+        ("elsewhere", elsewhere, "http://192.0.2.1:4200/api"),
+    ):
+        tag = FlowRunTag(flow_run_id, key, "nothing")
+        cluster = new_cluster(flow_run=tag)
+        record_cluster(cluster.run_directory, tag, api_url=url, lease=180.0)
+        clusters[key] = cluster.name
+    with Gateway(
+        condor_environment.gateway_address,
+        proxy_address=condor_environment.proxy_address,
+        auth=BasicAuth(condor_environment.username, condor_environment.password),
+    ) as gateway:
+        clusters["stock"] = gateway.submit()
+        try:
+            dry = run("sweep", "--dry-run")
+            assert dry.returncode == 1, dry.stderr
+            assert "over: 0 jobs and 1 gateway clusters would be removed: its flow run is Completed" in dry.stdout
+            assert (
+                f"flow run {elsewhere} is left alone: it belongs to the Prefect API at http://192.0.2.1" in dry.stdout
+            )
+            swept = run("sweep", "--json")
+            assert swept.returncode == 0, swept.stderr
+            report = json.loads(swept.stdout)
+            assert report["clusters_stopped"] == [clusters["over"]]
+            assert [one["flow_run_id"] for one in report["kept"]] == [elsewhere]
+            left = set(gateway_clusters(condor_environment))
+            assert {clusters["running"], clusters["elsewhere"], clusters["stock"]} <= left
+            assert clusters["over"] not in left
+        finally:
+            gateway.stop_cluster(clusters["stock"])
+    assert api.read_flow_run(foreign.id).state is not None
 
 
 @pytest.mark.pool
@@ -96,10 +238,227 @@ def test_sweep_removes_nothing_when_the_api_is_out_of_reach(
     cluster = new_cluster(flow_run=FlowRunTag(str(uuid.uuid4()), "run", "flow"), requirements="false")
     cluster.scale(1)
     wait_until(lambda: len(worker_jobs(cluster.parts)) == 1, 20, "the job is in the queue")
-    refused = run("sweep", PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert refused.returncode == 1
-    assert "PREFECT_API_URL" in refused.stderr
+    for environment, word in (
+        ({"PREFECT_API_URL": "http://127.0.0.1:9/api"}, "cannot be reached"),
+        ({"PREFECT_API_URL": f"{prefect_server.url}/nowhere"}, "answers with status 404"),
+        ({"PREFECT_API_URL": "", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false"}, "no Prefect API can be had"),
+    ):
+        refused = run("sweep", **environment)
+        assert refused.returncode == 1
+        assert "PREFECT_API_URL" in refused.stderr and word in refused.stderr
+        assert "Traceback" not in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+        assert refused.stdout == ""
     assert len(worker_jobs(cluster.parts)) == 1
+
+
+def test_sweep_names_the_key_that_is_wrong(
+    tmp_path: Path, prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.prefect_server import prefect_server as running_server
+
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_EMBEDDED_DIRECTORY", str(tmp_path / "none"))
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_CONDOR_DIRECTORY", str(tmp_path / "runs"))
+    record_cluster(tmp_path / "runs" / "a", FlowRunTag(str(uuid.uuid4()), "", "f"), api_url="", lease=180.0)
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:right")
+    with running_server(tmp_path / "server") as guarded:
+        environment = {**guarded.environment, "PREFECT_API_AUTH_STRING": "admin:wrong"}
+        refused = run("sweep", **environment)
+        assert refused.returncode == 1
+        assert "does not let us in (401)" in refused.stderr and "PREFECT_API_KEY" in refused.stderr
+        right = run("sweep", **{**environment, "PREFECT_API_AUTH_STRING": "admin:right"})
+        assert (right.returncode, right.stdout) == (0, "nothing is left over\n"), right.stderr
+
+
+# Everything killed at once
+
+SCRIPT = """
+    import json, os, sys, time
+    from pathlib import Path
+    from prefect import flow, task
+    from prefect.runtime import flow_run
+    from prefect_htcdask import HTCDaskTaskRunner, live
+    from prefect_htcdask.run_files import record_cluster
+
+    @task
+    def sleepy(path, number):
+        Path(f"{path}.{number}").touch()
+        time.sleep(300)
+
+    @flow(task_runner=HTCDaskTaskRunner(worker={"memory": "300 MiB", "disk": "100 MiB", "nthreads": 2},
+                                        adapt_kwargs={"minimum": 1, "maximum": 1}))
+    def computing(path):
+        futures = [sleepy.submit(path, number) for number in range(4)]
+        while len(list(Path(path).parent.glob(Path(path).name + ".?"))) < 2:
+            time.sleep(0.1)
+        cluster = live.find(str(flow_run.id)).cluster
+        if "--record" in sys.argv:
+            record_cluster(cluster.run_directory, cluster.flow_run, api_url="", lease=180.0)
+        print(json.dumps([str(flow_run.id), cluster.name, cluster._supervisor.pid]), flush=True)
+        futures[0].result()
+
+    computing(sys.argv[1])
+"""
+
+
+class FlowProcess:
+    """A flow started by plain ``python flow.py``, which tells of itself once its first task runs."""
+
+    def __init__(self, directory: Path, name: str, *arguments: str) -> None:
+        script = directory / "script.py"
+        script.write_text(textwrap.dedent(SCRIPT))
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(directory / name), *arguments],
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            stderr=(directory / f"{name}.log").open("wb"),
+            text=True,
+        )
+        self.log = directory / f"{name}.log"
+
+    def wait_until_it_computes(self) -> None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        while line and not line.startswith("["):
+            line = self.process.stdout.readline()
+        assert line, self.log.read_text()
+        self.flow_run_id, self.cluster, self.supervisor = json.loads(line)
+
+    def kill_all(self) -> None:
+        """The flow's process and its supervisor, before either can notice."""
+        os.kill(self.supervisor, signal.SIGSTOP)
+        self.process.kill()
+        os.kill(self.supervisor, signal.SIGKILL)
+        self.process.wait(10)
+
+
+@pytest.fixture
+def processes(condor_environment: EmbeddedEndpoint, api: SyncPrefectClient) -> Iterator[list[FlowProcess]]:
+    made: list[FlowProcess] = []
+    yield made
+    for one in made:
+        with suppress(ProcessLookupError):
+            one.process.kill()
+        one.process.wait(10)
+
+
+def unfinished(api: SyncPrefectClient, flow_run_id: str) -> list[str]:
+    runs = api.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(flow_run_id)])))
+    return [task_run.name for task_run in runs if task_run.state_type in UNFINISHED]
+
+
+@pytest.mark.pool
+@pytest.mark.timeout(240)
+def test_sweep_after_everything_was_killed(
+    processes: list[FlowProcess],
+    queue: ScheddClient,
+    condor_environment: EmbeddedEndpoint,
+    api: SyncPrefectClient,
+    tmp_path: Path,
+) -> None:
+    lost, other = FlowProcess(tmp_path, "lost"), FlowProcess(tmp_path, "other")
+    processes += [lost, other]
+    for one in (lost, other):
+        one.wait_until_it_computes()
+    lost.kill_all()
+    # What Prefect's supervising process would do, or an automation that watches heartbeats.
+    api.set_flow_run_state(uuid.UUID(lost.flow_run_id), Crashed(), force=True)
+    wait_until(lambda: len(unfinished(api, lost.flow_run_id)) == 2, 20, "two task runs are unfinished in the API")
+    assert len(jobs_of(queue, lost.cluster)) == 1, "the jobs are left for the lease"
+    before = jobs_of(queue, other.cluster)
+
+    dry = run("sweep", "--dry-run", "--json")
+    assert dry.returncode == 1, dry.stderr
+    report = json.loads(dry.stdout)
+    assert [one["flow_run_id"] for one in report["leftovers"]] == [lost.flow_run_id]
+    assert report["unfinished_task_runs"] == {lost.flow_run_id: 2}
+    assert len(jobs_of(queue, lost.cluster)) == 1 and len(unfinished(api, lost.flow_run_id)) == 2
+
+    watch = Stopwatch()
+    parallel = [
+        subprocess.Popen([sys.executable, "-m", "prefect_htcdask.cli", "sweep", "--json"], stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    reports = [json.loads(one.communicate(timeout=120)[0]) for one in parallel]
+    print(f"two sweeps at once after SIGKILL of flow and supervisor: {watch():.1f} s")
+    assert [one.returncode for one in parallel] == [0, 0], reports
+    assert jobs_of(queue, lost.cluster) == []
+    assert lost.cluster not in gateway_clusters(condor_environment)
+    assert unfinished(api, lost.flow_run_id) == []
+    assert 2 <= sum(report["task_runs_ended"] for report in reports) <= 4
+    wanted = FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(lost.flow_run_id)]))
+    states = [task_run.state for task_run in api.read_task_runs(flow_run_filter=wanted)]
+    assert len(states) == 2
+    for state in states:
+        assert state is not None and state.type == StateType.CRASHED
+        assert "sweep" in str(state.message) and "Crashed" in str(state.message)
+    # The other flow run's are untouched.
+    assert jobs_of(queue, other.cluster) == before and other.process.poll() is None
+    assert len(unfinished(api, other.flow_run_id)) == 2
+    assert other.cluster in gateway_clusters(condor_environment)
+    assert run("sweep").stdout == "nothing is left over\n"
+
+
+@pytest.mark.pool
+@pytest.mark.timeout(240)
+def test_sweep_ends_a_flow_run_whose_process_is_gone(
+    processes: list[FlowProcess],
+    queue: ScheddClient,
+    condor_environment: EmbeddedEndpoint,
+    api: SyncPrefectClient,
+    tmp_path: Path,
+) -> None:
+    """Nobody tells Prefect of the end of a plain ``python flow.py`` that was killed."""
+    lost = FlowProcess(tmp_path, "lost", "--record")
+    processes.append(lost)
+    lost.wait_until_it_computes()
+    wait_until(lambda: len(unfinished(api, lost.flow_run_id)) == 2, 20, "two task runs are unfinished in the API")
+    alive = sweep(load_settings(), dry_run=True)
+    assert not alive.found and alive.kept == [], "its process lives"
+    lost.kill_all()
+    assert sweep(load_settings(), dry_run=True).abandoned == [lost.flow_run_id]
+    watch = Stopwatch()
+    swept = sweep(load_settings())
+    print(f"sweep after SIGKILL of flow and supervisor, unsupervised: {watch():.1f} s")
+    assert swept.all_is_well, swept.problems
+    assert (swept.jobs_removed, swept.clusters_stopped) == (1, [lost.cluster])
+    assert (swept.flow_runs_ended, swept.task_runs_ended) == (1, 2)
+    assert jobs_of(queue, lost.cluster) == [] and lost.cluster not in gateway_clusters(condor_environment)
+    ended = api.read_flow_run(uuid.UUID(lost.flow_run_id)).state
+    assert ended is not None and ended.is_crashed() and "process of this flow run is gone" in str(ended.message)
+    assert unfinished(api, lost.flow_run_id) == []
+    assert not sweep(load_settings()).found
+
+
+@pytest.mark.pool
+@pytest.mark.timeout(240)
+def test_sweep_ends_task_runs_when_the_lease_has_taken_the_rest(
+    processes: list[FlowProcess],
+    queue: ScheddClient,
+    condor_environment: EmbeddedEndpoint,
+    api: SyncPrefectClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_LEASE_DURATION", "8 s")
+    lost = FlowProcess(tmp_path, "lost")
+    processes.append(lost)
+    lost.wait_until_it_computes()
+    wait_until(lambda: len(unfinished(api, lost.flow_run_id)) == 2, 20, "two task runs are unfinished in the API")
+    lost.kill_all()
+    wait_until(lambda: jobs_of(queue, lost.cluster) == [], 100, "the lease has ended the jobs")
+    run_id = uuid.UUID(lost.flow_run_id)
+    assert sweep(load_settings()).unfinished_task_runs == {}, "its flow run is Running, as far as Prefect knows"
+    api.set_flow_run_state(run_id, Failed(), force=True)
+    first = sweep(load_settings())
+    if first.kept:
+        # No record tells that its process is dead: the sweep gives it half a minute to report.
+        assert "may still report" in first.kept[0].why
+        past = datetime.now(timezone.utc) - timedelta(minutes=5)
+        failed = Failed()
+        failed.timestamp = past  # type: ignore[assignment]
+        api.set_flow_run_state(run_id, failed, force=True)
+        wait_until(lambda: sweep(load_settings()).task_runs_ended == 2, 60, "the task runs are ended", pause=5)
+    assert unfinished(api, lost.flow_run_id) == []
 
 
 @pytest.mark.pool
