@@ -78,7 +78,7 @@ def remove_leftover_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[A
         )
     if removed.problems:
         logger.error(
-            "Could not remove all that this flow run may have left behind: %s. Its jobs and gateway clusters end by "
-            "themselves when their lease is not renewed; `prefect-htcdask sweep` removes them at once",
+            "Could not remove all that this flow run may have left behind. Its jobs and gateway clusters end by "
+            "themselves when their lease is not renewed, and `prefect-htcdask sweep` removes them. In the way was: %s",
             "; ".join(removed.problems),
         )
