@@ -25,6 +25,13 @@ def gate(number: int) -> threading.Event:
     return GATES.setdefault(number, threading.Event())
 
 
+_CONFIG = {
+    "distributed.scheduler.work-stealing-interval": "20ms",
+    # This process is large before its workers have anything; and one that a test paused stays so.
+    **{f"distributed.worker.memory.{what}": False for what in ("target", "spill", "pause")},
+}
+
+
 @dataclass
 class Cluster:
     """A scheduler with the plugin, a client, and workers to add and take."""
@@ -78,7 +85,7 @@ async def dask_cluster(
     """A cluster without workers yet, whose plugin has been claimed."""
     GATES.clear()
     async with AsyncExitStack() as stack:
-        stack.enter_context(dask.config.set({"distributed.scheduler.work-stealing-interval": "20ms", **(config or {})}))
+        stack.enter_context(dask.config.set({**_CONFIG, **(config or {})}))
         scheduler = await stack.enter_async_context(Scheduler(host="127.0.0.1", port=0, dashboard=False))
         client = await stack.enter_async_context(Client(scheduler.address, asynchronous=True, set_as_default=False))
         cluster = Cluster(scheduler, client)

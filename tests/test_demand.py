@@ -70,13 +70,15 @@ async def test_work_is_told_by_the_mean_of_each_name() -> None:
         await cluster.add_worker(1)
         await cluster.client.gather(cluster.client.map(last, [0.1, 0.3], pure=False))
         default = (await cluster.demand())["groups"]["default"]
-        assert default["task_seconds"] == pytest.approx(0.2, abs=0.05)
+        assert 0.19 < default["task_seconds"] < 1
         assert default["work"] == 0
         known = cluster.client.map(last, [0.0] * 6, [cluster.client.submit(wait, 1)] * 6, pure=False)
-        await cluster.until(lambda: cluster.plugin.counter.kinds.groups["default"].unknown, "the gated task in hand")
+        await cluster.until(
+            lambda: sum(ts.state == "waiting" for ts in cluster.scheduler.tasks.values()) == 6, "waiting"
+        )
         # The gated task's name is unknown: the mean of all. Those that wait for it are not work yet.
         default = (await cluster.demand())["groups"]["default"]
-        assert default["work"] == pytest.approx(0.2, abs=0.05)
+        assert default["work"] == pytest.approx(default["task_seconds"]) and default["unknown"] == 1
         assert sum(default["coming"].values()) == 6
         gate(1).set()
         await cluster.client.gather(known)
@@ -163,23 +165,24 @@ async def test_idle_holding_and_closing_workers() -> None:
     async with dask_cluster() as cluster:
         first, second = await cluster.add_worker(1), await cluster.add_worker(1)
         await cluster.add_worker(1, name="foreign")
-        joined = time.monotonic()
         client = cluster.client
         gate(1).set()
+        await asyncio.sleep(0.2)
+        begun = time.monotonic()
         kept = client.submit(wait, 1, workers=[first.address])
         await kept
         ended = time.monotonic()
         running = client.submit(wait, 2, workers=[second.address])
         await cluster.until(lambda: cluster.scheduler.workers[second.address].processing, "in hand")
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.2)
+        asked = time.monotonic()
         answer = await cluster.demand()
-        now = time.monotonic()
+        answered = time.monotonic()
         assert sorted(answer["joined"]) == ["htcdask-1.0", "htcdask-2.0"]
         assert answer["in_hand"] == {"htcdask-2.0": 1}
         assert set(answer["idle"]) == {"htcdask-1.0"}
         # Idle since its last task ended, not since it was asked for, nor since it joined.
-        assert answer["idle"]["htcdask-1.0"] == pytest.approx(now - ended, abs=0.2)
-        assert now - joined > now - ended >= 0.3
+        assert asked - ended <= answer["idle"]["htcdask-1.0"] <= answered - begun
         assert answer["holding"] == ["htcdask-1.0"] and answer["closing"] == []
         second.status = Status.closing_gracefully
         await cluster.until(lambda: len(cluster.scheduler.running) == 2, "word that it is leaving")
@@ -271,9 +274,7 @@ async def test_a_worker_that_gets_a_task_while_others_are_retired_is_kept(monkey
 
 async def test_an_input_too_large_for_any_worker_is_counted_out() -> None:
     """The scheduler then reports a task as leaving a worker that it never reported as going there."""
-    # This process has more than the worker's limit from the start: it must not pause for that.
-    off = {f"distributed.worker.memory.{what}": False for what in ("target", "spill", "pause")}
-    async with dask_cluster(config={"distributed.scheduler.worker-saturation": math.inf, **off}) as cluster:
+    async with dask_cluster(config={"distributed.scheduler.worker-saturation": math.inf}) as cluster:
         await cluster.add_worker(1, memory_limit="1 MB")
         client = cluster.client
         large = client.submit(bytes, 2_000_000)

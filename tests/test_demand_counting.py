@@ -226,6 +226,9 @@ class Script:
                 await asyncio.sleep(0)
         for number in range(self.number + 1):
             gate(number).set()
+        for worker in self.cluster.workers:
+            if worker.status is Status.paused:
+                worker.status = Status.running
         for resources in WORKERS:
             await self.cluster.add_worker(2, resources)
         scheduler = self.cluster.scheduler
@@ -250,9 +253,8 @@ class Script:
 
 
 def unable(ts: Any) -> bool:
-    """Whether a task waits for one that nobody can run, or waits in vain for a worker that was paused."""
-    states = {"no-worker"}
-    return bool(ts.waiting_on) and any(needed.state in states or unable(needed) for needed in ts.waiting_on)
+    """Whether a task waits for one that nobody can run."""
+    return bool(ts.waiting_on) and any(needed.state == "no-worker" or unable(needed) for needed in ts.waiting_on)
 
 
 STEPS = {

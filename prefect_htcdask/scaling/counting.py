@@ -137,9 +137,10 @@ class DemandCounter:
                     kind.group.work += kind.mean
                 else:
                     kind.group.unknown += 1
-            self._in_hand[key] = held = kind, monotonic()
+            began = kind, monotonic()
+            self._in_hand[key] = began
             if self._waiting:
-                self._begins(self.tasks[key], self._end_of(held))
+                self._begins(self.tasks[key], self._end_of(began))
         elif start == "processing":
             held = self._in_hand.pop(key, None)
             if held is None:
