@@ -174,6 +174,23 @@ async def test_a_pardon_is_for_one_worker_once() -> None:
         assert p.marks(futures) == [1]
 
 
+async def test_the_starts_of_a_job_may_be_counted_in_another_way() -> None:
+    """A pardon for an earlier start takes back what was marked, and leaves the next loss alone."""
+    async with pool() as p:
+        futures = p.submit(1)
+        for n in range(2):
+            await p.add_worker()
+            await p.until(lambda n=n: len(p.begun) > n)
+            await p.lose_worker()
+        assert p.marks(futures) == [2]
+        await p.add_worker()
+        await p.until(lambda: len(p.begun) == 3)
+        p.suspicions.pardon(p.scheduler, ["htcdask-1.0-0"])
+        assert p.marks(futures) == [0]
+        await p.lose_worker()
+        assert p.marks(futures) == [1]
+
+
 async def test_a_worker_that_was_expected_to_leave_marks_nothing() -> None:
     async with pool() as p:
         await p.add_worker()

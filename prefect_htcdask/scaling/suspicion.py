@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 REMEMBERED = 10_000
-"""Vanished workers that are remembered, until word of them comes from HTCondor."""
+"""Jobs with vanished workers that are remembered, until word of them comes from HTCondor."""
 
 
 class Suspicions:
@@ -51,17 +51,26 @@ class Suspicions:
             del self._pardoned[name]
             take_back(begun)
         elif begun:
-            _remember(self._marked, name, begun)
+            _remember(self._marked, job_part(name), [*self._marked.get(job_part(name), []), *begun])
 
     def pardon(self, scheduler: Any, names: Iterable[str]) -> None:
-        """Take back all marks that these workers left, or will leave: it was the pool that took them away."""
+        """Take back the marks that these workers left, or will leave: it was the pool that took them away.
+
+        Earlier workers of the same jobs are pardoned with them. Their jobs lived on, so they were evicted too; and the
+        number of a job's start, the last part of a name, may have been counted in another way.
+        """
         there = {str(ws.name) for ws in self._workers.values()}
         for name in names:
             # A task that was forgotten meanwhile, or failed, is no task of the scheduler's any more.
-            marked = self._marked.pop(name, [])
+            marked = self._marked.pop(job_part(name), [])
             take_back(task for task in marked if scheduler.tasks.get(task.key) is task)
             if name in there:
                 _remember(self._pardoned, name, None)
+
+
+def job_part(name: str) -> str:
+    """The part of a worker's name that all workers of one job share (`worker_job.worker_name`)."""
+    return name.rpartition("-")[0]
 
 
 def take_back(tasks: Iterable[Any]) -> None:
