@@ -32,6 +32,7 @@ DRAIN = "htcdask-drain"
 WARN_AFTER = 3
 """Times that a task is handed back before the user is warned, and each time from then on."""
 
+_ENDING = (Status.closing, Status.closed, Status.failed)
 _POLL = 0.1  # seconds between two looks at the tasks in hand
 _RETRY = 1.0  # seconds between two attempts to find a worker that takes the results
 _AGREEMENT = 5.0  # seconds that the scheduler may take to hear of the last task's end
@@ -143,7 +144,7 @@ async def _finish(worker: Worker, say: Say, until: float | None) -> None:
     """Wait until the worker has no task in hand, and the scheduler knows it."""
     told = False
     agreement = math.inf
-    while worker.status not in (Status.closing, Status.closed, Status.failed):
+    while worker.status not in _ENDING:
         take_no_more(worker)
         now = time.monotonic()
         if running := in_hand(worker):
@@ -172,7 +173,7 @@ async def move_results(worker: Worker, say: Say, until: float | None) -> bool:
         whether nothing was lost.
     """
     told = False
-    while worker.status not in (Status.closing, Status.closed, Status.failed):
+    while worker.status not in _ENDING:
         take_no_more(worker)
         retired = await asyncio.wait_for(
             worker.scheduler.retire_workers(
@@ -181,6 +182,8 @@ async def move_results(worker: Worker, say: Say, until: float | None) -> bool:
             timeout=None if until is None else max(_CLOSE_TIMEOUT, until - time.monotonic()),
         )
         if retired or await assigned(worker) is None:
+            # The scheduler would answer the next heartbeat by having it close on the spot.
+            worker.periodic_callbacks["heartbeat"].stop()
             return True
         if until is not None and time.monotonic() + _RETRY > until:
             say(f"no other worker could take the results held here ({len(worker.data)}): what is needed is run again")
@@ -198,7 +201,7 @@ async def leave(worker: Worker, say: Say, vacate_time: float) -> None:
     A task that ends within the first moments is kept; the others in hand run again elsewhere.
     """
     started = time.monotonic()
-    while worker.status not in (Status.closing, Status.closed, Status.failed):
+    while worker.status not in _ENDING:
         take_no_more(worker)
         running = in_hand(worker)
         if not running or time.monotonic() > started + vacate_time * _FINISHING:
@@ -222,6 +225,8 @@ async def leave(worker: Worker, say: Say, vacate_time: float) -> None:
 
 async def _deregister(worker: Worker, say: Say) -> None:
     """Take leave of the scheduler, if the retirement has not; tasks in hand go back to the queue."""
+    if worker.status in _ENDING:
+        return
     try:
         await asyncio.wait_for(
             worker.scheduler.unregister(
@@ -243,7 +248,7 @@ async def _close(worker: Worker, say: Say, timeout: float) -> None:
 
 async def finished(worker: Worker) -> None:
     """Wait until the worker has closed by order of the scheduler, or has been closing for a while."""
-    while worker.status not in (Status.closing, Status.closed, Status.failed):
+    while worker.status not in _ENDING:
         await asyncio.sleep(0.2)
     with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(worker.finished(), timeout=_CLOSING_TIME)
