@@ -7,22 +7,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.states import Crashed, Running
 
 from prefect_htcdask.condor.job_events import EventLogReader, JobRecord, JobTable
+from prefect_htcdask.condor.schedd import ScheddClient
+from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.pool_query import query_pool
+from prefect_htcdask.gateway import HTCGatewayCluster
+from tests.cluster_fixtures import gateway_clusters, jobs_of
 from tests.prefect_fixtures import PrefectServer
 from tests.test_flows import back_to_back, write_nanoaod
+from tests.waiting import wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
@@ -81,7 +88,7 @@ def runs_of(client: SyncPrefectClient, deployment: str) -> list[FlowRun]:
     return client.read_flow_runs(flow_run_filter=wanted)
 
 
-def jobs_of(runs: Path) -> list[JobRecord]:
+def jobs_in_logs(runs: Path) -> list[JobRecord]:
     """The worker jobs that were given a slot, from HTCondor's event logs below a directory."""
     table = JobTable()
     for log in runs.glob("*/jobs.log"):
@@ -91,12 +98,15 @@ def jobs_of(runs: Path) -> list[JobRecord]:
     return [record for record in table.records.values() if record.host]
 
 
-def test_both_flows_deploy_and_one_has_a_cron_schedule(deployed: SyncPrefectClient) -> None:
+def test_all_flows_deploy_with_their_schedules(deployed: SyncPrefectClient) -> None:
     nightly = deployed.read_deployment_by_name("dimuon/nightly")
     sweep = deployed.read_deployment_by_name("percolation/sweep")
+    leftovers = deployed.read_deployment_by_name("sweep-leftovers/leftovers")
     assert [type(schedule.schedule) for schedule in nightly.schedules] == [CronSchedule]
     assert sweep.schedules == []
-    for deployment in (nightly, sweep):
+    (schedule,) = [one.schedule for one in leftovers.schedules]
+    assert isinstance(schedule, CronSchedule) and schedule.cron == "*/15 * * * *"
+    for deployment in (nightly, sweep, leftovers):
         (step,) = deployment.pull_steps or []
         assert step == {"prefect.deployments.steps.set_working_directory": {"directory": str(CHECKOUT)}}
     deadline = time.monotonic() + 60
@@ -136,6 +146,43 @@ def test_a_scheduled_run_completes_on_htcondor_workers(
     assert run.state is not None and run.state.is_completed(), f"{run.state}\n{log.read_text()}"
     assert run.auto_scheduled and abs((run.expected_start_time - soon).total_seconds()) < 1
     assert picture.exists()
-    assert jobs_of(runs), "no HTCondor job ran"
+    assert jobs_in_logs(runs), "no HTCondor job ran"
     pool = query_pool(str(htcdask_environment.condor_config))
     assert pool is not None and pool["jobs"]["total"] == 0
+
+
+@pytest.mark.timeout(240)
+def test_the_deployed_sweep_removes_what_a_crashed_flow_run_left(
+    deployed: SyncPrefectClient,
+    new_cluster: Callable[..., HTCGatewayCluster],
+    queue: ScheddClient,
+    condor_environment: EmbeddedEndpoint,
+    tmp_path: Path,
+) -> None:
+    @flow
+    def nothing() -> None: ...
+
+    crashed, running = deployed.create_flow_run(nothing), deployed.create_flow_run(nothing)
+    deployed.set_flow_run_state(crashed.id, Crashed(), force=True)
+    deployed.set_flow_run_state(running.id, Running(), force=True)
+    left, kept = (
+        new_cluster(flow_run=FlowRunTag(str(one.id), one.name, "nothing"), requirements="false")
+        for one in (crashed, running)
+    )
+    left.scale(2)
+    kept.scale(1)
+    wait_until(lambda: len(jobs_of(queue)) == 3, 20, "the jobs are in the queue")
+    deployment = deployed.read_deployment_by_name("sweep-leftovers/leftovers")
+    log = tmp_path / "worker.log"
+    with process_worker(log) as worker:
+        for dry_run in (True, False):
+            swept = deployed.create_flow_run_from_deployment(deployment.id, parameters={"dry_run": dry_run})
+            deadline = time.monotonic() + 100
+            while not ((state := deployed.read_flow_run(swept.id).state) and state.is_final()):
+                assert time.monotonic() < deadline and worker.poll() is None, log.read_text()
+                time.sleep(0.5)
+            assert state.is_completed(), f"{state}\n{log.read_text()}"
+            assert len(jobs_of(queue, left.name)) == (2 if dry_run else 0)
+    assert "2 jobs" in log.read_text() and "its flow run is Crashed" in log.read_text()
+    assert left.name not in gateway_clusters(condor_environment)
+    assert len(jobs_of(queue, kept.name)) == 1 and kept.name in gateway_clusters(condor_environment)
