@@ -18,7 +18,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import cloudpickle
 from distributed import Client, Future, wait
 
 from benchmarks.adaptive_sim.bounds import worker_seconds_floor
@@ -102,8 +101,6 @@ class Score:
 
 def run() -> Result:
     """Run all traces under all policies, one after the other."""
-    # Workers have no such module.
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     policies: dict[str, Callable[[], Any]] = {"fixed": _fixed, "ours": _ours, "HTCondorCluster.adapt": _stock}
     scores: dict[str, dict[str, Score]] = {}
     floors: dict[str, float] = {}
@@ -193,6 +190,7 @@ def play(trace: Trace, client: Client, directory: str) -> float:
         for task in tasks:
             needs.setdefault(task, []).append(needed)
     futures: dict[int, Future] = {}
+    nap = _nap()
     began = time.monotonic()
     for wave in trace.waves:
         time.sleep(wave.pause)
@@ -201,17 +199,22 @@ def play(trace: Trace, client: Client, directory: str) -> float:
                 kind = trace.kinds[trace.kind_of[task]].name
                 inputs = [futures[needed] for needed in needs.get(task, [])]
                 futures[task] = client.submit(
-                    _nap, trace.durations[task], directory, f"{kind}-{task}", inputs, key=f"{kind}-{uuid.uuid4().hex}"
+                    nap, trace.durations[task], directory, f"{kind}-{task}", inputs, key=f"{kind}-{uuid.uuid4().hex}"
                 )
         wait([futures[task] for task in wave.tasks()], timeout=TIMEOUT)
         client.gather([futures[task] for task in wave.tasks()])
     return time.monotonic() - began
 
 
-def _nap(seconds: float, directory: str, name: str, _inputs: list[Any]) -> str:
-    Path(directory, f"{name}.{uuid.uuid4().hex}").touch()
-    time.sleep(seconds)
-    return name
+def _nap() -> Callable[..., str]:
+    """The task. It is no function of this module, which workers have not: so it travels by value."""
+
+    def nap(seconds: float, directory: str, name: str, _inputs: list[Any]) -> str:
+        Path(directory, f"{name}.{uuid.uuid4().hex}").touch()
+        time.sleep(seconds)
+        return name
+
+    return nap
 
 
 def _history(constraint: str) -> list[float]:
