@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -24,6 +25,7 @@ from benchmarks.adaptive_sim.comparison import (
 from benchmarks.adaptive_sim.fixed import Fixed, fixed
 from benchmarks.adaptive_sim.forecast import BUCKET, Forecast
 from benchmarks.adaptive_sim.ours import ours
+from benchmarks.adaptive_sim.picture import Recorded, draw, run
 from benchmarks.adaptive_sim.pool import cycle_at
 from benchmarks.adaptive_sim.simulation import Outcome, Simulation, simulate
 from benchmarks.adaptive_sim.state import GroupPolicy, GroupState, Orders
@@ -367,3 +369,11 @@ def test_policies_are_made_anew_for_every_group() -> None:
 
     simulate(make("mixed", 0), policy, 0)
     assert len({id(each) for each in made}) == 3
+
+
+def test_the_picture_shows_what_it_says(tmp_path: Path) -> None:
+    decisions = [decision for _, decision in run(Recorded).decisions]
+    assert decisions[0].reason == "160 queued, 0 running, 0 pending: +40"
+    assert any(decision.submit and "ready within" in decision.reason for decision in decisions)
+    draw(str(tmp_path / "scaling.png"))
+    assert 20_000 < (tmp_path / "scaling.png").stat().st_size < 200_000
