@@ -16,12 +16,16 @@ from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from .counting import DemandCounter
+from .spreading import spread
 
 PLUGIN_NAME = "htcdask"
 WORKER_PREFIX = "htcdask-"
 
-BY_VALUE_MODULES = tuple(f"{__package__}.{name}" for name in ("demand", "counting", "kinds", "groups"))
+BY_VALUE_MODULES = tuple(f"{__package__}.{name}" for name in ("demand", "counting", "kinds", "groups", "spreading"))
 """Modules whose functions and classes are to be pickled by value with the plugin."""
+
+SPREAD_INTERVAL = 0.25
+"""Seconds between two looks at piles of tasks."""
 
 LEAVING = (Status.closing_gracefully, Status.closing)
 
@@ -51,6 +55,7 @@ class DemandPlugin(SchedulerPlugin):
         self.counter: Any = None
         self.transition: Any = None
         self.task: Any = None
+        self.spreading: Any = None
 
     async def start(self, scheduler: Any) -> None:
         """Take the place of the gateway's idle check, which does not see queued tasks, and watch the lease.
@@ -73,6 +78,7 @@ class DemandPlugin(SchedulerPlugin):
         if check is not None:
             check.cancel()
         self.task = asyncio.ensure_future(self.watch(getattr(gateway, "idle_timeout", 0) or 0))
+        self.spreading = asyncio.ensure_future(self.spread())
         # Last, and with nothing awaited after it: every later transition is told to this plugin.
         self.count_by(self.offers)
 
@@ -84,9 +90,10 @@ class DemandPlugin(SchedulerPlugin):
         self.transition = self.counter.transition
 
     async def close(self) -> None:
-        """Stop watching."""
-        if self.task is not None:
-            self.task.cancel()
+        """Stop watching and spreading."""
+        for task in (self.task, self.spreading):
+            if task is not None:
+                task.cancel()
 
     # What the supervisor calls. Handlers of a scheduler get no more than what the caller names.
 
@@ -121,7 +128,8 @@ class DemandPlugin(SchedulerPlugin):
             a mapping whose size depends on the workers and groups, not on the tasks:
             - `groups`: for each, `queued` (ready tasks without a worker), `stacked` (tasks that a worker has beyond
               what it can run at once), `coming` (tasks whose missing inputs are all in hand, by seconds from now),
-              `work` (expected seconds of what is queued and in hand) and `task_seconds` (mean of a finished task);
+              `work` (expected seconds of what is queued and in hand), `unknown` (how many of these are of a kind of
+              which none has ended) and `task_seconds` (mean of a finished task);
             - `unmatched`: ready tasks that no group can run, by what they ask for;
             - `durations`: mean seconds by task name, at most `kinds.MOST_NAMES`;
             - `in_hand`: for each busy worker its tasks that have or want a thread, at least 1;
@@ -276,6 +284,20 @@ class DemandPlugin(SchedulerPlugin):
                 await self.end(f"no supervisor has renewed the lease of {self.lease:.0f} s")
             elif idle_timeout and now - idle_from > idle_timeout:
                 await self.end(f"it has been idle for {idle_timeout:.0f} s")
+
+    async def spread(self) -> None:
+        """Keep tasks that ask for resources from piling up on the workers that came first."""
+        took = 0.0
+        while True:
+            # Of the scheduler's time it takes one part in a hundred at most, however many workers there are.
+            await asyncio.sleep(max(SPREAD_INTERVAL, 100 * took))
+            begun = time.perf_counter()
+            if self.counter.kinds.restricted:
+                try:
+                    spread(self.scheduler)
+                except Exception:
+                    logger.warning("htcdask: tasks could not be spread over the workers", exc_info=True)
+            took = time.perf_counter() - begun
 
     async def end(self, why: str) -> None:
         """Ask the gateway to stop this cluster."""
