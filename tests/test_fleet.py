@@ -73,8 +73,9 @@ def test_held_jobs_are_no_supply() -> None:
 
 
 def test_what_is_a_failure_to_start() -> None:
-    fleet = a_fleet("1.0", "1.1", "1.2", "1.3", "1.4")
+    fleet = a_fleet("1.0", "1.1", "1.2", "1.3", "1.4", "1.5")
     assert tell(fleet, "JOB_TERMINATED", "1.0", ReturnValue=1)
+    assert tell(fleet, "JOB_ABORTED", "1.5", Reason="by the administrator"), "nor may these be replaced for ever"
     assert tell(fleet, "JOB_HELD", "1.1", HoldReasonCode=35)
     fleet.saw_workers(["htcdask-1.2-0"])
     assert not tell(fleet, "JOB_TERMINATED", "1.2", ReturnValue=1), "its worker had joined"
@@ -124,14 +125,14 @@ def test_each_group_has_its_own_supply() -> None:
 
 
 def test_each_group_has_its_own_demand() -> None:
-    told = {"queued": 5, "stacked": 1, "coming": {10: 2}, "work": 7.5, "task_seconds": 1.5}
+    told = {"queued": 5, "stacked": 1, "coming": {10: 2}, "work": 7.5, "unknown": 4, "task_seconds": 1.5}
     demands = two_groups().demands(
         {"groups": {"gpu": told}, "in_hand": {"htcdask-1.1-0": 2, "htcdask-2.0-0": 3, "somebody": 9}}
     )
     assert (demands["cpu"].queued, demands["cpu"].in_hand) == (0, {"htcdask-1.1-0": 2})
     gpu = demands["gpu"]
     assert (gpu.queued, gpu.in_hand, gpu.coming) == (5, {"htcdask-2.0-0": 3}, {10: 2})
-    assert (gpu.work, gpu.task_seconds) == (7.5, 1.5)
+    assert (gpu.stacked, gpu.work, gpu.unknown, gpu.task_seconds) == (1, 7.5, 4, 1.5)
 
 
 def test_a_worker_that_leaves_by_itself_counts_as_gone() -> None:

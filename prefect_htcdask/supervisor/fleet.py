@@ -90,7 +90,7 @@ class Fleet:
         return (
             unexpected
             and never_joined
-            and (change.what == "exited" or (change.what == "held" and record.hold_code != 1))
+            and (change.what in ("exited", "removed") or (change.what == "held" and record.hold_code != 1))
         )
 
     def queued_jobs(self) -> list[JobRecord]:
@@ -109,9 +109,11 @@ class Fleet:
             group: Demand(
                 queued=told.get("queued", 0),
                 in_hand=in_hand[group],
+                stacked=told.get("stacked", 0),
                 coming=told.get("coming", {}),
                 task_seconds=told.get("task_seconds", 0.0),
                 work=told.get("work", 0.0),
+                unknown=told.get("unknown", 0),
             )
             for group in self.groups
             for told in [counts.get(group, {})]

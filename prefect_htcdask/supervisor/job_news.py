@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..condor.diagnosis import Diagnosis, diagnose_exit, diagnose_hold, diagnose_waiting
+from ..condor.diagnosis import diagnose_exit, diagnose_hold, diagnose_waiting
 from ..condor.job_events import JobChange, JobRecord, JobState
 from ..condor.staging import RunDirectory
 from .fleet import Fleet
@@ -71,16 +71,18 @@ class JobNews:
         if change.what == "exited" and (record.exit_code or record.exit_signal is not None or failed_start):
             return "warning", f"ended on {record.host}: {self.why_it_ended(record)}"
         if change.what == "removed":
-            return "warning", f"removed: {change.reason}"
+            return "warning", self.why_it_ended(record)
         if change.what == "evicted":
             return "info", f"evicted from {record.host}: {change.reason}"
         return None
 
-    def why_it_ended(self, record: JobRecord) -> Diagnosis:
-        """The diagnosis of a job that is held or ended by itself."""
+    def why_it_ended(self, record: JobRecord) -> str:
+        """Why a job is held or no more, in words."""
         if record.state is JobState.HELD:
-            return diagnose_hold(record.hold_code, record.hold_subcode, record.reason)
-        return diagnose_exit(record.exit_code, record.exit_signal, self._directory.stderr_tail(record.job_id))
+            return str(diagnose_hold(record.hold_code, record.hold_subcode, record.reason))
+        if record.state is JobState.REMOVED:
+            return f"removed: {record.reason}"
+        return str(diagnose_exit(record.exit_code, record.exit_signal, self._directory.stderr_tail(record.job_id)))
 
 
 def why_none_joined(fleet: Fleet, group: Group, slots: Sequence[Mapping[str, Any]]) -> str:
