@@ -9,6 +9,7 @@ It travels by value to the scheduler (see `demand`): it imports nothing of this 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from itertools import islice
 from time import monotonic
@@ -26,6 +27,9 @@ FARTHEST = 3600
 
 SAMPLE = 32
 """Tasks of one worker that are looked at, at most, to tell what is stacked on it."""
+
+LOOKED_AT = 20_000
+"""About so many are looked at on all workers together, for one answer."""
 
 
 class Waiting:
@@ -307,35 +311,41 @@ class DemandCounter:
         """Add the tasks that a worker has beyond what it can run at once, by group.
 
         Tasks with resources are never queued: they pile up on the workers that there are. Of a long pile a part is
-        looked at. Work stealing moves tasks without a transition, so that piles cannot be counted as they grow.
+        looked at, the smaller the more workers there are. Work stealing moves tasks without a transition, so that
+        piles cannot be counted as they grow.
         """
-        processing, seceded = ws.processing, ws.long_running
-        beyond_threads = len(processing) - len(seceded) - ws.nthreads
+        processing = ws.processing
+        number = len(processing)
+        beyond_threads = number - len(ws.long_running) - ws.nthreads
         if not self.kinds.restricted:
             if beyond_threads > 0:
                 first = next(iter(self.kinds.groups))
                 stacked[first] = stacked.get(first, 0) + beyond_threads
             return
-        if len(processing) < 2:
+        if number < 2:
             return
-        alike: dict[Kind, int] = {}
-        looked_at = 0
-        for task in islice(processing, SAMPLE):
-            held = self._in_hand.get(task.key)
-            if held is not None:
-                looked_at += 1
-                alike[held[0]] = alike.get(held[0], 0) + 1
+        in_hand = self._in_hand
+        looked_at = [
+            held[0]
+            for task in islice(processing, max(2, min(SAMPLE, LOOKED_AT // len(self.scheduler.workers))))
+            if (held := in_hand.get(task.key)) is not None
+        ]
         if not looked_at:
+            return
+        one = looked_at[0]
+        if all(kind is one for kind in looked_at):
+            beyond = max(beyond_threads, number - _slots(ws, one.resources, number))
+            if beyond > 0:
+                stacked[one.group.name] = stacked.get(one.group.name, 0) + beyond
             return
         # By wish, not by name: tasks of different names share a worker's resources.
         piles: dict[tuple[str, frozenset[Any]], int] = {}
-        for kind, count in alike.items():
+        for kind, count in Counter(looked_at).items():
             wish = kind.group.name, frozenset(kind.resources.items())
-            piles[wish] = piles.get(wish, 0) + round(count * len(processing) / looked_at)
+            piles[wish] = piles.get(wish, 0) + round(count * number / len(looked_at))
         running: list[tuple[int, str]] = []
         for (group, resources), count in piles.items():
-            slots = min((int(ws.resources.get(name, 0) // need) for name, need in resources if need > 0), default=count)
-            beyond = max(0, count - slots)
+            beyond = max(0, count - _slots(ws, dict(resources), count))
             stacked[group] = stacked.get(group, 0) + beyond
             beyond_threads -= beyond
             running.append((count - beyond, group))
@@ -344,6 +354,15 @@ class DemandCounter:
                 break
             stacked[group] += min(count, beyond_threads)
             beyond_threads -= count
+
+
+def _slots(ws: Any, resources: Mapping[str, float], most: int) -> int:
+    """How many tasks that ask for these a worker's resources are enough for at once; `most` where they are for all."""
+    offered = ws.resources
+    for name, need in resources.items():
+        if need > 0:
+            most = min(most, int(offered.get(name, 0) // need))
+    return most
 
 
 def _from_now(coming: Mapping[int, int], now: float) -> dict[int, int]:
