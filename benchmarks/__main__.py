@@ -11,7 +11,7 @@ import typer
 
 from benchmarks.result import Result
 
-NAMES = ("submit", "start", "cleanup", "adaptive-sim", "adaptive-pool")
+NAMES = ("submit", "start", "cleanup", "plugin", "adaptive-sim", "adaptive-pool")
 """Each is a module or package here, with underscores for hyphens."""
 
 
