@@ -273,7 +273,12 @@ def test_an_ephemeral_server_is_handed_to_the_workers(tmp_path: Path) -> None:
         )
     )
     environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
-    environment.update(PREFECT_HOME=str(tmp_path / "home"), PREFECT_SERVER_ALLOW_EPHEMERAL_MODE="true")
+    # A busy machine takes longer to start the server than Prefect waits by default.
+    environment.update(
+        PREFECT_HOME=str(tmp_path / "home"),
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE="true",
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="100",
+    )
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150
     )
