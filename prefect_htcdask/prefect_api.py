@@ -29,7 +29,9 @@ def prefect_api() -> Iterator[SyncPrefectClient]:
     try:
         client = get_client(sync_client=True)
     except (ValueError, RuntimeError) as exc:
-        raise PrefectAPIError(f"no Prefect API can be had: {exc}") from exc
+        # Where no address is set, Prefect may try to start a server of its own.
+        hint = "" if "PREFECT_API_URL" in str(exc) else " Set PREFECT_API_URL to the address of a running server"
+        raise PrefectAPIError(f"no Prefect API can be had: {exc}{hint}") from exc
     finally:
         SyncClientContext.__var__.reset(token)
     named = f"the Prefect API at {str(client.api_url).rstrip('/')} (PREFECT_API_URL)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import subprocess
 import sys
 import textwrap
@@ -163,7 +164,8 @@ def test_each_end_removes_the_jobs_of_its_attempt_only(
     later.scale(1)
     wait_until(lambda: len(jobs_of(queue)) == 4, 20, "the jobs are in the queue")
     # Twice, and at once, as Prefect's processes may.
-    calls = [threading.Thread(target=remove_leftover_jobs, args=(nothing, run, state)) for _ in range(2)]
+    arguments = (remove_leftover_jobs, nothing, run, state)
+    calls = [threading.Thread(target=contextvars.copy_context().run, args=arguments) for _ in range(2)]
     for call in calls:
         call.start()
     for call in calls:
