@@ -69,6 +69,27 @@ def test_a_late_task_holds_its_worker_until_another_would_come_as_soon() -> None
     supply = busy(1, idle={"i": NOW - 500}, waits=[30.0], boot=5)
     assert not decide(Demand(in_hand=in_hand(1), coming={-30.0: 1}), supply, HOW, NOW).changes
     assert decide(Demand(in_hand=in_hand(1), coming={-40.0: 1}), supply, HOW, NOW).retire == ("i",)
+    pending = busy(1, pending=("1.0",), unstarted=1, waits=[30.0], boot=5)
+    assert decide(Demand(in_hand=in_hand(1), coming={-40.0: 1}), pending, HOW, NOW).remove_pending == ("1.0",)
+
+
+def test_quick_starts_do_not_drop_the_jobs_that_follow_them() -> None:
+    # Forty are asked for a minute ahead. The first start after 20 s, sooner than any before: now half a minute would
+    # do for a new one, but the others are not dropped to be asked for again in a moment.
+    how = dataclasses.replace(HOW, target=Target(maximum=100))
+    demand = Demand(in_hand=in_hand(1), coming={60.0: 40}, task_seconds=60, work=60)
+    assert decide(demand, busy(1, waits=[55.0] * 10, boot=10), how, NOW).submit == 40
+    pending = tuple(f"1.{n}" for n in range(40))
+    learned = busy(1, waits=[55.0] * 10 + [20.0] * 20, boot=10, pending=pending, unstarted=20)
+    later = dataclasses.replace(demand, coming={40.0: 40})
+    assert not decide(later, learned, how, NOW + 20).changes
+    # Nor does an idle worker go while pending ones, which ought to go first, stay.
+    decision = decide(later, dataclasses.replace(learned, idle={"i": NOW - 500}), how, NOW + 20)
+    assert (decision.remove_pending, decision.retire) == (("1.39",), ())
+    # What is farther than that is asked for again in time.
+    assert len(decide(demand, learned, how, NOW + 20).remove_pending) == 0
+    far = dataclasses.replace(demand, coming={70.0: 40})
+    assert len(decide(far, learned, how, NOW + 20).remove_pending) == 40
 
 
 def test_workers_that_would_come_after_the_work_is_done_are_not_asked_for() -> None:
@@ -78,6 +99,8 @@ def test_workers_that_would_come_after_the_work_is_done_are_not_asked_for() -> N
     assert not decide(demand, supply, HOW, NOW).changes
     # Where one comes in a moment, those are asked for that still find one of the 44 - 4 * 3.
     assert decide(demand, busy(4, waits=[1.0], boot=2), HOW, NOW).submit == 32
+    pending = tuple(f"1.{n}" for n in range(30))
+    assert decide(demand, busy(4, waits=[1.0], boot=2, pending=pending, unstarted=30), HOW, NOW).submit == 2
     # Long ones wait still.
     assert decide(dataclasses.replace(demand, task_seconds=600, work=26400), supply, HOW, NOW).submit == 40
 

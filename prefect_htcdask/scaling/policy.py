@@ -24,6 +24,9 @@ RECENT_WAITS = 50
 FIRST_WAIT = 60.0
 """Seconds that a job is taken to wait before any has started: HTCondor's default negotiation cycle."""
 
+PENDING_STAY = 2.0
+"""Times the expected arrival that pending jobs are kept ahead of their tasks."""
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -62,9 +65,9 @@ class Demand:
         """Tasks in hand beyond their workers' threads."""
         return sum(count - threads for count in self.in_hand.values() if count > threads)
 
-    def ready_within(self, seconds: float) -> int:
-        """Tasks that are not ready yet, but are expected to be within this time; if late, then by no more than it."""
-        return sum(count for at, count in self.coming.items() if -seconds <= at <= seconds)
+    def ready_within(self, seconds: float, ahead: float = 1.0) -> int:
+        """Tasks that are not ready yet, but are expected to be within so many times this time; late by it at most."""
+        return sum(count for at, count in self.coming.items() if -seconds <= at <= ahead * seconds)
 
     def mean(self) -> float:
         """Seconds that one of the tasks takes, as far as is known; 0: it is not."""
@@ -183,17 +186,23 @@ class Decision:
         return bool(self.submit or self.remove_pending or self.retire)
 
 
-def wanted_workers(demand: Demand, supply: Supply, settings: PolicySettings) -> int:
+def wanted_workers(demand: Demand, supply: Supply, settings: PolicySettings, ahead: float = 1.0) -> int:
     """How many workers the demand asks for, within the target's bounds.
 
     A task needs a thread whether it waits or runs, and so does one that will be ready by the time a worker that is
     asked for now joins. One that is later than that by as long is not believed in any more: it may be later still.
     Pending workers do not lower the number, so a first worker's arrival changes nothing.
+
+    Args:
+        demand: what the scheduler has to run.
+        supply: the workers there are.
+        settings: how to behave.
+        ahead: how many times as far to look.
     """
     target = settings.target
     if target.fixed is not None:
         return target.fixed
-    tasks = demand.tasks + demand.ready_within(supply.arrival)
+    tasks = demand.tasks + demand.ready_within(supply.arrival, ahead)
     return min(max(math.ceil(tasks / _tasks_at_once(demand, settings)), target.minimum), target.maximum)
 
 
@@ -280,9 +289,11 @@ def _shrink(wanted: int, demand: Demand, supply: Supply, settings: PolicySetting
     if not fixed and demand.waiting(settings.threads):
         # Tasks wait for a thread: nothing that could serve them goes, whatever the arithmetic of threads says.
         return Decision(target=wanted)
-    # The newest go first: the oldest are next to start.
-    remove = tuple(reversed(supply.pending))[:surplus]
-    surplus -= len(remove)
+    # The newest go first: the oldest are next to start. What was asked for ahead stays though the expected arrival,
+    # which each start teaches anew, gets shorter: quick starts are no reason to drop those that are about to start.
+    removable = min(surplus, max(0, supply.total - wanted_workers(demand, supply, settings, PENDING_STAY)))
+    remove = tuple(reversed(supply.pending))[:removable]
+    surplus = surplus - len(remove) if len(remove) == len(supply.pending) else 0
     # Those without results first: there is nothing to move.
     order = sorted(supply.idle, key=lambda name: (name in supply.holding, supply.idle[name], name))
     if fixed:
