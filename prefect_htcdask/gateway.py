@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import operator
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
@@ -25,10 +24,11 @@ from .hand_off import gateway_access, hand_off, scheduler_plugin
 from .resolution import Parts, resolve_parts, worker_offers, worker_specs
 from .run_files import prune, run_directory
 from .scaling.demand import PLUGIN_NAME
+from .scaling_requests import adapt_request, hold_request, scale_request, worker_count
 from .settings import HTCDaskSettings, WorkerSettings, load_settings
 from .supervisor import oneshot
 from .supervisor.handle import SupervisorError, SupervisorHandle
-from .supervisor.protocol import Preflight, group_of
+from .supervisor.protocol import Preflight
 from .threads import in_thread
 from .worker_groups import OFFERS_METADATA
 
@@ -177,7 +177,7 @@ class HTCGatewayCluster(GatewayCluster):
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in _WORKER_FIELDS}
         self._prepare(settings, flow_run, worker_secrets, on_message, given, workers)
         if n_workers is not None:
-            self._fixed = _worker_count(n_workers)
+            self._fixed = worker_count(n_workers)
         self.parts = parts or resolve_parts(
             self.settings,
             address=address,
@@ -386,8 +386,7 @@ class HTCGatewayCluster(GatewayCluster):
         Raises:
             ValueError: `n` is no number of workers, or there is no such group.
         """
-        request = {"op": "scale", "n": _worker_count(n), "group": group_of({"group": group}, self._offers)}
-        return self.gateway.sync(self._set_target, request, **kwargs)
+        return self.gateway.sync(self._set_target, scale_request(n, group, self._offers), **kwargs)
 
     def adapt(
         self,
@@ -408,19 +407,10 @@ class HTCGatewayCluster(GatewayCluster):
         Raises:
             ValueError: minimum is above maximum, or negative, or there is no such group.
         """
-        group = group_of({"group": group}, self._offers)
-        limits = self.settings.groups.get(group)
-        low = (limits and limits.minimum) or 0 if minimum is None else _worker_count(minimum)
-        if maximum is not None:
-            high = _worker_count(maximum)
+        if active:
+            request = adapt_request(minimum, maximum, group, self._offers, self.settings)
         else:
-            high = max((limits and limits.maximum) or self.settings.adaptive.maximum, low)
-        if low > high:
-            raise ValueError(
-                f"adapt: minimum = {low} is above maximum = {high}; raise the maximum or lower the minimum"
-            )
-        request: dict[str, Any] = {"op": "adapt", "minimum": low, "maximum": high} if active else {"op": "hold"}
-        request["group"] = group
+            request = hold_request(group, self._offers)
         return self.gateway.sync(self._set_target, request, **kwargs)
 
     async def _set_target(self, request: dict[str, Any]) -> None:
@@ -473,16 +463,6 @@ class HTCGatewayCluster(GatewayCluster):
 
     def __repr__(self) -> str:
         return f"HTCGatewayCluster<{self.name}, status={self.status}>"
-
-
-def _worker_count(n: Any) -> int:
-    try:
-        count = -1 if isinstance(n, bool) else operator.index(n)
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise ValueError(f"{n!r} is no number of workers; it is a whole number from 0")
-    return count
 
 
 __all__ = ["GatewayUnreachable", "HTCGateway", "HTCGatewayCluster", "SupervisorError", "WorkerJobError"]
