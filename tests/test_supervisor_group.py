@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import classad2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_htcdask.condor.job_events import JobRecord, apply
 from prefect_htcdask.condor.staging import RunDirectory
-from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.condor.worker_job import WorkerSpec, checked_expression
 from prefect_htcdask.scaling.policy import Demand, Supply, Target, decide
 from prefect_htcdask.supervisor.fleet import Fleet
 from prefect_htcdask.supervisor.group import Group, idle_job_caps
@@ -66,6 +68,50 @@ def test_a_worker_that_joins_makes_up_for_bad_starts() -> None:
     assert demand_and_decision(group, 100.0) == (2, "")
     group.joined(record(0.0, 0.0), None)
     assert demand_and_decision(group, 1.2) == (2, "")
+
+
+def failed_on(group: Group, *slots: str | None) -> None:
+    for slot in slots:
+        bad = record(0.0, 0.0)
+        bad.host = slot
+        group.failed(bad, 1.0)
+
+
+def test_a_bad_machine_counts_once_where_there_are_others() -> None:
+    group = a_group()
+    failed_on(group, "slot1_1@bad.example")
+    assert group.suspects() == set(), "once is no proof"
+    failed_on(group, "slot1_2@bad.example", "slot1_3@bad.example")
+    assert group.suspects() == {"bad.example"}
+    assert group.suspects() == set(), "until there is one more"
+    assert group.avoid({"bad.example"}, {"bad.example", "good.example"}) == {"bad.example"}
+    assert group.failures == 1
+    assert demand_and_decision(group, 100.0) == (2, "")
+    failed_on(group, "slot1@good.example", None)
+    assert group.failures == 3 and "3 workers in a row" in demand_and_decision(group, 100.0)[1]
+    group.wants(Target(fixed=2))
+    assert group.failures == 0 and not group.avoided, "whoever asks again may have repaired it"
+
+
+@pytest.mark.parametrize("machines", [set(), {"bad"}, {"bad", "worse"}])
+def test_a_bad_machine_is_not_avoided_where_there_is_no_better(machines: set[str]) -> None:
+    group = a_group()
+    failed_on(group, "slot1@worse", "slot1_1@bad", "slot1_2@bad")
+    assert group.avoid(group.suspects(), machines) == set()
+    assert group.failures == 3 and group.job_spec is group.spec
+
+
+@pytest.mark.parametrize("own", [None, "HasCVMFS || Memory > 10"])
+@pytest.mark.parametrize(("machine", "fits"), [("good", True), ("bad", False), ("worse", False)])
+def test_later_jobs_keep_off_a_bad_machine(own: str | None, machine: str, fits: bool) -> None:
+    group = a_group()
+    group.plan = dataclasses.replace(group.plan, spec=WorkerSpec(requirements=own))
+    group.avoided |= {"bad", "worse"}
+    job = classad2.ClassAd({"MyType": "Job"})
+    job["Requirements"] = classad2.ExprTree(checked_expression(str(group.job_spec.requirements), "requirements"))
+    slot = classad2.ClassAd({"MyType": "Machine", "Machine": machine, "Memory": 20})
+    slot["Requirements"] = classad2.ExprTree("true")
+    assert job.symmetricMatch(slot) is fits
 
 
 def test_the_first_worker_may_take_its_time() -> None:

@@ -244,6 +244,7 @@ class ScheddClient:
                 htcondor2.AdType.Startd,
                 projection=[
                     "Name",
+                    "Machine",
                     "State",
                     "SlotType",
                     "Cpus",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from ..condor.job_events import JobRecord
-from ..condor.worker_job import JobFiles, WorkerSpec
+from ..condor.worker_job import JobFiles, WorkerSpec, string_literal
 from ..scaling.policy import PolicySettings, Supply, Target
 from .protocol import GroupPlan
 
@@ -29,11 +29,13 @@ class Group:
         files: what its jobs take with them.
         waits: how long the latest jobs waited in the queue before they started, oldest first.
         boots: how long the latest workers took from their job's start until they joined.
-        failures: jobs in a row that ended or were held before their worker joined.
+        failed_on: where the jobs ran, in a row, that ended or were held before their worker joined; empty where one
+            never ran.
         last_failure: when the last of them did.
         last_failed: that job.
         waiting_since: since when somebody waits for the first worker.
         has_joined: whether a worker ever joined.
+        avoided: machines where several workers in a row did not come up: no more jobs go there.
         gave_up: whether workers cannot be had, as was told.
         submit_after: no submission before this time: the schedd refused the last one.
     """
@@ -45,24 +47,58 @@ class Group:
     files: JobFiles | None = None
     waits: deque[float] = field(default_factory=lambda: deque(maxlen=_LATEST))
     boots: deque[float] = field(default_factory=lambda: deque(maxlen=_LATEST))
-    failures: int = 0
+    failed_on: list[str] = field(default_factory=list)
     last_failure: float | None = None
     last_failed: JobRecord | None = None
     waiting_since: float | None = None
     has_joined: bool = False
+    avoided: set[str] = field(default_factory=set)
     gave_up: bool = False
     submit_after: float = 0.0
     backoff: float = _FIRST_BACKOFF
+    looked_at: int = 0
 
     @property
     def spec(self) -> WorkerSpec:
         """What one worker is."""
         return self.plan.spec
 
+    @property
+    def job_spec(self) -> WorkerSpec:
+        """What a worker is that is submitted now: it keeps off the machines to be avoided."""
+        if not self.avoided:
+            return self.spec
+        elsewhere = " && ".join(f"TARGET.Machine =!= {string_literal(name)}" for name in sorted(self.avoided))
+        own = f"({self.spec.requirements}) && " if self.spec.requirements else ""
+        return dataclasses.replace(self.spec, requirements=own + elsewhere)
+
+    @property
+    def failures(self) -> int:
+        """Bad starts in a row, for the failure budget: those on one machine that is avoided now count as one."""
+        return sum(1 for machine in self.failed_on if machine not in self.avoided) + len(
+            self.avoided.intersection(self.failed_on)
+        )
+
+    def suspects(self) -> set[str]:
+        """Machines where two workers in a row or more did not come up; each time there is one more failure."""
+        if len(self.failed_on) == self.looked_at:
+            return set()
+        self.looked_at = len(self.failed_on)
+        counts = Counter(machine for machine in self.failed_on if machine)
+        return {machine for machine, count in counts.items() if count > 1} - self.avoided
+
+    def avoid(self, suspects: set[str], machines: set[str]) -> set[str]:
+        """Submit no more to machines, if the pool has others that may do better; returns those newly avoided."""
+        if not machines - self.avoided - set(self.failed_on):
+            return set()
+        self.avoided |= suspects & machines
+        return suspects & machines
+
     def wants(self, target: Target) -> None:
         """Take a new target. Who asks again gets a fresh failure budget, and the time that a first worker may take."""
         self.target = target
-        self.failures, self.last_failure, self.gave_up = 0, None, False
+        self._start_afresh()
+        self.avoided.clear()
         self.submit_after, self.backoff = 0.0, _FIRST_BACKOFF
         self.waiting_since = None
 
@@ -75,15 +111,19 @@ class Group:
 
     def joined(self, record: JobRecord, when: float | None) -> None:
         """A job's worker has joined the scheduler, at the Unix time `when` if that is known."""
-        self.failures, self.last_failure, self.gave_up = 0, None, False
+        self._start_afresh()
         self.has_joined = True
         if when is not None and record.started is not None:
             self.boots.append(max(0.0, when - record.started))
 
     def failed(self, record: JobRecord, now: float) -> None:
         """A job ended or was held before its worker joined."""
-        self.failures += 1
+        self.failed_on.append((record.host or "").rpartition("@")[2])
         self.last_failure, self.last_failed = now, record
+
+    def _start_afresh(self) -> None:
+        self.failed_on, self.looked_at = [], 0
+        self.last_failure, self.gave_up = None, False
 
     def submitted(self, now: float) -> None:
         """The schedd took new jobs."""

@@ -85,6 +85,18 @@ class JobNews:
         return str(diagnose_exit(record.exit_code, record.exit_signal, self._directory.stderr_tail(record.job_id)))
 
 
+def unmatched(wish: str, count: int, groups: Iterable[Group]) -> str:
+    """That tasks ask for what no worker of any group offers."""
+    offers = "; ".join(
+        f"{group.name}: {', '.join(f'{name}={amount:g}' for name, amount in group.spec.resources.items()) or '-'}"
+        for group in groups
+    )
+    return (
+        f"{count} waiting task{'s'[: count > 1]} asked for {wish}, which no worker group offers ({offers}): ask for "
+        "less, or have a group offer it (worker.gpus, worker.resources, workers)"
+    )
+
+
 def why_none_joined(fleet: Fleet, group: Group, slots: Sequence[Mapping[str, Any]]) -> str:
     """Why no worker of a group has come, as far as jobs and slots tell."""
     jobs = [record for record in fleet.table.records.values() if fleet.group_of(record) == group.name]

@@ -21,7 +21,7 @@ from ..condor.worker_job import cluster_constraint, submit_description
 from ..scaling.policy import Decision, Target, decide
 from .fleet import Fleet
 from .group import Group, idle_job_caps
-from .job_news import JobNews, why_none_joined
+from .job_news import JobNews, unmatched, why_none_joined
 from .protocol import HandOff, group_of, target_of
 from .scheduler_link import GatewayLink, SchedulerLink
 
@@ -162,6 +162,9 @@ class Supervisor:
         known = await self.take_answer(answer)
         if self.over.is_set():
             return
+        for group in self.groups.values():
+            if suspects := group.suspects():
+                await self.avoid(group, suspects)
         now = time.monotonic()
         supplies = self.fleet.supplies(answer if known else None, now)
         demands = self.fleet.demands(answer) if answer and known else {}
@@ -221,7 +224,8 @@ class Supervisor:
             self.groups[self.fleet.group_of(record)].joined(record, joined_at if known else None)
             self.say({"kind": "job", "what": "joined", "job": job_id, "host": record.host})
         for wish, count in answer.get("unmatched", {}).items():
-            self.warn_of_unmatched(wish, count)
+            text = unmatched(wish, count, self.groups.values())
+            self.tell_once("warning", text, key=f"unmatched {wish}")
         for request in answer.get("requests", ()):
             if request["number"] > self._request_seen:
                 self._request_seen = request["number"]
@@ -286,7 +290,7 @@ class Supervisor:
         """Submit workers in one transaction, if the schedd takes them; returns how many it took."""
         assert group.files is not None
         commands = submit_description(
-            group.spec,
+            group.job_spec,
             group.files,
             cluster_name=self.plan.access.cluster_name,
             group=group.name,
@@ -351,18 +355,17 @@ class Supervisor:
             why = str(exc)
         self.fail(group, f"no worker started within worker.start_timeout = {group.plan.start_timeout:.0f} s: {why}")
 
-    def warn_of_unmatched(self, wish: str, count: int) -> None:
-        """Tasks ask for what no worker of any group offers."""
-        offers = "; ".join(
-            f"{name}: {', '.join(f'{resource}={amount:g}' for resource, amount in group.spec.resources.items()) or '-'}"
-            for name, group in self.groups.items()
-        )
-        self.tell_once(
-            "warning",
-            f"{count} waiting task{'s'[: count > 1]} asked for {wish}, which no worker group offers ({offers}): ask "
-            "for less, or have a group offer it (worker.gpus, worker.resources, workers)",
-            key=f"unmatched {wish}",
-        )
+    async def avoid(self, group: Group, suspects: set[str]) -> None:
+        """Have later jobs of a group keep off machines where its workers do not come up, if there are others."""
+        try:
+            slots = await self.condor(self.schedd.slots)
+        except ScheddError as exc:
+            logger.info("%s", exc)
+            return
+        avoided = group.avoid(suspects, {str(slot.get("Machine")) for slot in slots})
+        if avoided:
+            where = ", ".join(sorted(avoided))
+            self.tell_once("warning", f"workers do not come up on {where}: later ones of this run go elsewhere")
 
     # Words
 
