@@ -148,6 +148,14 @@ def test_tasks_that_pile_up_on_a_worker_are_demand() -> None:
     assert decide(demand, busy(1), how, NOW).submit == 4
 
 
+def test_tasks_that_pile_up_keep_idle_workers_as_queued_ones_do() -> None:
+    # Dask will move them over in a moment.
+    how = dataclasses.replace(HOW, threads=2)
+    supply = busy(1, idle={f"i{n}": NOW - 500 for n in range(4)})
+    assert not decide(Demand(in_hand={"w0": 5}, stacked=3), supply, how, NOW).changes
+    assert len(decide(Demand(in_hand={"w0": 2}), supply, how, NOW).retire) == 4
+
+
 @pytest.mark.parametrize("workers", range(1, 10))
 def test_tasks_that_wait_beside_free_threads_want_something_else(workers: int) -> None:
     # Ten tasks that want the one GPU of a worker with four threads: ten workers, however many have joined.
