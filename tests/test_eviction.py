@@ -383,3 +383,22 @@ def test_killed_workers_are_replaced_and_their_results_kept_elsewhere(
         marks.let_go("long")
         assert long.result(timeout=30) == "long"
     assert len(re.findall("ended by signal SIGKILL", texts(messages, "log"))) >= 1
+
+
+def test_fast_evictions_and_removals_are_held_against_no_task(
+    new_cluster: NewCluster, queue: ScheddClient, marks: Marks, messages: Messages
+) -> None:
+    """condor_vacate_job -fast gives a worker no time to hand anything back; six times in a row."""
+    where = str(marks.directory)
+    with new_cluster(n_workers=2) as cluster, cluster.get_client() as client:
+        client.wait_for_workers(2, timeout=60)
+        long = client.submit(gated, where, "long")
+        for n in range(1, 7):
+            worker = marks.begins("long", n)
+            vacate(queue, worker, htcondor2.JobAction.VacateFast)
+            marks.begins("long", n + 1)
+            wait_until(lambda: client.run_on_scheduler(suspicions) == {}, 10, "the mark is taken back")
+        marks.let_go("long")
+        assert long.result(timeout=30) == "long"
+        assert marks.counts() == {"long": 7}
+    assert texts(messages, "failed") == ""

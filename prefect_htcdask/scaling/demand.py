@@ -17,11 +17,14 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from .counting import DemandCounter
 from .spreading import spread
+from .suspicion import Suspicions
 
 PLUGIN_NAME = "htcdask"
 WORKER_PREFIX = "htcdask-"
 
-BY_VALUE_MODULES = tuple(f"{__package__}.{name}" for name in ("demand", "counting", "kinds", "groups", "spreading"))
+BY_VALUE_MODULES = tuple(
+    f"{__package__}.{name}" for name in ("demand", "counting", "kinds", "groups", "spreading", "suspicion")
+)
 """Modules whose functions and classes are to be pickled by value with the plugin."""
 
 SPREAD_INTERVAL = 0.25
@@ -54,6 +57,7 @@ class DemandPlugin(SchedulerPlugin):
         self.scheduler: Any = None
         self.counter: Any = None
         self.transition: Any = None
+        self.suspicions = Suspicions()
         self.task: Any = None
         self.spreading: Any = None
 
@@ -66,13 +70,16 @@ class DemandPlugin(SchedulerPlugin):
         self.expires = time.monotonic() + self.lease
         earlier = scheduler.plugins.get(PLUGIN_NAME)
         if earlier is not None:
-            for attribute in ("owner", "epoch", "request_number", "requests"):
+            for attribute in ("owner", "epoch", "request_number", "requests", "suspicions"):
                 setattr(self, attribute, getattr(earlier, attribute, getattr(self, attribute)))
             await earlier.close()
         scheduler.handlers["htcdask_demand"] = self.demand
         scheduler.handlers["htcdask_claim"] = self.claim
         scheduler.handlers["htcdask_scale"] = self.scale
         scheduler.handlers["htcdask_retire"] = self.retire
+        scheduler.handlers["htcdask_pardon"] = self.pardon
+        for address in scheduler.workers:
+            self.suspicions.add_worker(scheduler, address)
         gateway = scheduler.services.get("gateway")
         check = getattr(gateway, "check_idle_task", None)
         if check is not None:
@@ -189,6 +196,10 @@ class DemandPlugin(SchedulerPlugin):
         alive = self.owner is not None and time.monotonic() < self.expires
         return {"owner": self.owner if alive else None, "number": self.request_number}
 
+    async def pardon(self, names: list[str]) -> None:
+        """Hold the loss of these workers against no task: HTCondor took them away."""
+        self.suspicions.pardon(self.scheduler, names)
+
     async def retire(self, names: list[str], idle_only: bool = False) -> list[str]:
         """Move results off workers, then close them; returns the names of those that went.
 
@@ -253,10 +264,12 @@ class DemandPlugin(SchedulerPlugin):
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         """It is idle from now."""
+        self.suspicions.add_worker(scheduler, worker)
         self.counter.last_busy[worker] = time.monotonic()
 
     def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
-        """Forget it."""
+        """Forget it, and hold its loss against the tasks that it had begun alone."""
+        self.suspicions.remove_worker(scheduler, worker)
         self.counter.last_busy.pop(worker, None)
 
     def restart(self, scheduler: Any) -> None:

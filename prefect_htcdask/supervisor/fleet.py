@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..condor.job_events import JobChange, JobRecord, JobState, JobTable
-from ..condor.worker_job import job_of_worker
+from ..condor.worker_job import job_of_worker, worker_name
 from ..scaling.policy import Demand, Supply
+
+HELD_FOR_MEMORY = 34  # HoldReasonCode
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Fleet:
         table: all jobs known.
         joined: names of workers at the scheduler now, by job id.
         names: the last name of each job's worker, also of those that left.
+        joined_start: at which start of its job each worker joined.
         ever_joined: ids of jobs whose worker was at the scheduler at some time.
         leaving: ids of jobs that were told to go, by removal or retirement.
         peaks: the most workers that each group ever had at the scheduler.
@@ -35,6 +38,7 @@ class Fleet:
     joined: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     ever_joined: set[str] = field(default_factory=set)
+    joined_start: dict[str, int] = field(default_factory=dict)
     leaving: set[str] = field(default_factory=set)
     peak: int = 0
     peaks: dict[str, int] = field(default_factory=dict)
@@ -68,6 +72,7 @@ class Fleet:
                 # Told to leave, it was evicted instead, and its job has started again.
                 self.leaving.discard(job_id)
             self.joined[job_id] = self.names[job_id] = name
+            self.joined_start[job_id] = self.table.get(job_id).starts
             if job_id not in self.ever_joined:
                 self.ever_joined.add(job_id)
                 new.append(job_id)
@@ -92,6 +97,22 @@ class Fleet:
             and never_joined
             and (change.what in ("exited", "removed") or (change.what == "held" and record.hold_code != 1))
         )
+
+    def has_left(self, record: JobRecord) -> bool:
+        """Whether a job's worker was at the scheduler since the job's last start: its process is about to end."""
+        return self.joined_start.get(record.job_id) == record.starts
+
+    def taken_away(self, changes: Iterable[JobChange]) -> list[str]:
+        """Names of workers whose jobs were evicted, removed or held, but for those held for their memory."""
+        return [
+            worker_name(change.job_id, record.starts)
+            for change in changes
+            for record in [self.table.records[change.job_id]]
+            if record.starts
+            and (
+                change.what in ("evicted", "removed") or (change.what == "held" and record.hold_code != HELD_FOR_MEMORY)
+            )
+        ]
 
     def queued_jobs(self) -> list[JobRecord]:
         """Jobs in the queue in any state, told to leave or not."""
@@ -138,6 +159,8 @@ class Fleet:
             if record.job_id in self.leaving or name in closing:
                 # Gone, as far as the policy is concerned: where there is demand, another one is asked for.
                 retiring[group].append(name or record.job_id)
+            elif name is None and record.state is JobState.RUNNING and self.has_left(record):
+                retiring[group].append(record.job_id)
             elif name is None:
                 pending[group].append(record)
             elif name in idle_times:

@@ -247,8 +247,10 @@ class Supervisor:
         """Take a wish to scale or adapt; returns the group that it is for.
 
         Raises:
-            ValueError: the numbers make no sense, or there is no such group.
+            ValueError: the numbers make no sense, there is no such group, or the cluster is over.
         """
+        if self.over.is_set():
+            raise ValueError(f"cluster {self.plan.access.cluster_name} is over: {self.ended_because}")
         group = self.groups[group_of(request, self.groups)]
         if request["op"] == "hold":
             supply = self.fleet.supplies(None, time.monotonic())[group.name]
@@ -332,7 +334,10 @@ class Supervisor:
     async def read_jobs(self) -> None:
         """Take in what happened to the jobs, and have held ones make room for others."""
         assert self._reader is not None
-        held = self.news.take(await self.condor(self._reader.read, self.fleet.table))
+        changes = await self.condor(self._reader.read, self.fleet.table)
+        held = self.news.take(changes)
+        if lost := self.fleet.taken_away(changes):
+            self._spawn(self.scheduler.pardon(lost))
         if held:
             # They would stay in the queue for ever; fresh ones may land on better hosts.
             self.fleet.leaving.update(held)

@@ -63,6 +63,13 @@ class SchedulerLink:
             logger.warning("retirement failed: %s: %s", type(exc).__name__, exc)
             return []
 
+    async def pardon(self, names: list[str]) -> None:
+        """Tell of workers that HTCondor took away: their loss is no task's fault."""
+        try:
+            await self._ask("htcdask_pardon", names=names)
+        except Exception as exc:
+            logger.warning("the scheduler was not told of evictions: %s: %s", type(exc).__name__, exc)
+
     async def close(self) -> None:
         """Close the connection."""
         await self._rpc.close_rpc()
