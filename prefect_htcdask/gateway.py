@@ -22,7 +22,7 @@ from .condor.worker_job import FlowRunTag, WorkerJobError
 from .gateway_checks import GatewayUnreachable, ask_for_options, check_scheduler_versions
 from .hand_off import gateway_access, hand_off, scheduler_plugin
 from .resolution import Parts, resolve_parts, worker_offers, worker_specs
-from .run_files import prune, run_directory
+from .run_files import prune, record_cluster, run_directory
 from .scaling.demand import PLUGIN_NAME
 from .scaling_requests import adapt_request, hold_request, scale_request, worker_count
 from .settings import HTCDaskSettings, WorkerSettings, load_settings
@@ -319,6 +319,17 @@ class HTCGatewayCluster(GatewayCluster):
         finally:
             if self.name is not None:
                 self._supervisor.entrust(gateway_access(self))
+                self._record()
+
+    def _record(self) -> None:
+        """Write down whose cluster it is: the sweep must know, though it may never have had a job."""
+        if self.flow_run is not None:
+            record_cluster(
+                self.run_directory,
+                self.flow_run,
+                api_url=self._worker_secrets.get("PREFECT_API_URL", ""),
+                lease=self.settings.lease.duration,
+            )
 
     def _start_supervisor(self) -> SupervisorHandle:
         logs = run_directory(self.settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
