@@ -5,11 +5,13 @@ ONLY ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint clean
+.PHONY: help venv demo test test-faults faults-report bench lint clean
 
 help:
 	@echo "make demo               run a CMS dimuon analysis on HTCondor workers behind a Dask Gateway, here"
 	@echo "make test               every test, on a real pool, gateway and Prefect server; ARGS='-k name' for some"
+	@echo "make test-faults        every row of the fault matrix: what is left after each kind of end; about 30 minutes"
+	@echo "make faults-report      the same as one table; exit status 0 only if all rows are met; ARGS as for test"
 	@echo "make bench              every benchmark, one line of JSON each; ONLY=name,name for some"
 	@echo "make lint               ruff and mypy"
 	@echo "make clean              remove what these targets made in this directory, except results/"
@@ -24,6 +26,12 @@ demo: venv
 
 test: venv
 	@$(VENV) -m pytest $(ARGS)
+
+test-faults: venv
+	@$(VENV) -m pytest tests/faults -m faults $(ARGS)
+
+faults-report: venv
+	@$(VENV) -m tools.faults_report $(ARGS)
 
 bench: venv
 	@$(VENV) -m benchmarks --only "$(ONLY)"

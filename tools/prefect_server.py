@@ -55,20 +55,23 @@ def free_port() -> int:
 
 
 @contextmanager
-def prefect_server(directory: Path, *, ui: bool = False, database: str | None = None) -> Iterator[PrefectServer]:
+def prefect_server(
+    directory: Path, *, ui: bool = False, database: str | None = None, port: int | None = None
+) -> Iterator[PrefectServer]:
     """Run a server while the block lasts.
 
     Args:
         directory: for its database, its home and its log; made with mode 0700.
         ui: whether it serves the UI.
         database: SQLAlchemy URL of its database; SQLite in `directory` by default.
+        port: TCP port that it listens at; a free one by default.
 
     Raises:
         ServerError: it did not answer in time.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for _ in range(3):
-        process, server = _start(directory, ui, database)
+        process, server = _start(directory, ui, database, port or free_port())
         try:
             if _wait_until_healthy(process, server):
                 yield server
@@ -79,8 +82,7 @@ def prefect_server(directory: Path, *, ui: bool = False, database: str | None = 
     raise ServerError(f"the Prefect server did not start:\n{server.tail()}")
 
 
-def _start(directory: Path, ui: bool, database: str | None) -> tuple[subprocess.Popen[bytes], PrefectServer]:
-    port = free_port()
+def _start(directory: Path, ui: bool, database: str | None, port: int) -> tuple[subprocess.Popen[bytes], PrefectServer]:
     url = f"http://127.0.0.1:{port}/api"
     environment = {
         "PREFECT_HOME": str(directory / "home"),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ class Arena:
         endpoint: how to reach them.
         server: the Prefect server that flows use.
         directory: for the files of flows.
-        more: further environment variables for flows.
+        login: "user:password" of the Prefect server, where it asks for one.
     """
 
     settings: EmbeddedSettings
     endpoint: EmbeddedEndpoint
     server: PrefectServer
     directory: Path
-    more: dict[str, str] = field(default_factory=dict)
+    login: str | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -57,7 +57,6 @@ class Arena:
             f"{ENV_PREFIX}CONDOR_DIRECTORY": str(self.runs),
             f"{ENV_PREFIX}WORKER_MEMORY": "300 MiB",
             f"{ENV_PREFIX}WORKER_DISK": "100 MiB",
-            **self.more,
         }
 
     @property
@@ -138,6 +137,11 @@ class Arena:
             yield
         finally:
             self.condor("condor_on", "-daemon", daemon)
+
+    def api(self) -> httpx.Client:
+        """A plain client of the Prefect API."""
+        user, _, password = (self.login or "").partition(":")
+        return httpx.Client(base_url=self.server.url, timeout=30, auth=(user, password) if self.login else None)
 
     def sweep(self) -> dict[str, Any]:
         """Run ``prefect-htcdask sweep``; returns its report."""

@@ -140,7 +140,8 @@ class FlowProcess:
 
         def look() -> list[psutil.Process]:
             children = psutil.Process(self.pid).children()
-            return [child for child in children if "prefect_htcdask.supervisor" in child.cmdline()]
+            living = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+            return [child for child in living if "prefect_htcdask.supervisor" in child.cmdline()]
 
         return wait_until(look, 30, "there is a supervisor")[0]
 

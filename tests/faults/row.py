@@ -17,6 +17,8 @@ from tests.faults.arena import Arena, Unknown
 from tests.faults.flow_process import FlowProcess
 
 RESULTS_VARIABLE = "HTCDASK_FAULTS_RESULTS"
+"""Environment variable with the path of the file that takes the records, one line of JSON each."""
+
 SETTLE = 30.0
 """Seconds in which the API may still hear of states that were reported before a process ended."""
 SWEEP_WITHIN = 120.0
@@ -108,7 +110,7 @@ class Row:
         """
         self.swept = sweep
         deadline = time.time() + SETTLE
-        with httpx.Client(base_url=arena.server.url, timeout=30) as api:
+        with arena.api() as api:
             if sweep:
                 deadline = time.time() + SWEEP_WITHIN
                 arena.sweep()
@@ -142,11 +144,11 @@ class Row:
         assert self.complaints == []
 
     def write(self) -> None:
-        """Append the record to the results."""
-        path = Path(os.environ.get(RESULTS_VARIABLE, "results/faults.jsonl"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as stream:
-            stream.write(json.dumps(asdict(self)) + "\n")
+        """Append the record to the results, where somebody wants them."""
+        path = os.environ.get(RESULTS_VARIABLE)
+        if path:
+            with Path(path).open("a") as stream:
+                stream.write(json.dumps(asdict(self)) + "\n")
 
     @staticmethod
     def _unfinished(api: httpx.Client, flows: Sequence[FlowProcess]) -> list[str]:
@@ -165,14 +167,14 @@ def _state(api: httpx.Client, flow: FlowProcess) -> str:
 
 def flow_message(arena: Arena, flow: FlowProcess) -> str:
     """What the flow run's state says."""
-    with httpx.Client(base_url=arena.server.url, timeout=30) as api:
+    with arena.api() as api:
         found: dict[str, Any] = api.get(f"/flow_runs/{flow.flow_run_id}").raise_for_status().json()
     return str(found["state"]["message"])
 
 
 def task_run_messages(arena: Arena, flow: FlowProcess) -> dict[str, str]:
     """Type and message of each task run's state, by its name."""
-    with httpx.Client(base_url=arena.server.url, timeout=30) as api:
+    with arena.api() as api:
         return {
             str(one["name"]): f"{one['state_type']}: {(one['state'] or {}).get('message')}"
             for one in _task_runs(api, flow)

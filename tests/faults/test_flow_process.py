@@ -53,6 +53,7 @@ def test_flow_signalled(number: signal.Signals, arena: Arena, row: Row, new_flow
 def test_flow_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """SIGKILL of the flow's process: its supervisor cleans up alone, the sweep tells Prefect"""
     flow = new_flow().start().compute()
+    assert len(arena.job_ids()) == 2 and len(arena.clusters()) == 1
     since = time.time()
     kill(flow.pid)
     row.gone(arena, since, 20, 20)
@@ -84,6 +85,7 @@ def test_supervisor_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     lost = flow.supervisor
     kill(lost)
     wait_until(lambda: flow.supervisor.pid != lost.pid, 30, "there is a new supervisor")
+    wait_until(lambda: "took over" in flow.log.read_text() or "takes over" in flow.log.read_text(), 30, "it says so")
     jobs = arena.job_ids()
     flow.let_go()
     row.expect(flow.wait(90) == 0, "the flow failed")
