@@ -239,6 +239,17 @@ def test_a_pool_that_starts_nothing(
     cluster.close()
 
 
+def test_whoever_asks_again_has_jobs_that_wait_already(
+    new_cluster: NewCluster, queue: ScheddClient, messages: list[dict[str, Any]]
+) -> None:
+    cluster = new_cluster(n_workers=2, start_timeout="5 s", requirements="false")
+    wait_until(lambda: len(jobs_of(queue, cluster.name)) == 2, 4, "two jobs")
+    cluster.adapt(minimum=1, maximum=4)
+    text = wait_until(lambda: texts(messages, "failed"), 30, "the end of patience, though nothing was submitted anew")
+    assert "worker.start_timeout = 5 s" in text and "1 worker job waits" in text
+    cluster.close()
+
+
 def test_a_full_pool(new_cluster: NewCluster, messages: list[dict[str, Any]]) -> None:
     with new_cluster(n_workers=4, on_message=None) as first, first.get_client() as client:
         client.wait_for_workers(4, timeout=60)

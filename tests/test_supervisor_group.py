@@ -117,13 +117,17 @@ def test_later_jobs_keep_off_a_bad_machine(own: str | None, machine: str, fits: 
 def test_the_first_worker_may_take_its_time() -> None:
     group = a_group()
     assert not group.overdue(1e9), "nobody waits"
-    group.submitted(100.0)
-    group.submitted(120.0)
+    group.wanted(2, 100.0)
+    group.wanted(3, 120.0)
     assert not group.overdue(129.0) and group.overdue(130.0)
     group.wants(Target(fixed=1))
     assert not group.overdue(1e9), "whoever asks again waits anew"
-    group.submitted(200.0)
-    assert group.overdue(231.0)
+    group.wanted(1, 200.0)
+    assert not group.overdue(229.0) and group.overdue(231.0)
+    group.wanted(0, 240.0)
+    assert not group.overdue(1e9), "nobody waits any more"
+    group.wanted(1, 250.0)
+    assert group.overdue(280.0)
     group.joined(record(0.0, 0.0), None)
     assert not group.overdue(1e9)
 
@@ -132,7 +136,7 @@ def test_what_the_schedd_refuses_is_tried_again_ever_later() -> None:
     group = a_group()
     assert [group.refused(0.0) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
     assert group.submit_after == 60.0
-    group.submitted(0.0)
+    group.submitted()
     assert group.refused(0.0) == 1
 
 

@@ -125,16 +125,21 @@ class Group:
         self.failed_on, self.looked_at = [], 0
         self.last_failure, self.gave_up = None, False
 
-    def submitted(self, now: float) -> None:
+    def wanted(self, workers: int, now: float) -> None:
+        """So many workers are wanted: as long as there are some, somebody waits for the first.
+
+        Jobs that were submitted for an earlier wish, or by a predecessor, are waited for as well.
+        """
+        self.waiting_since = (self.waiting_since or now) if workers else None
+
+    def submitted(self) -> None:
         """The schedd took new jobs."""
         self.backoff = _FIRST_BACKOFF
-        self.waiting_since = self.waiting_since or now
 
     def refused(self, now: float) -> float:
         """The schedd took no jobs; returns how long the next attempt is put off."""
         pause, self.backoff = self.backoff, min(self.backoff * 2, _MAX_BACKOFF)
         self.submit_after = now + pause
-        self.waiting_since = self.waiting_since or now
         return pause
 
     # For the policy

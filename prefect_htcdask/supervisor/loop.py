@@ -173,8 +173,8 @@ class Supervisor:
             cap = idle_job_caps(unstarted, self.plan.max_idle_jobs)[name]
             settings = group.policy(self.plan.residence, cap, self.plan.max_failures)
             decision = decide(demands.get(name), group.supply(supplies[name]), settings, now)
-            if known and decision.target == 0:
-                group.waiting_since = None  # nobody waits for a worker any more
+            if known:
+                group.wanted(decision.target, now)
             try:
                 unstarted[name] += await self.act(group, decision)
             except ScheddError as exc:
@@ -306,7 +306,7 @@ class Supervisor:
             pause = group.refused(time.monotonic())
             self.tell_once("error", f"{exc}; the next attempt is in {pause:.0f} s", key=str(exc))
             return 0
-        group.submitted(time.monotonic())
+        group.submitted()
         self.fleet.submitted_jobs(job_ids, group.name, time.time())
         logger.info("submitted %d jobs of group %s: %s to %s", count, group.name, job_ids[0], job_ids[-1])
         return len(job_ids)
@@ -358,7 +358,8 @@ class Supervisor:
             why = why_none_joined(self.fleet, group, await self.condor(self.schedd.slots))
         except ScheddError as exc:
             why = str(exc)
-        self.fail(group, f"no worker started within worker.start_timeout = {group.plan.start_timeout:.0f} s: {why}")
+        setting = f"workers.{group.name}" if len(self.groups) > 1 else "worker"
+        self.fail(group, f"no worker started within {setting}.start_timeout = {group.plan.start_timeout:g} s: {why}")
 
     async def avoid(self, group: Group, suspects: set[str]) -> None:
         """Have later jobs of a group keep off machines where its workers do not come up, if there are others."""
