@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect_htcdask.condor.job_events import apply
-from prefect_htcdask.scaling.policy import Supply
+from prefect_htcdask.scaling.policy import Demand, PolicySettings, Supply, Target, decide
 from prefect_htcdask.supervisor.fleet import Fleet
 
 
@@ -52,6 +52,29 @@ def test_who_is_told_to_leave_counts_as_gone() -> None:
     fleet.saw_workers(["htcdask-1.0-0"])
     fleet.leaving.update(["1.0", "1.1"])
     assert supply_of(fleet, answer()).total == 0
+
+
+def test_who_could_not_leave_is_asked_again_ever_later() -> None:
+    fleet = a_fleet("1.0", "1.1")
+    name = "htcdask-1.0-0"
+    how = PolicySettings(target=Target(fixed=0))
+    tries, now = [], 0.0
+    while now < 300:
+        fleet.saw_workers([name, "htcdask-1.1-0"])
+        supply = supply_of(fleet, answer(_1_0=1000.0), now)
+        if name in decide(Demand(), supply, how, now).retire:
+            tries.append(now)
+            # Its results find no other place.
+            assert fleet.told_to_leave([name, "htcdask-2.0-0"]) == {name: "1.0"}
+            assert supply_of(fleet, answer()).retiring == (name,)
+            fleet.could_not_leave({name: "1.0"}, now)
+        now += 1
+    assert tries == [0, 2, 6, 14, 30, 62, 122, 182, 242]
+    # One that got a task, and another time again, is none of that kind.
+    fleet.could_not_leave({name: "1.0"}, 1000.0)
+    assert fleet.stays[name] == (2.0, 1002.0)
+    fleet.saw_workers(["htcdask-1.1-0"])
+    assert not fleet.stays
 
 
 def test_a_leaving_worker_whose_job_starts_again_is_back() -> None:

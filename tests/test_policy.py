@@ -182,6 +182,14 @@ def test_a_worker_keeps_its_residence(situation: tuple[Demand, Supply], how: Pol
 
 
 @given(situations(), any_settings)
+def test_workers_that_could_not_leave_are_left_alone(situation: tuple[Demand, Supply], how: PolicySettings) -> None:
+    demand, supply = situation
+    retire = decide(demand, supply, how, NOW).retire
+    staying = dataclasses.replace(supply, staying=frozenset(retire[::2]))
+    assert not staying.staying & set(decide(demand, staying, how, NOW).retire)
+
+
+@given(situations(), any_settings)
 def test_pending_jobs_go_before_workers_and_idle_before_busy(
     situation: tuple[Demand, Supply], how: PolicySettings
 ) -> None:

@@ -85,6 +85,7 @@ class Supply:
         busy: names of joined workers with a task in hand.
         holding: idle workers that hold results which no other worker has.
         retiring: names of workers already told to leave; they count as gone.
+        staying: those that were told so a short while ago and could not go: they are not asked again yet.
         waits: seconds that the latest jobs of the group waited before they started, oldest first.
         boot: seconds from a job's start until its worker joins.
         failures: jobs in a row that ended, were held or vanished before they were of use.
@@ -97,6 +98,7 @@ class Supply:
     busy: tuple[str, ...] = ()
     holding: frozenset[str] = frozenset()
     retiring: tuple[str, ...] = ()
+    staying: frozenset[str] = frozenset()
     waits: Sequence[float] = ()
     boot: float = 10.0
     failures: int = 0
@@ -303,7 +305,7 @@ def _shrink(wanted: int, demand: Demand, supply: Supply, settings: PolicySetting
         if len(order) == supply.joined and supply.holding:
             # Results of the last worker have nowhere to go to.
             order.pop()
-    retire = tuple(order[:surplus])
+    retire = tuple([name for name in order if name not in supply.staying][:surplus])
     gone = len(remove) + len(retire)
     reason = _reason(demand, supply, settings, -gone) if gone else ""
     return Decision(target=wanted, remove_pending=remove, retire=retire, reason=reason)

@@ -17,6 +17,10 @@ from ..scaling.policy import Demand, Supply
 
 HELD_FOR_MEMORY = 34  # HoldReasonCode
 
+# Seconds until a worker that could not be retired is asked again, the first time and at most.
+_FIRST_STAY = 2.0
+_LONGEST_STAY = 60.0
+
 
 @dataclass
 class Fleet:
@@ -30,6 +34,8 @@ class Fleet:
         joined_start: at which start of its job each worker joined.
         ever_joined: ids of jobs whose worker was at the scheduler at some time.
         leaving: ids of jobs that were told to go, by removal or retirement.
+        stays: workers that could not be retired, by their names: for how many seconds, and until when (monotonic),
+            they are left alone.
         peaks: the most workers that each group ever had at the scheduler.
     """
 
@@ -40,6 +46,7 @@ class Fleet:
     ever_joined: set[str] = field(default_factory=set)
     joined_start: dict[str, int] = field(default_factory=dict)
     leaving: set[str] = field(default_factory=set)
+    stays: dict[str, tuple[float, float]] = field(default_factory=dict)
     peak: int = 0
     peaks: dict[str, int] = field(default_factory=dict)
     evictions: int = 0
@@ -76,11 +83,32 @@ class Fleet:
             if job_id not in self.ever_joined:
                 self.ever_joined.add(job_id)
                 new.append(job_id)
+        if self.stays:
+            present = set(self.joined.values())
+            self.stays = {name: stay for name, stay in self.stays.items() if name in present}
         self.peak = max(self.peak, len(self.joined))
         if len(self.groups) > 1:
             counts = Counter(self.group_of(self.table.get(job_id)) for job_id in self.joined)
             self.peaks.update({group: max(count, self.peaks.get(group, 0)) for group, count in counts.items()})
         return new
+
+    def told_to_leave(self, names: Iterable[str]) -> dict[str, str]:
+        """Workers are being retired; returns their jobs by their names, as far as they are known."""
+        chosen = set(names)
+        jobs = {name: job_id for job_id, name in self.joined.items() if name in chosen}
+        self.leaving.update(jobs.values())
+        return jobs
+
+    def could_not_leave(self, jobs: Mapping[str, str], now: float) -> None:
+        """Workers, given with their jobs, could not be retired: they are asked again ever later.
+
+        A worker that got a task stays for that; one whose results find no place would else be told to go each round.
+        """
+        self.leaving.difference_update(jobs.values())
+        for name in jobs:
+            last, until = self.stays.get(name, (0.0, 0.0))
+            stay = min(2 * last, _LONGEST_STAY) if now < until + last else _FIRST_STAY
+            self.stays[name] = stay, now + stay
 
     def saw_change(self, change: JobChange) -> bool:
         """Take in a job's change; returns whether it is a failure to start, which counts against a budget."""
@@ -167,6 +195,7 @@ class Fleet:
                 idle[group][name] = now - float(idle_times[name])
             else:
                 busy[group].append(name)
+        staying = frozenset(name for name, (_, until) in self.stays.items() if now < until)
         return {
             group: Supply(
                 pending=tuple(record.job_id for record in sorted(pending[group], key=_submission_order)),
@@ -175,6 +204,7 @@ class Fleet:
                 busy=tuple(busy[group]),
                 holding=holding & idle[group].keys(),
                 retiring=tuple(retiring[group]),
+                staying=staying,
             )
             for group in self.groups
         }

@@ -271,8 +271,7 @@ class Supervisor:
             await self.condor(self.schedd.remove, decision.remove_pending, "prefect_htcdask: fewer workers are needed")
             self.fleet.leaving.update(decision.remove_pending)
         if decision.retire:
-            jobs = {name: job for job, name in self.fleet.joined.items() if name in set(decision.retire)}
-            self.fleet.leaving.update(jobs.values())
+            jobs = self.fleet.told_to_leave(decision.retire)
             self._spawn(self.retire(group, jobs, idle_only=group.target.fixed is None))
         removed = len(decision.remove_pending) + len(decision.retire)
         if submitted or removed:
@@ -313,12 +312,13 @@ class Supervisor:
 
     async def retire(self, group: Group, jobs: dict[str, str], idle_only: bool) -> None:
         """Retire workers, given with their jobs; those that cannot go now stay in the fleet."""
-        retired = await self.scheduler.retire(sorted(jobs), idle_only)
-        self.fleet.leaving.difference_update(job for name, job in jobs.items() if name not in retired)
+        gone = set(await self.scheduler.retire(sorted(jobs), idle_only))
+        kept = {name: job for name, job in jobs.items() if name not in gone}
+        self.fleet.could_not_leave(kept, time.monotonic())
         # A worker process that hangs in its end would keep the slot.
         await asyncio.sleep(2 * group.spec.vacate_time)
-        queued = {record.job_id for record in self.fleet.queued_jobs()}
-        stuck = [jobs[name] for name in retired if jobs[name] in queued & self.fleet.leaving]
+        in_queue = self.fleet.leaving.intersection(record.job_id for record in self.fleet.queued_jobs())
+        stuck = [job for name, job in jobs.items() if name in gone and job in in_queue]
         await self.condor(self.schedd.remove, stuck, "prefect_htcdask: the worker was retired but did not end")
 
     async def renew(self) -> None:
