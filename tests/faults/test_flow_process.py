@@ -193,8 +193,32 @@ def test_under_a_process_worker(
 
 
 @long
+def test_laptop_asleep(arena: Arena, row: Row, new_flow: NewFlow) -> None:
+    """pool, gateway and flow asleep on one host for longer than the lease: the clock has jumped as they awake"""
+    flow = new_flow().start().compute()
+    before = set(arena.job_ids())
+    processes: list[Any] = [flow.supervisor, flow.pid]
+    kill(*processes, number=signal.SIGSTOP)
+    try:
+        # A suspend stops what a scheduler counts its lease with (CLOCK_MONOTONIC), but not the clock of the jobs'.
+        # A running job has a minute more.
+        past = str(int(time.time()) - 120)
+        arena.condor("condor_qedit", "-constraint", "true", "HTCDaskLeaseExpires", past)
+        wait_until(lambda: not before & set(arena.job_ids()), 60, "the schedd has removed the jobs")
+    finally:
+        kill(*reversed(processes), number=signal.SIGCONT)
+    flow.runs("g0", 2)
+    flow.runs("g1", 2)
+    flow.let_go()
+    row.expect(flow.wait(120) == 0, f"the flow failed: {flow_message(arena, flow)}")
+    row.gone(arena, flow.said("ended")["time"], 20, 20)
+    row.judge(arena, [flow], ["Completed"], again=2)
+    row.check()
+
+
+@long
 def test_asleep_for_longer_than_the_lease(arena: Arena, row: Row, new_flow: NewFlow) -> None:
-    """flow and supervisor stopped (a laptop asleep) for longer than the lease of 8 s, then awake"""
+    """flow and supervisor stopped (a laptop asleep, the gateway elsewhere) for longer than the lease of 8 s"""
     flow = new_flow(SHORT_LEASE).start().compute()
     processes: list[Any] = [flow.supervisor, flow.pid]
     kill(*processes, number=signal.SIGSTOP)
