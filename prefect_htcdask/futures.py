@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import UUID
 
@@ -25,11 +25,12 @@ from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect.states import Crashed
 from prefect_dask.task_runners import PrefectDaskFuture
 
-from prefect_htcdask.errors import HTCDaskError, TaskRunLost
-from prefect_htcdask.scaling.groups import GROUP_RESOURCE
+from prefect_htcdask.errors import HTCDaskError
+from prefect_htcdask.losses import JobFates, killer_of, lost_reason
+from prefect_htcdask.worker_slots import free_worker_slot, worker_slot_freed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
     from prefect.tasks import Task
 
@@ -37,6 +38,9 @@ R = TypeVar("R")
 
 POLL = 0.5
 """Seconds between two looks at a blocked wait: a thread that waits in C for ever hears no timeout of a flow run."""
+
+COMING = ("pending", "lost")
+"""Status of Dask futures that are still to come: what was lost is computed again."""
 
 MAX_GATHERS = 4
 
@@ -53,9 +57,12 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         collector: Collector | None = None,
         task_name: str = "",
         task: Task[Any, Any] | None = None,
+        upstreams: Sequence[HTCDaskFuture[Any]] = (),
     ) -> None:
         super().__init__(task_run_id=task_run_id, wrapped_future=wrapped_future)
         self.task_name = task_name
+        # Their states are kept while this task run may still need them (`recall`), though the user dropped them.
+        self.upstreams = upstreams
         self.task = task
         self._collector = collector
         self._callbacks: list[Callable[[PrefectFuture[R]], None]] = []
@@ -69,13 +76,13 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         return (
             self._final_state is None
             and self._wrapped_future is not None
-            and self._wrapped_future.status not in ("error", "cancelled", "lost")
+            and self._wrapped_future.status not in ("error", "cancelled")
             and _same_scheduler(self._wrapped_future.client, client)
         )
 
     def is_pending(self) -> bool:
         """Whether the task run has not ended yet, as far as Dask's scheduler has told."""
-        return self._final_state is None and self._wrapped_future.status == "pending"
+        return self._final_state is None and self._wrapped_future.status in COMING
 
     @property
     def state(self) -> State[R]:
@@ -122,7 +129,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
                 ask = False
         if ask:
             # Whoever asks to be called is about to wait, as `prefect.futures.as_completed` does.
-            _free_worker_slot()
+            free_worker_slot()
             self.collector.ask(self)
         else:
             fn(self)
@@ -161,10 +168,20 @@ class Collector:
         client: the client that the futures belong to.
         on_lost: called, in a background thread, with a future that Dask could not finish and the Crashed state that
             it got.
+        fates: what is known of the workers' jobs, for the message of a lost task run.
+        on_collected: called, in the client's event loop, with futures that have got their final states.
     """
 
-    def __init__(self, client: Client, on_lost: Callable[[HTCDaskFuture[Any], State[Any]], None] | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        on_lost: Callable[[HTCDaskFuture[Any], State[Any]], None] | None = None,
+        fates: JobFates | None = None,
+        on_collected: Callable[[list[HTCDaskFuture[Any]]], None] | None = None,
+    ) -> None:
         self.client = client
+        self._on_collected = on_collected
+        self.fates = fates or JobFates()
         self.condition = threading.Condition()
         self._on_lost = on_lost
         self._asked: dict[int, HTCDaskFuture[Any]] = {}
@@ -184,6 +201,8 @@ class Collector:
             self._end(future, failure)
         elif future.wrapped_future.status == "pending":
             future.wrapped_future.add_done_callback(lambda _: self._enqueue(future))
+        elif future.wrapped_future.status == "lost":
+            cast(Any, self.client.loop).add_callback(self._enqueue_when_back, future)
         else:
             self._enqueue(future)
 
@@ -191,7 +210,7 @@ class Collector:
         """Block until `future` has its final state, or `timeout` seconds are over."""
         self.ask(future)
         deadline = None if timeout is None else time.monotonic() + timeout
-        with _worker_slot_freed(future._final_state is None), self.condition:
+        with worker_slot_freed(future._final_state is None), self.condition:
             while future._final_state is None:
                 left = POLL if deadline is None else min(POLL, deadline - time.monotonic())
                 if left <= 0:
@@ -223,6 +242,10 @@ class Collector:
         if start:
             cast(Any, self.client.loop).add_callback(self._gather_ready)
 
+    async def _enqueue_when_back(self, future: HTCDaskFuture[Any]) -> None:
+        await cast(Any, future.wrapped_future)._state.wait()
+        self._enqueue(future)
+
     async def _gather_ready(self) -> None:
         """Gather whatever is ready, until nothing is: many futures that end together cost one round trip."""
         try:
@@ -250,19 +273,28 @@ class Collector:
                 if future.wrapped_future.status == "finished":
                     self._end(future, exc)
         ended: list[HTCDaskFuture[Any]] = []
+        lost: list[HTCDaskFuture[Any]] = []
         for future in batch:
             state = states.get(future.wrapped_future.key)
             if isinstance(state, State):
                 future._final_state = state
                 ended.append(future)
+            elif future.wrapped_future.status in COMING:
+                cast(Any, self.client.loop).add_callback(self._enqueue_when_back, future)
             elif future._final_state is None:
-                self._end(future, None)
+                lost.append(future)
+        if self._on_collected is not None and ended:
+            self._on_collected(ended)
         self._finish(ended)
+        for future in lost:
+            if (killer := killer_of(future)) is not None:
+                await self.fates.wait_for(killer)
+            self._end(future, None)
 
     def _end(self, future: HTCDaskFuture[Any], error: BaseException | None) -> None:
         """Give a future that Dask did not finish a Crashed state."""
         if error is None:
-            error = lost_reason(future)
+            error = lost_reason(future, self.fates)
         state: State[Any] = Crashed(message=str(error) or repr(error), data=error)
         state.state_details.task_run_id = future._task_run_id
         with self.condition:
@@ -281,6 +313,7 @@ class Collector:
             calls = []
             for future in futures:
                 self._asked.pop(id(future), None)
+                future.upstreams = ()
                 calls += [(fn, future) for fn in future._callbacks]
                 future._callbacks = []
             self.condition.notify_all()
@@ -300,90 +333,20 @@ def _call_all(calls: list[tuple[Callable[[Any], None], Any]]) -> None:
             logger.exception("Error in a done-callback of task run %s", future._task_run_id)
 
 
-def lost_reason(future: HTCDaskFuture[Any]) -> BaseException:
-    """The exception with which a task run ended that Dask could not bring to a state of its own."""
-    wrapped = future.wrapped_future
-    about = f"task run {future._task_run_id} ({future.task_name or 'unnamed'})"
-    if wrapped.status == "error":
-        error = cast(BaseException, cast(Any, wrapped)._state.exception)
-        if isinstance(error, distributed.KilledWorker) and error.task != wrapped.key:
-            return TaskRunLost(f"{about} could not run: {error.task}, which it needs, was lost with its worker")
-        if isinstance(error, distributed.KilledWorker):
-            worker = getattr(error.last_worker, "address", error.last_worker)
-            return TaskRunLost(
-                f"{about} was lost: {error.allowed_failures + 1} worker(s) in a row died while they had it, the last "
-                f"at {worker}. A task that takes more memory than its worker has ends so; the log of that worker's "
-                "job tells"
-            )
-        return error
-    reason = getattr(getattr(wrapped, "_state", None), "exception", None)
-    if wrapped.status == "cancelled":
-        return TaskRunLost(f"{about} was lost: Dask cancelled it ({reason or 'no reason given'})")
-    return TaskRunLost(f"{about} was lost: its result left the cluster with its worker ({wrapped.status})")
-
-
 class HTCDaskFutureList(PrefectFutureList[R]):
     """The futures of a `map`. A task that waits for them frees its slot on the worker meanwhile."""
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for all of them, `timeout` seconds at most."""
-        with _worker_slot_freed(any(future._final_state is None for future in self)):
+        with worker_slot_freed(any(future._final_state is None for future in self)):
             super().wait(timeout)
 
     def result(self: HTCDaskFutureList[R], timeout: float | None = None, raise_on_failure: bool = True) -> list[R]:
         """The results of all, in order; see `prefect.futures.PrefectFutureList.result`."""
-        with _worker_slot_freed(any(future._final_state is None for future in self)):
+        with worker_slot_freed(any(future._final_state is None for future in self)):
             return super().result(timeout, raise_on_failure)
 
 
-def _free_worker_slot() -> bool:
-    """Give the slot of the Dask task that runs in this thread to another; False where none does, or it did already."""
-    try:
-        worker = distributed.get_worker()
-        key = worker.get_current_task()
-        if getattr(_seceded, "key", None) == key:
-            return False
-        worker.loop.add_callback(_leave_group, worker, key)
-        distributed.secede()
-    except (ValueError, KeyError, AttributeError):
-        # Not the thread that runs a task of a worker, so it holds no slot.
-        return False
-    _seceded.key = key
-    return True
-
-
-def _leave_group(worker: Any, key: Any) -> None:
-    """Free a task's place in its worker group; called on the worker's event loop.
-
-    The resource of a group stands for its workers' threads, but Dask lets a task that secedes keep its resources
-    (`distributed.worker_state_machine`): tasks that wait for others of their group would keep those out for ever.
-    """
-    task = worker.state.tasks.get(key)
-    if task is None or not task.resource_restrictions:
-        return
-    kept = {}
-    for name, amount in task.resource_restrictions.items():
-        if name.startswith(GROUP_RESOURCE):
-            worker.state.available_resources[name] += amount
-        else:
-            kept[name] = amount
-    # What Dask gives back when the task ends.
-    task.resource_restrictions = kept
-
-
-@contextmanager
-def _worker_slot_freed(blocks: bool) -> Iterator[None]:
-    """While a task waits for others that it has submitted, its slot on the worker is free for those."""
-    freed = blocks and _free_worker_slot()
-    try:
-        yield
-    finally:
-        if freed:
-            distributed.rejoin()
-            _seceded.key = None
-
-
-_seceded = threading.local()
 _collectors_lock = threading.Lock()
 _collectors: dict[str, Collector] = {}
 

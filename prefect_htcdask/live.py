@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import distributed
 from distributed import Client
@@ -25,12 +26,16 @@ from prefect.states import Cancelled
 
 from prefect_htcdask.decisions import Decisions
 from prefect_htcdask.errors import HTCDaskError
-from prefect_htcdask.futures import Collector, HTCDaskFuture, collector_of
+from prefect_htcdask.futures import Collector, HTCDaskFuture
+from prefect_htcdask.last_words import LastWords
+from prefect_htcdask.losses import JobFates
+from prefect_htcdask.nested import NestedRun
 from prefect_htcdask.preflight import check_versions
+from prefect_htcdask.recall import Recall
 from prefect_htcdask.submission import Submission
 from prefect_htcdask.task_run_states import StateReporter
 from prefect_htcdask.worker_groups import OFFERS_METADATA, Offers
-from prefect_htcdask.worker_runtime import METADATA_ROOT, current_call, executing_keys
+from prefect_htcdask.worker_runtime import current_call, executing_keys
 
 WATCH_INTERVAL = 1.0
 
@@ -64,14 +69,20 @@ class LiveRun:
 
     def __post_init__(self) -> None:
         self.reporter = StateReporter(self.flow_run_id)
-        self.collector = Collector(self.client, self._report_lost)
+        self.last_words = LastWords()
+        self.fates = JobFates()
+        self.collector = Collector(self.client, self._report_lost, self.fates, self.last_words.ended)
         self.submission = Submission(self.client, self.key, self.api_url)
         self._lock = threading.Lock()
         self._unfinished: dict[UUID, HTCDaskFuture[Any]] = {}
+        self._by_key: WeakValueDictionary[str, HTCDaskFuture[Any]] = WeakValueDictionary()
         self._cancelled = False
         self._closed = False
         self._stop = threading.Event()
         self._context = contextvars.copy_context()
+        self.recall = Recall(
+            self.client, self.key, self._final_state, self.fates, self.log, self.last_words.worker_lost
+        )
         self.decisions = Decisions(str(getattr(self.cluster, "name", None) or self.key), self._context)
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
         self._watcher.start()
@@ -91,6 +102,7 @@ class LiveRun:
         """Hold futures until their task runs end, so that a submitted task runs though nobody keeps its future."""
         with self._lock:
             self._unfinished.update((future._task_run_id, future) for future in futures)
+            self._by_key.update((str(future.wrapped_future.key), future) for future in futures)
 
     def check(self) -> None:
         """Raise what keeps this run from having any work done.
@@ -126,6 +138,9 @@ class LiveRun:
             ended = [future for future in held if not future.is_pending()]
             for future in ended:
                 del self._unfinished[future._task_run_id]
+                # Dask lets go of their inputs as well.
+                future.upstreams = ()
+        self.last_words.ended(ended)
         if not self._cancelled:
             for future in ended:
                 if future._final_state is None and future.wrapped_future.status != "finished":
@@ -140,6 +155,8 @@ class LiveRun:
             self.log(str(message.get("level", "info")), str(message.get("text", "")))
         elif kind == "failed":
             self.fail(HTCDaskError(str(message.get("text", "the workers cannot be had"))))
+        elif kind == "job":
+            self.fates.take(message)
         elif kind == "decision":
             if line := self.decisions.line(message):
                 self.log("info", line)
@@ -218,6 +235,7 @@ class LiveRun:
         except Exception as exc:
             self.log("warning", f"The Dask performance report could not be written: {exc}")
         self.collector.close()
+        self.recall.close()
         try:
             self.client.close()
         except Exception as exc:
@@ -229,6 +247,10 @@ class LiveRun:
                 self.decisions.flush()
         finally:
             self._say_what_became_of({future._task_run_id for future in left}, error)
+            try:
+                self.reporter.confirm(self.last_words.unsure())
+            except Exception as exc:
+                self.log("warning", f"Whether Prefect knows how the task runs of lost workers ended is not sure: {exc}")
             self.reporter.close()
 
     def _summarise(self, summary: dict[str, Any]) -> None:
@@ -257,6 +279,13 @@ class LiveRun:
             if moved:
                 self.log("info", f"{moved} task runs were cut short by the end of the flow run")
 
+    def _final_state(self, key: str) -> State[Any] | None:
+        """The state in which a task run ended, by its Dask key, where it was collected."""
+        with self._lock:
+            future = self._by_key.get(key)
+        state = future._final_state if future is not None else None
+        return state if state is not None and (state.is_completed() or state.is_failed()) else None
+
     def _report_lost(self, future: HTCDaskFuture[Any], state: State[Any]) -> None:
         # When the whole cluster fails, task runs that never started need no record of their own.
         task = future.task if self.collector.failure is None else None
@@ -281,32 +310,6 @@ class LiveRun:
 
     def _has_workers(self) -> bool:
         return bool(self.client.scheduler_info(n_workers=1)["workers"])
-
-
-class NestedRun:
-    """Submission from inside a task, through its worker's own client. Nothing is provisioned or closed."""
-
-    def __init__(self, client: Client, run_id: str, offers: Offers | None = None) -> None:
-        self.client = client
-        self.submission = Submission(client, run_id, None, offers)
-        self.collector = collector_of(client)
-
-    @property
-    def offers(self) -> Offers | None:
-        """What the worker groups of the cluster offer, as far as the flow's process knew."""
-        return self.submission.offers
-
-    def track(self, futures: list[HTCDaskFuture[Any]]) -> None:
-        """Nothing: a future that its task drops is given up with it, as prefect-dask does."""
-
-    def check(self) -> None:
-        """Nothing can be wrong yet."""
-
-    def close(self) -> None:
-        """The task has ended: take its envelopes back from the scheduler, without waiting for it."""
-        client = cast(Any, self.client)
-        for key in self.submission.places():
-            client.loop.add_callback(client.scheduler.set_metadata, keys=[METADATA_ROOT, *key], value=None)
 
 
 class _Slot:

@@ -11,7 +11,7 @@ from prefect.context import FlowRunContext, SettingsContext
 from prefect.logging.loggers import get_run_logger
 from prefect_dask.client import PrefectDaskClient
 
-from prefect_htcdask import source_code
+from prefect_htcdask import lost_work, source_code
 from prefect_htcdask.live import LiveRun, Logger
 from prefect_htcdask.preflight import check_api_reachable, warn_of_local_storage
 
@@ -48,6 +48,7 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
         client = undo.enter_context(PrefectDaskClient(target, **options))
         flow = context.flow if context is not None else None
         _send_code(client, flow, with_package=cluster is None)
+        lost_work.install(client)
         if client.dashboard_link:
             logger.info("The Dask dashboard is available at %s", client.dashboard_link)
         run = LiveRun(

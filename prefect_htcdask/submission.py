@@ -20,7 +20,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import cloudpickle
@@ -90,6 +90,14 @@ for _annotation in (allow_failure, opaque, quote, unmapped):
     copyreg.pickle(_annotation, _reduce_annotation)
 
 
+class Submitted(NamedTuple):
+    """A task run that was submitted: its id, Dask's future of its final state, and the futures that it needs."""
+
+    task_run_id: UUID
+    future: Future[Any]
+    upstreams: list[HTCDaskFuture[Any]]
+
+
 class Submission:
     """Turns Prefect tasks into Dask tasks on one client, for one live run.
 
@@ -117,11 +125,11 @@ class Submission:
         wait_for: Iterable[Any] | None,
         dependencies: Mapping[str, set[Any]] | None,
         resources: Mapping[str, float] | None = None,
-    ) -> tuple[UUID, Future[Any]]:
-        """Submit one task run that asks Dask for `resources`. Returns its id and Dask's future of its final state."""
+    ) -> Submitted:
+        """Submit one task run that asks Dask for `resources`."""
         envelope = self.envelope(task)
-        task_run_id, key, node, _held = self._node(task, envelope, parameters, wait_for, dependencies or {})
-        return task_run_id, self._send({key: node}, [key], resources)[0]
+        task_run_id, key, node, needed = self._node(task, envelope, parameters, wait_for, dependencies or {})
+        return Submitted(task_run_id, self._send({key: node}, [key], resources)[0], needed)
 
     def submit_many(
         self,
@@ -131,13 +139,13 @@ class Submission:
         wait_for: Iterable[Any] | None,
         dependencies: Mapping[str, set[Any]],
         resources: Mapping[str, float] | None = None,
-    ) -> list[tuple[UUID, Future[Any]]]:
+    ) -> list[Submitted]:
         """Submit one task run for each of `calls`, all with the parameters in `shared` besides their own.
 
         Each asks Dask for `resources`; `None` leaves them to `dask.annotate`.
 
         Returns:
-            ids and Dask futures, in the order of `calls`.
+            what was submitted, in the order of `calls`.
         """
         envelope = self.envelope(task)
         shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
@@ -152,12 +160,12 @@ class Submission:
             own: dict[str, Any] = {}
         else:
             own = shared
-        submitted: list[tuple[UUID, Future[Any]]] = []
+        submitted: list[Submitted] = []
         for start in range(0, len(calls), MAP_BATCH):
             graph: dict[str, Any] = dict(extra)
             keys: list[str] = []
             ids: list[UUID] = []
-            held: list[Any] = []
+            needed: list[list[HTCDaskFuture[Any]]] = []
             for parameters in calls[start : start + MAP_BATCH]:
                 task_run_id, key, node, futures = self._node(
                     task,
@@ -173,16 +181,12 @@ class Submission:
                 graph[key] = node
                 keys.append(key)
                 ids.append(task_run_id)
-                held.append(futures)
+                needed.append(futures)
+            # The key of the shared data comes last; later batches depend on what the first brought.
+            futures_ = self._send(graph, [*keys, *extra], resources)
             if extra:
-                anchor_key = next(iter(extra))
-                futures_ = self._send(graph, [*keys, anchor_key], resources)
-                anchor = futures_.pop()
-                # Later batches depend on the data that this graph brought.
-                extra = {}
-            else:
-                futures_ = self._send(graph, keys, resources)
-            submitted += zip(ids, futures_, strict=True)
+                anchor, extra = futures_.pop(), {}
+            submitted += map(Submitted, ids, futures_, needed)
         del anchor
         return submitted
 
@@ -269,8 +273,8 @@ class Submission:
         shared_reference: Any = None,
         shared_inputs: Mapping[str, set[Any]] | None = None,
         replaced: tuple[dict[str, Any], list[HTCDaskFuture[Any]]] = ({}, []),
-    ) -> tuple[UUID, str, GraphTask, list[Any]]:
-        """One task run as a node of a Dask graph, with the upstream futures that it must outlive."""
+    ) -> tuple[UUID, str, GraphTask, list[HTCDaskFuture[Any]]]:
+        """One task run as a node of a Dask graph, with the upstream futures that it needs."""
         task_run_id = uuid7()
         inputs = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
         inputs.update(shared_inputs or {})

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -21,6 +21,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
     TaskRunFilter,
+    TaskRunFilterId,
     TaskRunFilterState,
     TaskRunFilterStateType,
 )
@@ -40,6 +41,15 @@ UNFINISHED = [
     StateType.CANCELLING,
 ]
 PAGE = 200
+
+
+class Ended(NamedTuple):
+    """A task run that has ended: its id, its task's name, the task, and its final state where that is known."""
+
+    task_run_id: UUID
+    name: str
+    task: Task[Any, Any] | None
+    state: State[Any] | None
 
 
 class StateReporter:
@@ -77,9 +87,42 @@ class StateReporter:
             self._queue.put(None)
             thread.join(timeout)
 
-    def end_unfinished(
-        self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float = 2.0
-    ) -> int:
+    def confirm(self, ended: list[Ended], settle: float = 2.0) -> int:
+        """Tell the API of those of these task runs that it has in no final state, or not at all.
+
+        Args:
+            ended: task runs that have ended.
+            settle: seconds in which what is still on its way may arrive.
+
+        Returns:
+            of how many it was told.
+        """
+        if not ended:
+            return 0
+        return self._context.copy().run(self._confirm, ended, settle)
+
+    def _confirm(self, ended: list[Ended], settle: float) -> int:
+        deadline = time.monotonic() + settle
+        unknown = {one.task_run_id: one for one in ended}
+        with self._client() as client:
+            while True:
+                for start in range(0, len(unknown), PAGE):
+                    ids = list(unknown)[start : start + PAGE]
+                    for task_run in client.read_task_runs(
+                        task_run_filter=TaskRunFilter(id=TaskRunFilterId(any_=ids)), limit=PAGE
+                    ):
+                        if task_run.state is not None and task_run.state.is_final():
+                            unknown[task_run.id] = None  # type: ignore[assignment]
+                unknown = {task_run_id: one for task_run_id, one in unknown.items() if one is not None}
+                if not unknown or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.25)
+            for task_run_id, one in unknown.items():
+                state = one.state or _new_state(StateType.CRASHED, "Its worker was lost before it told how it ended")
+                self._tell(client, task_run_id, one.name, one.task, state)
+        return len(unknown)
+
+    def end_unfinished(self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float = 2.0) -> int:
         """Give a final state to those of the task runs that the API still holds for unfinished.
 
         Args:
@@ -137,11 +180,11 @@ class StateReporter:
             self._set_state(client, task_run_id, state)
 
     def _set_state(self, client: SyncPrefectClient, task_run_id: UUID, state: State[Any]) -> None:
-        sent = _without_data(state)
+        sent = without_data(state)
         client.set_task_run_state(task_run_id, sent, force=True)
 
     def _create(self, task_run_id: UUID, name: str, task: Task[Any, Any], state: State[Any]) -> None:
-        sent = _without_data(state)
+        sent = without_data(state)
         sent.state_details = StateDetails(task_run_id=task_run_id, flow_run_id=self.flow_run_id)
         emit_task_run_state_change_event(
             task_run=TaskRun(
@@ -168,9 +211,7 @@ class StateReporter:
         while True:
             page = client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[self.flow_run_id])),
-                task_run_filter=TaskRunFilter(
-                    state=TaskRunFilterState(type=TaskRunFilterStateType(any_=UNFINISHED))
-                ),
+                task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=UNFINISHED))),
                 limit=PAGE,
                 offset=len(found),
             )
@@ -183,6 +224,6 @@ def _new_state(state_type: StateType, message: str) -> State[Any]:
     return State(type=state_type, name=state_type.value.capitalize(), message=message)
 
 
-def _without_data(state: State[Any]) -> State[Any]:
+def without_data(state: State[Any]) -> State[Any]:
     # Not by model_copy, which resets the timestamp of a state.
     return State(type=state.type, name=state.name, message=state.message, timestamp=state.timestamp)

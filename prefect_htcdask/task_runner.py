@@ -20,6 +20,7 @@ from prefect_dask.task_runners import DaskTaskRunner
 from prefect_htcdask import live
 from prefect_htcdask.futures import HTCDaskFuture, HTCDaskFutureList
 from prefect_htcdask.mapping import expand_mapping
+from prefect_htcdask.nested import NestedRun
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.submission import current_tags
 from prefect_htcdask.worker_groups import Offers, resources_of
@@ -196,8 +197,10 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         resources = self._resources_of(task)
         run = self._run()
         run.check()
-        task_run_id, wrapped = run.submission.submit(task, parameters, wait_for, dependencies, resources)
-        future: HTCDaskFuture[R] = HTCDaskFuture(task_run_id, wrapped, run.collector, task.name, task)
+        sent = run.submission.submit(task, parameters, wait_for, dependencies, resources)
+        future: HTCDaskFuture[R] = HTCDaskFuture(
+            sent.task_run_id, sent.future, run.collector, task.name, task, sent.upstreams
+        )
         run.track([future])
         return future
 
@@ -225,7 +228,8 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         run.check()
         submitted = run.submission.submit_many(task, calls, shared, wait_for, inputs, resources)
         futures: list[HTCDaskFuture[R]] = [
-            HTCDaskFuture(task_run_id, wrapped, run.collector, task.name, task) for task_run_id, wrapped in submitted
+            HTCDaskFuture(sent.task_run_id, sent.future, run.collector, task.name, task, sent.upstreams)
+            for sent in submitted
         ]
         run.track(futures)
         return HTCDaskFutureList(futures)  # type: ignore[abstract, arg-type]
@@ -260,7 +264,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         if not self._started:
             raise RuntimeError("The task runner must be started before submitting work.")
 
-    def _run(self) -> live.LiveRun | live.NestedRun:
+    def _run(self) -> live.LiveRun | NestedRun:
         """The live handles: the flow run's, opened when first asked for; on a worker, its own client."""
         if _on_worker():
             return live.nested()
@@ -284,7 +288,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
 
     def _resources_of(self, task: Task[Any, Any]) -> dict[str, float] | None:
         """The Dask resources that a task asks for, by the worker group that it is for."""
-        run: live.LiveRun | live.NestedRun | None = None
+        run: live.LiveRun | NestedRun | None = None
         if _on_worker():
             run = live.nested()
         elif self._live_key is not None:

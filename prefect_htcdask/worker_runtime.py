@@ -25,6 +25,8 @@ import cloudpickle
 from distributed import Worker, get_worker
 from distributed.utils import sync
 
+from prefect_htcdask import rerun
+
 METADATA_ROOT = "prefect_htcdask"
 """Where the scheduler's task metadata holds the envelopes: ``[METADATA_ROOT, live run, envelope]``."""
 
@@ -334,6 +336,7 @@ def _run_call(
     upstream: list[Any],
 ) -> Any:
     from prefect._internal.states import exception_to_crashed_state_sync
+    from prefect.client.schemas.objects import State
     from prefect.task_engine import run_task_async, run_task_sync
 
     current_call.set(scope)
@@ -358,8 +361,14 @@ def _run_call(
         "return_type": "state",
         "dependencies": call.dependencies,
     }
+    loss = rerun.loss_of_this_task()
     with _task_context(envelope, call):
         try:
+            if loss is not None:
+                found = rerun.take_up(arguments, loss, scope.envelope_key[0], METADATA_ROOT)
+                if isinstance(found, State):
+                    return found
+                arguments["task_run"] = found
             if envelope.task.isasync:
                 return _run_coroutine(run_task_async(**arguments))
             return run_task_sync(**arguments)

@@ -1,0 +1,40 @@
+"""Submission from inside a task."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from distributed import Client
+
+from prefect_htcdask.futures import HTCDaskFuture, collector_of
+from prefect_htcdask.submission import Submission
+from prefect_htcdask.worker_groups import Offers
+from prefect_htcdask.worker_runtime import METADATA_ROOT
+
+
+class NestedRun:
+    """Submission from inside a task, through its worker's own client. Nothing is provisioned or closed."""
+
+    def __init__(self, client: Client, run_id: str, offers: Offers | None = None) -> None:
+        self.client = client
+        self.submission = Submission(client, run_id, None, offers)
+        self.collector = collector_of(client)
+
+    @property
+    def offers(self) -> Offers | None:
+        """What the worker groups of the cluster offer, as far as the flow's process knew."""
+        return self.submission.offers
+
+    def track(self, futures: list[HTCDaskFuture[Any]]) -> None:
+        """Hold nothing: a future that its task drops is given up with it, as prefect-dask does."""
+        for future in futures:
+            future.upstreams = ()
+
+    def check(self) -> None:
+        """Nothing can be wrong yet."""
+
+    def close(self) -> None:
+        """The task has ended: take its envelopes back from the scheduler, without waiting for it."""
+        client = cast(Any, self.client)
+        for key in self.submission.places():
+            client.loop.add_callback(client.scheduler.set_metadata, keys=[METADATA_ROOT, *key], value=None)
