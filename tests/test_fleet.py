@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from prefect_htcdask.condor.job_events import apply
@@ -156,6 +157,19 @@ def test_each_group_has_its_own_demand() -> None:
     gpu = demands["gpu"]
     assert (gpu.queued, gpu.in_hand, gpu.coming) == (5, {"htcdask-2.0-0": 3}, {10: 2})
     assert (gpu.stacked, gpu.work, gpu.unknown, gpu.task_seconds) == (1, 7.5, 4, 1.5)
+
+
+def test_the_last_task_of_a_worker_that_drains_asks_for_no_other_worker() -> None:
+    fleet = two_groups()
+    told = {**answer(), "groups": {}, "in_hand": {"htcdask-1.0-0": 1, "htcdask-1.1-0": 1}, "closing": ["htcdask-1.0-0"]}
+    demand, supply = fleet.demands(told)["cpu"], fleet.supplies(told, 10.0)["cpu"]
+    how = PolicySettings(target=Target(maximum=9))
+    assert (supply.busy, supply.retiring) == (("htcdask-1.1-0",), ("htcdask-1.0-0",))
+    assert not decide(demand, supply, how, 10.0).changes
+    # One that is queued is for another worker, and so is a number or minimum that the user asked for.
+    queued = dataclasses.replace(demand, queued=1)
+    assert decide(queued, supply, how, 10.0).submit == 1
+    assert decide(demand, supply, PolicySettings(target=Target(minimum=2, maximum=9)), 10.0).submit == 1
 
 
 def test_a_worker_that_leaves_by_itself_counts_as_gone() -> None:

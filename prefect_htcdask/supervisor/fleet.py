@@ -147,11 +147,15 @@ class Fleet:
         return self.table.in_state(JobState.IDLE, JobState.RUNNING, JobState.HELD)
 
     def demands(self, answer: Mapping[str, Any]) -> dict[str, Demand]:
-        """The demand of each group for the policy, from the scheduler's answer."""
+        """The demand of each group for the policy, from the scheduler's answer.
+
+        A worker that takes no more tasks keeps its last one until that ends, or hands it back: it wants no other thread.
+        """
         in_hand: dict[str, dict[str, int]] = {group: {} for group in self.groups}
+        closing = frozenset(answer.get("closing", ()))
         for name, count in answer["in_hand"].items():
             group = self.group_of_worker(name)
-            if group is not None:
+            if group is not None and name not in closing:
                 in_hand[group][name] = count
         counts: Mapping[str, Mapping[str, Any]] = answer["groups"]
         return {
