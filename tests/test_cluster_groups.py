@@ -175,6 +175,14 @@ def test_bad_starts_in_one_group(
         job = client.submit(task(), 2, resources={"htcdask-group-gpu": 1}).result(timeout=60)
         assert group_of_jobs(queue, cluster.name)[job] == "gpu"
         assert texts(messages, "failed") == text
+        # One works, and no other comes up: that does not end the run, and is told.
+        python.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('libcuda.so.2: cannot open shared object file')\n")
+        cluster.scale(2, group="gpu")
+        told = wait_until(
+            lambda: texts(messages, "log") if "goes on with 1" in texts(messages, "log") else "", 60, "it"
+        )
+        assert "worker group gpu: 3 workers in a row" in told and "libcuda.so.2" in told
+        assert texts(messages, "failed") == text
 
 
 def test_tasks_go_to_workers_that_join_later(new_cluster: NewCluster) -> None:

@@ -372,6 +372,20 @@ def test_a_spent_failure_budget_ends_it_for_good(situation: tuple[Demand, Supply
         assert decision.gives_up.startswith(f"{how.max_failures} workers in a row")
 
 
+def test_a_spent_failure_budget_is_told_though_others_work() -> None:
+    how = PolicySettings(target=Target(maximum=100), max_failures=3)
+    demand = Demand(queued=12, in_hand={f"w{n}": 1 for n in range(4)})
+    decision = decide(demand, four_busy(failures=3, last_failure=NOW - 1e6), how, NOW)
+    assert (decision.submit, decision.gives_up) == (0, "")
+    assert decision.goes_on == (
+        "3 workers in a row ended before they joined the scheduler; no more are submitted, though 16 are wanted: "
+        "the work goes on with 4"
+    )
+    assert not decide(demand, four_busy(failures=2, last_failure=NOW - 1e6), how, NOW).goes_on
+    starting = Supply(pending=("1.0",), failures=3, last_failure=NOW - 1e6)
+    assert not decide(demand, starting, how, NOW).goes_on, "it may yet join"
+
+
 @given(situations(), adapting)
 def test_jobs_in_the_queue_stay_below_their_cap(situation: tuple[Demand, Supply], how: PolicySettings) -> None:
     demand, supply = situation

@@ -173,6 +173,7 @@ class Decision:
         retire: names of workers to retire.
         reason: why, in words for the flow run's log; empty where nothing changes.
         gives_up: why workers cannot be had, where the failure budget is spent; else empty.
+        goes_on: the same, where the budget is spent but workers that have joined go on with the work; else empty.
     """
 
     target: int
@@ -181,6 +182,7 @@ class Decision:
     retire: tuple[str, ...] = ()
     reason: str = ""
     gives_up: str = ""
+    goes_on: str = ""
 
     @property
     def changes(self) -> bool:
@@ -267,9 +269,12 @@ def decide(demand: Demand | None, supply: Supply, settings: PolicySettings, now:
 def _grow(wanted: int, demand: Demand, supply: Supply, settings: PolicySettings, now: float) -> Decision:
     if supply.failures >= settings.max_failures:
         # Those that have joined go on with the work, and one that has started may yet join and end the row.
-        hope = supply.joined or len(supply.pending) > supply.unstarted
         text = f"{supply.failures} workers in a row ended before they joined the scheduler; no more are submitted"
-        return Decision(target=wanted, gives_up="" if hope else text)
+        if supply.joined:
+            others = f", though {wanted} are wanted: the work goes on with {supply.joined}"
+            return Decision(target=wanted, goes_on=text + others)
+        starting = len(supply.pending) > supply.unstarted
+        return Decision(target=wanted, gives_up="" if starting else text)
     if supply.last_failure is not None and now < supply.last_failure + backoff(supply.failures):
         return Decision(target=wanted)
     submit, note = wanted - supply.total, ""

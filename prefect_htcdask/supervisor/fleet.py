@@ -149,7 +149,7 @@ class Fleet:
     def demands(self, answer: Mapping[str, Any]) -> dict[str, Demand]:
         """The demand of each group for the policy, from the scheduler's answer.
 
-        A worker that takes no more tasks keeps its last one until that ends, or hands it back: it wants no other thread.
+        A worker that takes no more tasks keeps the last until that ends, or hands it back: it wants no other thread.
         """
         in_hand: dict[str, dict[str, int]] = {group: {} for group in self.groups}
         closing = frozenset(answer.get("closing", ()))

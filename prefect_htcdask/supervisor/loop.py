@@ -262,8 +262,11 @@ class Supervisor:
 
     async def act(self, group: Group, decision: Decision) -> int:
         """Carry a decision out; returns how many jobs were submitted."""
-        if decision.gives_up:
-            self.give_up(group, decision.gives_up)
+        if decision.gives_up and not group.gave_up:
+            self.fail(group, self.with_the_last(group, decision.gives_up))
+        key = f"{group.name} goes on after {group.last_failure}"
+        if decision.goes_on and key not in self._told:
+            self.tell_once("warning", self.named(group, self.with_the_last(group, decision.goes_on)), key)
         submitted = 0
         if decision.submit and not group.gave_up and time.monotonic() >= group.submit_after:
             submitted = await self.submit(group, decision.submit)
@@ -345,12 +348,13 @@ class Supervisor:
 
     # When workers cannot be had
 
-    def give_up(self, group: Group, why: str) -> None:
-        """The failure budget is spent: say so, with what became of the last."""
-        if (record := group.last_failed) is not None:
-            where = f" on {record.host}" if record.host else ""
-            why += f". The last, HTCondor job {record.job_id}{where}: {self.news.why_it_ended(record)}"
-        self.fail(group, why)
+    def with_the_last(self, group: Group, text: str) -> str:
+        """That the failure budget is spent, with what became of the last worker that did not come up."""
+        record = group.last_failed
+        if record is None:
+            return text
+        where = f" on {record.host}" if record.host else ""
+        return f"{text}. The last, HTCondor job {record.job_id}{where}: {self.news.why_it_ended(record)}"
 
     async def give_up_waiting(self, group: Group) -> None:
         """No worker of a group came within its start timeout: say why, as far as the pool tells."""
@@ -381,12 +385,15 @@ class Supervisor:
             self._told.add(key or text)
             self.say({"kind": "log", "level": level, "text": text})
 
+    def named(self, group: Group, text: str) -> str:
+        """The text, with the group that it is about where there are several."""
+        return f"worker group {group.name}: {text}" if len(self.groups) > 1 else text
+
     def fail(self, group: Group, text: str) -> None:
         """Say that workers of a group cannot be had: the flow must fail rather than wait for ever."""
         if not group.gave_up:
             group.gave_up = True
-            prefix = f"worker group {group.name}: " if len(self.groups) > 1 else ""
-            self.say({"kind": "failed", "text": prefix + text})
+            self.say({"kind": "failed", "text": self.named(group, text)})
 
     def end(self, why: str) -> None:
         """Leave the loop; the cleanup follows."""
