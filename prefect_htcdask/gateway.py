@@ -207,7 +207,13 @@ class HTCGatewayCluster(GatewayCluster):
         if worker or workers is not None:
             stated = settings.stated()
             groups = stated.get("workers") if workers is None else workers
-            checked = load_settings(worker={**stated["worker"], **worker}, adaptive=stated["adaptive"], workers=groups)
+            checked = load_settings(
+                worker={**stated["worker"], **worker},
+                workers=groups,
+                # What is checked beside them.
+                adaptive=stated["adaptive"],
+                lease=stated["lease"],
+            )
             settings = settings.model_copy(update={"worker": checked.worker, "workers": checked.workers})
         self.settings = settings
         self.specs = worker_specs(settings)

@@ -250,6 +250,16 @@ class HTCDaskSettings(PrefectBaseSettings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _lease_is_renewed_in_time(self) -> HTCDaskSettings:
+        # Each look at the queue renews the lease, and one may fail.
+        if self.adaptive.interval > self.lease.duration / 2:
+            raise ValueError(
+                f"adaptive.interval = {self.adaptive.interval:g} s is above half of lease.duration = "
+                f"{self.lease.duration:g} s, which each look at the queue renews; lower it, or give a longer lease"
+            )
+        return self
+
     def stated(self) -> dict[str, dict[str, Any]]:
         """What was said and is no default, as `load_settings` takes it."""
         said = {

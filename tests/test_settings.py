@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.settings import (
     WORKERS_VARIABLE,
     HTCDaskSettings,
@@ -78,6 +79,16 @@ def test_minimum_above_maximum() -> None:
         load_settings(adaptive={"minimum": 5, "maximum": 2})
     text = str(caught.value)
     assert "adaptive.minimum = 5" in text and "adaptive.maximum = 2" in text and "lower the minimum" in text
+
+
+def test_a_lease_that_would_run_out_between_two_looks() -> None:
+    with pytest.raises(SettingsError, match=r"adaptive\.interval = 120 s .* lease\.duration = 180 s.*; lower it"):
+        load_settings(adaptive={"interval": "2 minutes"})
+    settings = load_settings(adaptive={"interval": "2 minutes"}, lease={"duration": "4 minutes"})
+    # Nor is it forgotten where more is said of the workers.
+    cluster: Any = object.__new__(HTCGatewayCluster)
+    cluster._prepare(settings, None, None, None, {"cpus": 2}, None)
+    assert (cluster.settings.lease.duration, cluster.specs["default"].cpus) == (240.0, 2)
 
 
 def test_all_problems_are_told_at_once() -> None:
