@@ -22,7 +22,7 @@ from distributed import Client
 from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, PrefectFutureList
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 from prefect_dask.task_runners import PrefectDaskFuture
 
 from prefect_htcdask.errors import HTCDaskError
@@ -181,6 +181,7 @@ class Collector:
     ) -> None:
         self.client = client
         self._on_collected = on_collected
+        self.cancelled = False  # by the flow run: then what Dask cancels has not crashed
         self.fates = fates or JobFates()
         self.condition = threading.Condition()
         self._on_lost = on_lost
@@ -295,7 +296,8 @@ class Collector:
         """Give a future that Dask did not finish a Crashed state."""
         if error is None:
             error = lost_reason(future, self.fates)
-        state: State[Any] = Crashed(message=str(error) or repr(error), data=error)
+        cancelled = self.cancelled and future.wrapped_future.status == "cancelled"
+        state: State[Any] = (Cancelled if cancelled else Crashed)(message=str(error) or repr(error), data=error)
         state.state_details.task_run_id = future._task_run_id
         with self.condition:
             if future._final_state is not None:

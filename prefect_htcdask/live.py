@@ -27,6 +27,7 @@ from prefect.states import Cancelled
 from prefect_htcdask.decisions import Decisions
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.futures import Collector, HTCDaskFuture
+from prefect_htcdask.interruption import interrupt
 from prefect_htcdask.last_words import LastWords
 from prefect_htcdask.losses import JobFates
 from prefect_htcdask.nested import NestedRun
@@ -77,6 +78,7 @@ class LiveRun:
         self._unfinished: dict[UUID, HTCDaskFuture[Any]] = {}
         self._by_key: WeakValueDictionary[str, HTCDaskFuture[Any]] = WeakValueDictionary()
         self._cancelled = False
+        self._cut_short: set[UUID] = set()
         self._closed = False
         self._stop = threading.Event()
         self._context = contextvars.copy_context()
@@ -122,13 +124,26 @@ class LiveRun:
         self.collector.fail(error)
 
     def cancel(self) -> None:
-        """Cancel every task run that has not ended."""
-        with self._lock:
-            self._cancelled = True
+        """Cancel every task run that has not ended, and tell Prefect of those that had begun.
+
+        Functions that run are interrupted; the workers of a cluster of our own end soon after.
+        """
         futures = self.unfinished()
+        with self._lock:
+            self._cancelled = self.collector.cancelled = True
+            self._cut_short.update(future._task_run_id for future in futures)
         if futures:
             with suppress(Exception):
                 self.client.cancel([future.wrapped_future for future in futures], reason="the flow run was cancelled")
+            # The flow's own code may go on for a long time yet.
+            threading.Thread(target=self._stop_cancelled, name="htcdask-cancel", daemon=True).start()
+
+    def _stop_cancelled(self) -> None:
+        with suppress(Exception):
+            self.client.run(interrupt, self.key, on_error="ignore")
+        with self._lock:
+            cut_short = set(self._cut_short)
+        self._say_what_became_of(cut_short, "The flow run was cancelled while this task ran")
 
     def unfinished(self) -> list[HTCDaskFuture[Any]]:
         """The futures whose task runs have not ended."""
@@ -141,11 +156,11 @@ class LiveRun:
                 # Dask lets go of their inputs as well.
                 future.upstreams = ()
         self.last_words.ended(ended)
-        if not self._cancelled:
-            for future in ended:
-                if future._final_state is None and future.wrapped_future.status != "finished":
-                    # Nobody may be waiting for it, but the Prefect API still has to hear what became of it.
-                    self.collector.ask(future)
+        known = ("finished", "cancelled") if self._cancelled else ("finished",)
+        for future in ended:
+            if future._final_state is None and future.wrapped_future.status not in known:
+                # Nobody may be waiting for it, but the Prefect API still has to hear what became of it.
+                self.collector.ask(future)
         return pending
 
     def on_message(self, message: dict[str, Any]) -> None:
@@ -246,7 +261,11 @@ class LiveRun:
                 self._summarise(self.cluster.summary)
                 self.decisions.flush()
         finally:
-            self._say_what_became_of({future._task_run_id for future in left}, error)
+            ended = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
+            self._say_what_became_of(
+                self._cut_short.union(future._task_run_id for future in left),
+                f"The flow run ended while this task ran ({ended})",
+            )
             try:
                 self.reporter.confirm(self.last_words.unsure())
             except Exception as exc:
@@ -264,15 +283,12 @@ class LiveRun:
         left = summary["left"]
         self.log("info", f"{text}; {left} still leave the queue" if left else text)
 
-    def _say_what_became_of(self, task_run_ids: set[UUID], error: BaseException | None) -> None:
+    def _say_what_became_of(self, task_run_ids: set[UUID], message: str) -> None:
         if not task_run_ids:
             return
         kind = StateType.CANCELLED if self._cancelled else StateType.CRASHED
-        reason = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
         try:
-            moved = self.reporter.end_unfinished(
-                task_run_ids, kind, f"The flow run ended while this task ran ({reason})"
-            )
+            moved = self.reporter.end_unfinished(task_run_ids, kind, message)
         except Exception as exc:
             self.log("warning", f"Task runs that were cut short could not be given a final state: {exc}")
         else:
@@ -288,7 +304,8 @@ class LiveRun:
 
     def _report_lost(self, future: HTCDaskFuture[Any], state: State[Any]) -> None:
         # When the whole cluster fails, task runs that never started need no record of their own.
-        task = future.task if self.collector.failure is None else None
+        # Nor do those that were cancelled before they started.
+        task = future.task if self.collector.failure is None and not state.is_cancelled() else None
         self.reporter.report(future._task_run_id, future.task_name, task, state)
 
     def _watch(self) -> None:

@@ -26,6 +26,7 @@ from distributed import Worker, get_worker
 from distributed.utils import sync
 
 from prefect_htcdask import rerun
+from prefect_htcdask.interruption import interruptible
 
 METADATA_ROOT = "prefect_htcdask"
 """Where the scheduler's task metadata holds the envelopes: ``[METADATA_ROOT, live run, envelope]``."""
@@ -309,7 +310,8 @@ def run_call(
     """
     scope = CallScope(tuple(envelope_key))
     try:
-        return _clean_context().run(_run_call, scope, payload, shared, upstream)
+        with interruptible(scope.envelope_key[0]):
+            return _clean_context().run(_run_call, scope, payload, shared, upstream)
     finally:
         if scope.nested is not None:
             scope.nested.close()
@@ -372,7 +374,7 @@ def _run_call(
             if envelope.task.isasync:
                 return _run_coroutine(run_task_async(**arguments))
             return run_task_sync(**arguments)
-        except (KeyboardInterrupt, SystemExit) as exc:
+        except (KeyboardInterrupt, SystemExit, asyncio.CancelledError) as exc:
             # The engine has recorded the crash; the worker itself has to live on for the other tasks.
             return exception_to_crashed_state_sync(exc)
 

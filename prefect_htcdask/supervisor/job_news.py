@@ -56,9 +56,9 @@ class JobNews:
         """Take in one job's change; returns level and words for the flow run's log, or `None` for nothing to say."""
         failed_start = self._fleet.saw_change(change)
         record = self._fleet.table.records[change.job_id]
-        self._say(
-            {"kind": "job", "what": change.what, "job": change.job_id, "host": record.host, "reason": change.reason}
-        )
+        died = change.what == "exited" and bool(record.exit_code or record.exit_signal is not None)
+        reason = self.why_it_ended(record) if died or change.what == "held" else change.reason
+        self._say({"kind": "job", "what": change.what, "job": change.job_id, "host": record.host, "reason": reason})
         group = self._groups[self._fleet.group_of(record)]
         if change.what == "started":
             group.started(record)
