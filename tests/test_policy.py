@@ -181,6 +181,33 @@ def test_a_worker_keeps_its_residence(situation: tuple[Demand, Supply], how: Pol
     assert all(NOW - supply.idle[name] >= how.residence for name in decide(demand, supply, how, NOW).retire)
 
 
+def test_at_the_end_of_a_burst_workers_leave_together() -> None:
+    how = PolicySettings(target=Target(maximum=100), residence=5)
+    idle = {f"w{second}": float(second) for second in range(60)}
+    left, decisions = {}, 0
+    for now in range(100):
+        supply = Supply(idle={name: since for name, since in idle.items() if since <= now and name not in left})
+        retire = decide(Demand(), supply, how, float(now)).retire
+        decisions += bool(retire)
+        left.update({name: now - idle[name] for name in retire})
+    assert decisions == 20, "of three, not sixty of one"
+    assert min(left.values()) == 5 and max(left.values()) == 7
+    # Who is alone, or whose time is over before another's, waits for nobody.
+    assert decide(Demand(), Supply(idle={"a": 0.0, "b": 2.6}), how, 5.0).retire == ("a",)
+    assert not decide(Demand(), Supply(idle={"a": 0.0, "b": 2.5}), how, 5.0).retire
+    slow = dataclasses.replace(how, residence=600)
+    assert decide(Demand(), Supply(idle={"a": 0.0, "b": 10.1}), slow, 600.0).retire == ("a",)
+
+
+@given(situations(), adapting)
+def test_no_worker_stays_much_longer_than_its_residence(situation: tuple[Demand, Supply], how: PolicySettings) -> None:
+    _, supply = situation
+    supply = dataclasses.replace(supply, holding=frozenset(), pending=(), busy=())
+    how = dataclasses.replace(how, target=Target())
+    long = {name for name, since in supply.idle.items() if NOW - since >= how.residence + min(how.residence / 2, 10)}
+    assert long <= set(decide(Demand(), supply, how, NOW).retire)
+
+
 @given(situations(), any_settings)
 def test_workers_that_could_not_leave_are_left_alone(situation: tuple[Demand, Supply], how: PolicySettings) -> None:
     demand, supply = situation

@@ -24,6 +24,13 @@ RECENT_WAITS = 50
 FIRST_WAIT = 60.0
 """Seconds that a job is taken to wait before any has started: HTCondor's default negotiation cycle."""
 
+TOGETHER = 0.5
+"""Share of its residence that a worker stays longer, at most, to leave with others that are about to have idled out: so
+that at the end of a burst there is not a decision, a line and an event each second."""
+
+LONGEST_TOGETHER = 10.0
+"""Seconds of that at most."""
+
 PENDING_STAY = 2.0
 """Times the expected arrival that pending jobs are kept ahead of their tasks."""
 
@@ -149,7 +156,7 @@ class PolicySettings:
         target: what the user asked for.
         group: the group's name, for the reason; empty where there is one group only.
         threads: tasks that one worker runs at once, where they want no more than a thread.
-        residence: how long a worker may be idle before it is removed.
+        residence: how long a worker may be idle before it is removed; a little longer where others follow (`TOGETHER`).
         max_idle_jobs: jobs that may wait in the queue at once, while adapting.
         max_failures: failures in a row after which no more jobs are submitted.
     """
@@ -310,10 +317,23 @@ def _shrink(wanted: int, demand: Demand, supply: Supply, settings: PolicySetting
         if len(order) == supply.joined and supply.holding:
             # Results of the last worker have nowhere to go to.
             order.pop()
-    retire = tuple([name for name in order if name not in supply.staying][:surplus])
+    order = [name for name in order if name not in supply.staying]
+    if order and not fixed and _others_follow(order, supply, settings, now):
+        order = []
+    retire = tuple(order[:surplus])
     gone = len(remove) + len(retire)
     reason = _reason(demand, supply, settings, -gone) if gone else ""
     return Decision(target=wanted, remove_pending=remove, retire=retire, reason=reason)
+
+
+def _others_follow(idled_out: Sequence[str], supply: Supply, settings: PolicySettings, now: float) -> bool:
+    """Whether workers that have idled out wait for others, which will have too before the first of them has to go.
+
+    It must not depend on the demand: more of it would else have more workers leave.
+    """
+    first = min(supply.idle[name] for name in idled_out)
+    together = first + settings.residence + min(TOGETHER * settings.residence, LONGEST_TOGETHER)
+    return any(now < since + settings.residence <= together for since in supply.idle.values())
 
 
 def _reason(demand: Demand, supply: Supply, settings: PolicySettings, change: int) -> str:
