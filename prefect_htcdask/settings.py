@@ -100,9 +100,9 @@ class AdaptiveSettings(PrefectBaseSettings):
     interval: Duration = Field(default=1.0, gt=0, description="Time between two looks at the queue of tasks.")
     residence: Duration = Field(
         default=5.0,
-        description="How long a worker stays idle before it is removed, or up to half as long again (10 s at most) where "
-        "others are about to go too. Each worker costs this much more when work runs out; raise it where you submit "
-        "wave after wave, to about as long as jobs wait in your pool.",
+        description="How long a worker stays idle before it is removed, or up to half as long again (10 s at most) "
+        "where others are about to go too. Each worker costs this much more when work runs out; raise it where you "
+        "submit wave after wave, to about as long as jobs wait in your pool.",
     )
     max_idle_jobs: int = Field(
         default=5000,

@@ -428,6 +428,15 @@ def test_the_cap_is_told_where_it_binds() -> None:
     assert decision.reason == "12 queued, 4 running, 0 pending: +12 cpu"
 
 
+def test_a_number_that_the_user_asked_for_is_told_as_such() -> None:
+    how = PolicySettings(target=Target(fixed=2), group="cpu")
+    assert decide(Demand(), Supply(), how, NOW).reason == "scale(2): 0 queued, 0 running, 0 pending: +2 cpu"
+    assert decide(Demand(), four_busy(), how, NOW).reason == "scale(2): 0 queued, 4 running, 0 pending: -2 cpu"
+    how = dataclasses.replace(how, target=Target(minimum=3, maximum=9))
+    assert decide(Demand(queued=2), Supply(), how, NOW).reason == "2 queued, 0 running, 0 pending: +3 cpu (minimum)"
+    assert decide(Demand(queued=3), Supply(), how, NOW).reason == "3 queued, 0 running, 0 pending: +3 cpu"
+
+
 def four_busy(**more: object) -> Supply:
     return dataclasses.replace(Supply(busy=tuple(f"w{n}" for n in range(4))), **more)  # type: ignore[arg-type]
 

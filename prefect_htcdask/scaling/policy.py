@@ -213,8 +213,12 @@ def wanted_workers(demand: Demand, supply: Supply, settings: PolicySettings, ahe
     target = settings.target
     if target.fixed is not None:
         return target.fixed
+    return min(max(_workers_for(demand, supply, settings, ahead), target.minimum), target.maximum)
+
+
+def _workers_for(demand: Demand, supply: Supply, settings: PolicySettings, ahead: float = 1.0) -> int:
     tasks = demand.tasks + demand.ready_within(supply.arrival, ahead)
-    return min(max(math.ceil(tasks / _tasks_at_once(demand, settings)), target.minimum), target.maximum)
+    return math.ceil(tasks / _tasks_at_once(demand, settings))
 
 
 def useful_pending(demand: Demand, supply: Supply, settings: PolicySettings) -> int:
@@ -289,6 +293,8 @@ def _grow(wanted: int, demand: Demand, supply: Supply, settings: PolicySettings,
         # Who asks for a number by name gets it; usefulness and politeness are for what is asked by arithmetic.
         useful = useful_pending(demand, supply, settings) - len(supply.pending)
         submit = min(submit, max(useful, settings.target.minimum - supply.total))
+        if _workers_for(demand, supply, settings) < settings.target.minimum:
+            note = " (minimum)"
         room = settings.max_idle_jobs - supply.unstarted
         if submit > room:
             submit, note = room, " (adaptive.max_idle_jobs)"
@@ -341,4 +347,6 @@ def _reason(demand: Demand, supply: Supply, settings: PolicySettings, change: in
     if soon := demand.ready_within(supply.arrival):
         parts.append(f"{soon} ready within {supply.arrival:.0f} s")
     parts += [f"{supply.joined} running", f"{len(supply.pending)} pending"]
-    return f"{', '.join(parts)}: {change:+d}{f' {settings.group}' if settings.group else ''}"
+    fixed = settings.target.fixed
+    asked = "" if fixed is None else f"scale({fixed}): "
+    return f"{asked}{', '.join(parts)}: {change:+d}{f' {settings.group}' if settings.group else ''}"
