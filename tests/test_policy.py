@@ -433,7 +433,7 @@ def test_a_number_that_the_user_asked_for_is_told_as_such() -> None:
     assert decide(Demand(), Supply(), how, NOW).reason == "scale(2): 0 queued, 0 running, 0 pending: +2 cpu"
     assert decide(Demand(), four_busy(), how, NOW).reason == "scale(2): 0 queued, 4 running, 0 pending: -2 cpu"
     how = dataclasses.replace(how, target=Target(minimum=3, maximum=9))
-    assert decide(Demand(queued=2), Supply(), how, NOW).reason == "2 queued, 0 running, 0 pending: +3 cpu (minimum)"
+    assert decide(Demand(queued=2), Supply(), how, NOW).reason == "minimum 3: 2 queued, 0 running, 0 pending: +3 cpu"
     assert decide(Demand(queued=3), Supply(), how, NOW).reason == "3 queued, 0 running, 0 pending: +3 cpu"
 
 

@@ -293,8 +293,6 @@ def _grow(wanted: int, demand: Demand, supply: Supply, settings: PolicySettings,
         # Who asks for a number by name gets it; usefulness and politeness are for what is asked by arithmetic.
         useful = useful_pending(demand, supply, settings) - len(supply.pending)
         submit = min(submit, max(useful, settings.target.minimum - supply.total))
-        if _workers_for(demand, supply, settings) < settings.target.minimum:
-            note = " (minimum)"
         room = settings.max_idle_jobs - supply.unstarted
         if submit > room:
             submit, note = room, " (adaptive.max_idle_jobs)"
@@ -347,6 +345,9 @@ def _reason(demand: Demand, supply: Supply, settings: PolicySettings, change: in
     if soon := demand.ready_within(supply.arrival):
         parts.append(f"{soon} ready within {supply.arrival:.0f} s")
     parts += [f"{supply.joined} running", f"{len(supply.pending)} pending"]
-    fixed = settings.target.fixed
-    asked = "" if fixed is None else f"scale({fixed}): "
+    target, asked = settings.target, ""
+    if target.fixed is not None:
+        asked = f"scale({target.fixed}): "
+    elif change > 0 and _workers_for(demand, supply, settings) < target.minimum:
+        asked = f"minimum {target.minimum}: "
     return f"{asked}{', '.join(parts)}: {change:+d}{f' {settings.group}' if settings.group else ''}"
