@@ -41,7 +41,7 @@ async def remove_jobs(supervisor: Supervisor) -> bool:
         try:
             count = await supervisor.condor(supervisor.schedd.remove, supervisor.constraint, reason)
         except ScheddError as exc:
-            supervisor.tell_once("warning", f"{exc}; asking again until the lease ends")
+            supervisor.voice.tell_once("warning", f"{exc}; asking again until the lease ends")
             return False
         logger.info("asked the schedd to remove %d jobs", count)
         return True

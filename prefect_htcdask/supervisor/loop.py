@@ -24,6 +24,7 @@ from .group import Group, idle_job_caps
 from .job_news import JobNews, unmatched, why_none_joined
 from .protocol import HandOff, group_of, target_of
 from .scheduler_link import GatewayLink, SchedulerLink
+from .voice import Voice
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Supervisor:
             for name, group in plan.groups.items()
         }
         self.news = JobNews(self.fleet, self.groups, self.directory, say)
+        self.voice = Voice(say, self.news.why_it_ended, several=len(plan.groups) > 1)
         self.scheduler = SchedulerLink(
             plan.access, plan.owner, {name: group.spec.resources for name, group in plan.groups.items()}
         )
@@ -69,7 +71,6 @@ class Supervisor:
         self._renew_at = 0.0
         self._request_seen = plan.request_seen
         self._taken_over_at: float | None = None
-        self._told: set[str] = set()
         self._background: set[asyncio.Task[Any]] = set()
 
     def hurry(self) -> None:
@@ -141,10 +142,8 @@ class Supervisor:
                 await tick
             except asyncio.CancelledError:
                 continue
-            except ScheddError as exc:
-                self.tell_once("warning", f"{exc}; trying again")
-            except Exception:
-                logger.exception("a round failed; the next one goes on")
+            except Exception as exc:
+                self.voice.tell_failure(exc)
             woken = asyncio.ensure_future(self.wake.wait())
             pause = max(0.05, round_ends - time.monotonic())
             await asyncio.wait([woken, over], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
@@ -152,12 +151,25 @@ class Supervisor:
             self.wake.clear()
 
     async def tick(self) -> None:
-        """One round."""
+        """One round. Whatever fails in it, both leases are renewed: the workers that there are go on."""
         try:
             await self.read_jobs()
-        except ScheddError as exc:
+        except Exception as exc:
             # The scheduler's lease is renewed by the question for demand, schedd or no schedd.
-            self.tell_once("warning", f"{exc}; trying again")
+            self.voice.tell_failure(exc)
+        try:
+            await self.follow_demand()
+        except Exception as exc:
+            self.voice.tell_failure(exc)
+        if self.over.is_set():
+            return
+        await self.renew()
+        for group in self.groups.values():
+            if group.overdue(time.monotonic()):
+                await self.give_up_waiting(group)
+
+    async def follow_demand(self) -> None:
+        """Ask the scheduler, decide for each group, and act."""
         answer = await self.ask_scheduler()
         known = await self.take_answer(answer)
         if self.over.is_set():
@@ -177,12 +189,8 @@ class Supervisor:
                 group.wanted(decision.target, now)
             try:
                 unstarted[name] += await self.act(group, decision)
-            except ScheddError as exc:
-                self.tell_once("warning", f"{exc}; trying again")
-        await self.renew()
-        for group in self.groups.values():
-            if group.overdue(time.monotonic()):
-                await self.give_up_waiting(group)
+            except Exception as exc:  # the other groups have nothing to do with it
+                self.voice.tell_failure(exc)
 
     async def ask_scheduler(self) -> dict[str, Any] | None:
         """The scheduler's answer; none at once where the gateway says that its cluster is over."""
@@ -225,7 +233,7 @@ class Supervisor:
             self.say({"kind": "job", "what": "joined", "job": job_id, "host": record.host})
         for wish, count in answer.get("unmatched", {}).items():
             text = unmatched(wish, count, self.groups.values())
-            self.tell_once("warning", text, key=f"unmatched {wish}")
+            self.voice.tell_once("warning", text, key=f"unmatched {wish}")
         for request in answer.get("requests", ()):
             if request["number"] > self._request_seen:
                 self._request_seen = request["number"]
@@ -262,11 +270,10 @@ class Supervisor:
 
     async def act(self, group: Group, decision: Decision) -> int:
         """Carry a decision out; returns how many jobs were submitted."""
-        if decision.gives_up and not group.gave_up:
-            self.fail(group, self.with_the_last(group, decision.gives_up))
-        key = f"{group.name} goes on after {group.last_failure}"
-        if decision.goes_on and key not in self._told:
-            self.tell_once("warning", self.named(group, self.with_the_last(group, decision.goes_on)), key)
+        if decision.gives_up:
+            self.voice.give_up(group, decision.gives_up)
+        if decision.goes_on:
+            self.voice.go_on(group, decision.goes_on)
         submitted = 0
         if decision.submit and not group.gave_up and time.monotonic() >= group.submit_after:
             submitted = await self.submit(group, decision.submit)
@@ -306,7 +313,7 @@ class Supervisor:
             job_ids = await self.condor(self.schedd.submit, commands, count)
         except ScheddError as exc:
             pause = group.refused(time.monotonic())
-            self.tell_once("error", f"{exc}; the next attempt is in {pause:.0f} s", key=str(exc))
+            self.voice.tell_once("error", f"{exc}; the next attempt is in {pause:.0f} s", key=str(exc))
             return 0
         group.submitted()
         self.fleet.submitted_jobs(job_ids, group.name, time.time())
@@ -348,14 +355,6 @@ class Supervisor:
 
     # When workers cannot be had
 
-    def with_the_last(self, group: Group, text: str) -> str:
-        """That the failure budget is spent, with what became of the last worker that did not come up."""
-        record = group.last_failed
-        if record is None:
-            return text
-        where = f" on {record.host}" if record.host else ""
-        return f"{text}. The last, HTCondor job {record.job_id}{where}: {self.news.why_it_ended(record)}"
-
     async def give_up_waiting(self, group: Group) -> None:
         """No worker of a group came within its start timeout: say why, as far as the pool tells."""
         try:
@@ -363,7 +362,9 @@ class Supervisor:
         except ScheddError as exc:
             why = str(exc)
         setting = f"workers.{group.name}" if len(self.groups) > 1 else "worker"
-        self.fail(group, f"no worker started within {setting}.start_timeout = {group.plan.start_timeout:g} s: {why}")
+        self.voice.fail(
+            group, f"no worker started within {setting}.start_timeout = {group.plan.start_timeout:g} s: {why}"
+        )
 
     async def avoid(self, group: Group, suspects: set[str]) -> None:
         """Have later jobs of a group keep off machines where its workers do not come up, if there are others."""
@@ -375,25 +376,7 @@ class Supervisor:
         avoided = group.avoid(suspects, {str(slot.get("Machine")) for slot in slots})
         if avoided:
             where = ", ".join(sorted(avoided))
-            self.tell_once("warning", f"workers do not come up on {where}: later ones of this run go elsewhere")
-
-    # Words
-
-    def tell_once(self, level: str, text: str, key: str | None = None) -> None:
-        """Say something to the flow run's log, once for each different text."""
-        if (key or text) not in self._told:
-            self._told.add(key or text)
-            self.say({"kind": "log", "level": level, "text": text})
-
-    def named(self, group: Group, text: str) -> str:
-        """The text, with the group that it is about where there are several."""
-        return f"worker group {group.name}: {text}" if len(self.groups) > 1 else text
-
-    def fail(self, group: Group, text: str) -> None:
-        """Say that workers of a group cannot be had: the flow must fail rather than wait for ever."""
-        if not group.gave_up:
-            group.gave_up = True
-            self.say({"kind": "failed", "text": self.named(group, text)})
+            self.voice.tell_once("warning", f"workers do not come up on {where}: later ones of this run go elsewhere")
 
     def end(self, why: str) -> None:
         """Leave the loop; the cleanup follows."""

@@ -1,0 +1,71 @@
+"""What the supervisor tells the flow run's log of its own difficulties: each once, however many rounds they last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ..condor.job_events import JobRecord
+from ..condor.schedd import ScheddError
+from .group import Group
+
+logger = logging.getLogger(__name__)
+
+
+class Voice:
+    """Says what the user should know, and no more than once.
+
+    Args:
+        say: sends a message to the flow's process.
+        why_it_ended: why a job is held or no more, in words.
+        several: whether there are several worker groups, so that each is named.
+    """
+
+    def __init__(self, say: Callable[[dict[str, Any]], None], why_it_ended: Callable[[JobRecord], str], several: bool):
+        self._say = say
+        self._why_it_ended = why_it_ended
+        self._several = several
+        self._told: set[str] = set()
+
+    def tell_once(self, level: str, text: str, key: str | None = None) -> None:
+        """Say something to the flow run's log, once for each different text, or `key` where one is given."""
+        if (key or text) not in self._told:
+            self._told.add(key or text)
+            self._say({"kind": "log", "level": level, "text": text})
+
+    def tell_failure(self, exc: Exception) -> None:
+        """Say that a part of a round failed; the next round does it again."""
+        if isinstance(exc, ScheddError):
+            self.tell_once("warning", f"{exc}; trying again")
+            return
+        logger.error("a part of a round failed; the next one goes on", exc_info=exc)
+        what = f"{type(exc).__name__}: {exc}"
+        self.tell_once("error", f"the supervisor failed to look after the workers, and tries again: {what}", key=what)
+
+    def fail(self, group: Group, text: str) -> None:
+        """Say that workers of a group cannot be had: the flow must fail rather than wait for ever."""
+        if not group.gave_up:
+            group.gave_up = True
+            self._say({"kind": "failed", "text": self._named(group, text)})
+
+    def give_up(self, group: Group, why: str) -> None:
+        """The failure budget is spent: say so, with what became of the last."""
+        if not group.gave_up:
+            self.fail(group, self._with_the_last(group, why))
+
+    def go_on(self, group: Group, why: str) -> None:
+        """The failure budget is spent, but workers that have joined go on: say so once for the last failure."""
+        key = f"{group.name} goes on after {group.last_failure}"
+        if key not in self._told:
+            self.tell_once("warning", self._named(group, self._with_the_last(group, why)), key)
+
+    def _with_the_last(self, group: Group, text: str) -> str:
+        record = group.last_failed
+        if record is None:
+            return text
+        where = f" on {record.host}" if record.host else ""
+        return f"{text}. The last, HTCondor job {record.job_id}{where}: {self._why_it_ended(record)}"
+
+    def _named(self, group: Group, text: str) -> str:
+        return f"worker group {group.name}: {text}" if self._several else text

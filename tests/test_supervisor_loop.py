@@ -1,0 +1,86 @@
+"""The supervisor's rounds: where a part of one fails, the leases are renewed and the other groups served."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dask_gateway_server.tls import new_keypair
+
+from prefect_htcdask.condor.schedd import ScheddError
+from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.scaling.policy import Decision, Target
+from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.loop import Supervisor
+from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff, ScheddSettings
+
+ANSWER = {"status": "ok", "groups": {}, "in_hand": {}, "joined": [], "idle": {}}
+
+
+class Rounds(Supervisor):
+    """A supervisor without a pool: what it would do is written down, and fails where it is told so."""
+
+    def __init__(self, directory: Path) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.done: list[str] = []
+        self.fails: dict[str, Exception] = {}
+        cert, key = (part.decode() for part in new_keypair("c"))
+        access = GatewayAccess("http://[::1]:1", "gateway://[::1]:1", "", None, "c", "tls://[::1]:1", cert, key)
+        plan = HandOff(
+            owner="o",
+            parent_pid=1,
+            access=access,
+            schedd=ScheddSettings(),
+            groups={name: GroupPlan(WorkerSpec(), 30.0, Target(fixed=1)) for name in ("cpu", "gpu")},
+            worker_config={},
+            worker_secrets={},
+            flow_run=None,
+            run_directory=str(directory),
+            lease=30.0,
+            lost_schedd=30.0,
+            interval=0.05,
+            residence=1.0,
+            max_idle_jobs=10,
+            max_failures=3,
+        )
+        super().__init__(plan, Any, self.messages.append)  # type: ignore[arg-type]
+
+    def step(self, name: str) -> None:
+        self.done.append(name)
+        if name in self.fails:
+            raise self.fails[name]
+
+    async def read_jobs(self) -> None:
+        self.step("read")
+
+    async def ask_scheduler(self) -> dict[str, Any] | None:
+        self.step("ask")
+        return ANSWER
+
+    async def act(self, group: Group, decision: Decision) -> int:
+        self.step(group.name)
+        return 0
+
+    async def renew(self) -> None:
+        self.step("renew")
+
+
+@pytest.mark.parametrize("part", ["read", "ask", "cpu", "gpu", "renew"])
+@pytest.mark.parametrize("error", [ValueError("of a kind that nobody thought of"), ScheddError("the schedd is away")])
+async def test_a_part_that_fails_leaves_the_others_alone(part: str, error: Exception, tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path)
+    rounds.fails[part] = error
+    running = asyncio.ensure_future(rounds.run())
+    deadline = time.monotonic() + 20
+    while rounds.done.count("renew") < 3:
+        assert time.monotonic() < deadline, rounds.done
+        await asyncio.sleep(0.01)
+    rounds.end("the test is over")
+    await running
+    one = ["read", "ask", "renew"] if part == "ask" else ["read", "ask", "cpu", "gpu", "renew"]
+    assert rounds.done[: 2 * len(one)] == 2 * one
+    (told,) = rounds.messages
+    assert told["kind"] == "log" and str(error) in told["text"] and "again" in told["text"], "once"
