@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 from distributed import secede
+from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
 from prefect_htcdask.scaling import kinds
@@ -270,6 +271,24 @@ async def test_a_worker_that_gets_a_task_while_others_are_retired_is_kept(monkey
             ("waiting", "processing"),
             ("processing", "memory"),
         ]
+
+
+async def test_a_worker_that_is_lost_while_others_are_retired_takes_none_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with dask_cluster() as cluster:
+        lost, *others = [await cluster.add_worker(1) for _ in range(4)]
+        scheduler = cluster.scheduler
+
+        def send(*messages: Any) -> None:
+            raise CommClosedError("its connection has just broken")
+
+        monkeypatch.setattr(scheduler.stream_comms[lost.address], "send", send)
+        assert await cluster.plugin.retire([worker.name for worker in (lost, *others)], idle_only=True) == []
+        await cluster.until(lambda: len(scheduler.running) == 3, "the others take tasks again")
+        await cluster.until(lambda: lost.address not in scheduler.workers, "the lost one is removed")
+        names = [worker.name for worker in others]
+        assert sorted(await cluster.plugin.retire(names, idle_only=True)) == names
 
 
 async def test_an_input_too_large_for_any_worker_is_counted_out() -> None:

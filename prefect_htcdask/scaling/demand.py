@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from distributed.comm.core import CommClosedError
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 
@@ -235,7 +236,7 @@ class DemandPlugin(SchedulerPlugin):
             emptied = await scheduler.retire_workers(
                 workers=[ws.address for ws in chosen], remove=False, close_workers=False, stimulus_id=stimulus_id
             )
-        except KeyError:
+        except (KeyError, CommClosedError):
             logger.warning("htcdask: a worker was lost while workers were retired; they stay", exc_info=True)
             for ws in chosen:
                 self.keep(ws, stimulus_id)
@@ -256,8 +257,9 @@ class DemandPlugin(SchedulerPlugin):
     def keep(self, ws: Any, stimulus_id: str) -> None:
         """Have a worker take tasks again; it tells the scheduler that it does (as `Scheduler.retire_workers` does)."""
         if self.scheduler.workers.get(ws.address) is ws and ws.status is Status.closing_gracefully:
-            self.scheduler.stream_comms[ws.address].send(
-                {"op": "worker-status-change", "status": "running", "stimulus_id": stimulus_id}
+            # It removes a worker that it cannot send to.
+            self.scheduler.worker_send(
+                ws.address, {"op": "worker-status-change", "status": "running", "stimulus_id": stimulus_id}
             )
 
     # What the scheduler calls, beside `transition`.
