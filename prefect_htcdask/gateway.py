@@ -34,6 +34,9 @@ from .worker_groups import OFFERS_METADATA
 
 logger = logging.getLogger(__name__)
 
+_STOP_TIMEOUT = 5.0
+"""Seconds that the end of this process's part waits for a gateway to take a request."""
+
 _WORKER_FIELDS = frozenset(WorkerSettings.model_fields)
 
 
@@ -463,7 +466,8 @@ class HTCGatewayCluster(GatewayCluster):
 
     async def _stop_internal(self, shutdown: bool | None = None) -> None:
         self._shutdown_wanted = self.shutdown_on_close if shutdown is None else shutdown
-        await super()._stop_internal(shutdown=shutdown)
+        # The base class would ask the gateway itself, and wait for minutes where that hangs.
+        await super()._stop_internal(shutdown=False)
 
     async def _stop_async(self) -> None:
         await super()._stop_async()
@@ -477,6 +481,14 @@ class HTCGatewayCluster(GatewayCluster):
             # The scheduler first: its owner submits nothing in place of what is removed.
             await self.gateway._stop_cluster(self.name)
             await in_thread(oneshot.remove_jobs, self.parts.schedd, self.name)
+            return
+        if self._shutdown_wanted and self.name is not None:
+            # A supervisor that owns the cluster has asked already, and asks on until the gateway answers.
+            try:
+                await asyncio.wait_for(self.gateway._stop_cluster(self.name), _STOP_TIMEOUT)
+            except Exception as exc:
+                level = logging.INFO if self.summary else logging.ERROR
+                logger.log(level, "gateway cluster %s was not stopped: %s", self.name, str(exc) or type(exc).__name__)
 
     def __repr__(self) -> str:
         return f"HTCGatewayCluster<{self.name}, status={self.status}>"

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -93,6 +94,14 @@ class Arena:
             if status_code is None or job["JobStatus"] == status_code
         ]
 
+    def edit_jobs(self, attribute: str, value: str) -> None:
+        """Change an attribute of all jobs, and have their shadows hear of it, which condor_qedit does not."""
+        code = (
+            "import sys, htcondor2;"
+            "htcondor2.Schedd().edit('true', sys.argv[1], sys.argv[2], flags=htcondor2.TransactionFlag.SetDirty)"
+        )
+        self.condor(sys.executable, "-c", code, attribute, value)
+
     def clusters(self) -> list[str]:
         """Names of the gateway's clusters.
 
@@ -161,6 +170,9 @@ class Arena:
         wait_until(self.is_well, 90, "pool and gateway are well again", pause=0.5)
         if self.job_ids():
             self.condor("condor_rm", "-all", check=False)
+            time.sleep(2)
+            # A shadow that has lost its host would look for it as long as the job's lease lasts.
+            self.condor("condor_rm", "-forcex", "-all", check=False)
             wait_until(lambda: not self.job_ids(), 60, "no job left by the row", pause=0.5)
         for name in self.clusters():
             with suppress(Unknown, psutil.Error):

@@ -203,7 +203,7 @@ def test_laptop_asleep(arena: Arena, row: Row, new_flow: NewFlow) -> None:
         # A suspend stops what a scheduler counts its lease with (CLOCK_MONOTONIC), but not the clock of the jobs'.
         # A running job has a minute more.
         past = str(int(time.time()) - 120)
-        arena.condor("condor_qedit", "-constraint", "true", "HTCDaskLeaseExpires", past)
+        arena.edit_jobs("HTCDaskLeaseExpires", past)
         wait_until(lambda: not before & set(arena.job_ids()), 60, "the schedd has removed the jobs")
     finally:
         kill(*reversed(processes), number=signal.SIGCONT)
