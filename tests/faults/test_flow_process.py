@@ -36,7 +36,8 @@ def cancel(arena: Arena, flow: FlowProcess) -> float:
     return time.time()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=long)], ids=lambda n: n.name)
+@long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_flow_signalled(number: signal.Signals, arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """signal to the flow's process"""
     flow = new_flow().start().compute()

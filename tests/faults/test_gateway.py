@@ -59,6 +59,7 @@ def test_proxy_lost(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     clear_end(arena, row, flow, 4, "gateway", "scheduler", "connection")
 
 
+@long
 def test_scheduler_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """SIGKILL of the Dask scheduler: a clear reason"""
     flow = new_flow().start().compute()

@@ -31,6 +31,7 @@ def jobs_of(arena: Arena, flow: FlowProcess) -> list[str]:
     )
 
 
+@long
 def test_two_flow_runs_at_once(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """two runs of the same flow at once; one is killed and swept, the other goes on untouched"""
     one, other = (new_flow(late=[["g0", "gated"]], maximum=1).start() for _ in range(2))

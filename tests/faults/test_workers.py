@@ -40,6 +40,7 @@ def test_worker_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     finish(arena, row, flow, again=1)
 
 
+@long
 def test_worker_over_its_memory_once(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """a task takes more memory than its worker has, the first time only"""
     flow = new_flow(late=[["g0", "gated"], ["h0", "hog"]]).start().compute()
@@ -61,6 +62,7 @@ def test_worker_over_its_memory_always(arena: Arena, row: Row, new_flow: NewFlow
     row.check()
 
 
+@long
 def test_job_vacated(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """condor_vacate_job of a worker's job"""
     flow = new_flow().start().compute()
@@ -140,6 +142,7 @@ def test_scratch_disk_full(once: bool, arena: Arena, row: Row, new_flow: NewFlow
     row.check()
 
 
+@long
 def test_guard_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """SIGKILL of the job's first process, and with it its worker"""
     flow = new_flow().start().compute()
