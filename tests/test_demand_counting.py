@@ -13,6 +13,7 @@ from distributed.core import Status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prefect_htcdask.scaling import counting
 from prefect_htcdask.scaling.demand import DemandPlugin
 from tests.dask_cluster import GATES, Cluster, counted, dask_cluster, gate, recount
 
@@ -307,6 +308,21 @@ async def test_a_long_script() -> None:
     assert script.checks > 1000
     assert min(script.seen.values()) > 10, script.seen
     assert GATES
+
+
+async def test_counts_that_are_wrong_again_and_again_are_not_put_right_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with dask_cluster() as cluster:
+        futures = cluster.client.map(task, range(5), end="ends")
+        await cluster.until(lambda: len(cluster.scheduler.tasks) == 5, "five tasks")
+        counter = cluster.plugin.counter
+        for pause, recounts in ((0, 1), (0, 2), (1e9, 3), (1e9, 3), (0, 3)):
+            monkeypatch.setattr(counting, "RECOUNT_PAUSE", pause)
+            counter._ready.popitem()
+            await cluster.demand()
+            assert counter.recounts == recounts
+        del futures
 
 
 async def test_wrong_counts_are_put_right() -> None:

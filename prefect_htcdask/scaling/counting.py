@@ -31,6 +31,10 @@ SAMPLE = 32
 LOOKED_AT = 20_000
 """About so many are looked at on all workers together, for one answer."""
 
+RECOUNT_PAUSE = 100
+"""Times as long as counting anew took, until it may be done again: should counts ever be wrong all the time, the site's
+scheduler has other things to do."""
+
 
 class Waiting:
     """A task that waits for inputs.
@@ -78,6 +82,7 @@ class DemandCounter:
         self._in_hand: dict[Hashable, tuple[Kind, float]] = {}
         self._waiting: dict[Hashable, Waiting] = {}
         self._coming = 0
+        self._recount_after = 0.0
         self.count()
 
     def count(self) -> None:
@@ -98,11 +103,12 @@ class DemandCounter:
             self.transition(key, "", "waiting")
 
     def check(self) -> None:
-        """Count anew if the counts do not agree with the numbers of tasks that the scheduler has."""
+        """Count anew if the counts do not agree with the numbers of tasks that the scheduler has, now and then."""
         scheduler = self.scheduler
         ready = len(scheduler.queued) + len(scheduler.unrunnable)
         in_hand = sum(len(ws.processing) for ws in scheduler.workers.values())
-        if ready != len(self._ready) or in_hand != len(self._in_hand):
+        begun = monotonic()
+        if (ready != len(self._ready) or in_hand != len(self._in_hand)) and begun >= self._recount_after:
             self.recounts += 1
             logger.warning(
                 "htcdask: %d ready and %d assigned tasks were counted, there are %d and %d; counting anew",
@@ -112,6 +118,8 @@ class DemandCounter:
                 in_hand,
             )
             self.count()
+            now = monotonic()
+            self._recount_after = now + RECOUNT_PAUSE * (now - begun)
 
     # What happens to tasks
 
