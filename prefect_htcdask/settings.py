@@ -99,7 +99,7 @@ class AdaptiveSettings(PrefectBaseSettings):
     maximum: int = Field(default=100, ge=1, description="Workers at most, whatever is queued.")
     interval: Duration = Field(default=1.0, gt=0, description="Time between two looks at the queue of tasks.")
     residence: Duration = Field(
-        default=5.0,
+        default=4.0,
         description="How long a worker stays idle before it is removed, or up to half as long again (10 s at most) "
         "where others are about to go too. Each worker costs this much more when work runs out; raise it where you "
         "submit wave after wave, to about as long as jobs wait in your pool.",

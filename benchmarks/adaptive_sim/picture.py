@@ -173,7 +173,7 @@ def annotate(axis: Any, told: Told) -> None:
     leaves = next((now, decision) for now, decision in told.decisions if len(decision.retire) > 1)
     notes = [
         (burst, "a burst: all of it in one decision"),
-        (leaves, "more workers than tasks: the idle leave\nafter 5 s, the busy stay"),
+        (leaves, "more workers than tasks: the idle leave\nafter a few seconds, the busy stay"),
         (
             ahead[0],
             "the merge is expected to end within the time a worker\ntakes to come: asked for before there is a task",
