@@ -209,7 +209,7 @@ def test_jobs_that_share_a_fate_share_a_line(tmp_path: Path) -> None:
 def test_why_none_joined_looks_at_the_group_s_own_jobs(tmp_path: Path) -> None:
     told = Told(tmp_path)
     told("EXECUTE", "1.0")
-    assert "1 worker jobs run" in why_none_joined(told.fleet, told.groups["cpu"], [])
+    assert "1 worker job runs, but none joined" in why_none_joined(told.fleet, told.groups["cpu"], [])
     assert "1 worker job waits" in why_none_joined(told.fleet, told.groups["gpu"], [])
 
 

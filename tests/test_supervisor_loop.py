@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from dask_gateway_server.tls import new_keypair
 
+from prefect_htcdask.condor.job_events import JobChange, JobTable, apply
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.worker_job import WorkerSpec
 from prefect_htcdask.scaling.policy import Decision, Target
@@ -84,3 +85,42 @@ async def test_a_part_that_fails_leaves_the_others_alone(part: str, error: Excep
     assert rounds.done[: 2 * len(one)] == 2 * one
     (told,) = rounds.messages
     assert told["kind"] == "log" and str(error) in told["text"] and "again" in told["text"], "once"
+
+
+class Log:
+    """A job event log that tells of two jobs that are held, one of them by the user."""
+
+    def __init__(self) -> None:
+        self.events = [("1.0", 13), ("1.1", 1)]
+
+    def read(self, table: JobTable) -> list[JobChange]:
+        events, self.events = self.events, []
+        changes = [apply(table, "JOB_HELD", job, 1.0, {"HoldReasonCode": code}) for job, code in events]
+        return [change for change in changes if change]
+
+
+class Schedd:
+    """A schedd that is away the first time."""
+
+    def __init__(self) -> None:
+        self.removals: list[list[str]] = []
+
+    def remove(self, jobs: list[str], reason: str) -> None:
+        self.removals.append(jobs)
+        if len(self.removals) == 1:
+            raise ScheddError("the schedd is away")
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+async def test_held_jobs_go_though_the_schedd_was_away(taken_over: bool, tmp_path: Path) -> None:
+    rounds: Any = Rounds(tmp_path)
+    rounds.schedd, rounds._reader = Schedd(), Log()
+    if taken_over:
+        await rounds.take_over(Log())
+        assert not rounds.schedd.removals, "the rounds do it"
+    with pytest.raises(ScheddError):
+        await Supervisor.read_jobs(rounds)
+    for _ in range(3):
+        await Supervisor.read_jobs(rounds)
+    assert rounds.schedd.removals == [["1.0"]] * 2
+    assert rounds.fleet.leaving == {"1.0"}

@@ -15,7 +15,9 @@ from ..condor.job_events import JobChange, JobRecord, JobState, JobTable
 from ..condor.worker_job import job_of_worker, worker_name
 from ..scaling.policy import Demand, Supply
 
-HELD_FOR_MEMORY = 34  # HoldReasonCode
+# HoldReasonCode
+HELD_BY_USER = 1
+HELD_FOR_MEMORY = 34
 
 # Seconds until a worker that could not be retired is asked again, the first time and at most.
 _FIRST_STAY = 2.0
@@ -123,7 +125,7 @@ class Fleet:
         return (
             unexpected
             and never_joined
-            and (change.what in ("exited", "removed") or (change.what == "held" and record.hold_code != 1))
+            and (change.what in ("exited", "removed") or (change.what == "held" and record.hold_code != HELD_BY_USER))
         )
 
     def has_left(self, record: JobRecord) -> bool:

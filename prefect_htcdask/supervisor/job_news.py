@@ -9,10 +9,8 @@ from typing import Any
 from ..condor.diagnosis import diagnose_exit, diagnose_hold, diagnose_waiting
 from ..condor.job_events import JobChange, JobRecord, JobState
 from ..condor.staging import RunDirectory
-from .fleet import Fleet
+from .fleet import HELD_BY_USER, Fleet
 from .group import Group
-
-_HELD_BY_USER = 1  # HoldReasonCode
 
 
 class JobNews:
@@ -45,7 +43,7 @@ class JobNews:
             fate = self._take_one(change)
             if fate is not None:
                 fates.setdefault(fate, []).append(change.job_id)
-            if change.what == "held" and self._fleet.table.records[change.job_id].hold_code != _HELD_BY_USER:
+            if change.what == "held" and self._fleet.table.records[change.job_id].hold_code != HELD_BY_USER:
                 held.append(change.job_id)
         for (level, text), job_ids in fates.items():
             jobs = ", ".join(job_ids[:3]) + (f" and {len(job_ids) - 3} more" if len(job_ids) > 3 else "")
@@ -102,7 +100,8 @@ def why_none_joined(fleet: Fleet, group: Group, slots: Sequence[Mapping[str, Any
     jobs = [record for record in fleet.table.records.values() if fleet.group_of(record) == group.name]
     running = sum(1 for record in jobs if record.state is JobState.RUNNING)
     if running:
-        return f"{running} worker jobs run, but none joined the scheduler: can they reach the gateway's proxy?"
+        jobs_run = "1 worker job runs" if running == 1 else f"{running} worker jobs run"
+        return f"{jobs_run}, but none joined the scheduler: can they reach the gateway's proxy?"
     waiting = sum(1 for record in jobs if record.state is JobState.IDLE)
     spec = group.spec
     return str(diagnose_waiting(slots, cpus=spec.cpus, memory=spec.memory, gpus=spec.gpus, waiting=waiting))

@@ -19,7 +19,7 @@ from ..condor.schedd import ScheddClient, ScheddError
 from ..condor.staging import RunDirectory
 from ..condor.worker_job import cluster_constraint, submit_description
 from ..scaling.policy import Decision, Target, decide
-from .fleet import Fleet
+from .fleet import HELD_BY_USER, Fleet
 from .group import Group, idle_job_caps
 from .job_news import JobNews, unmatched, why_none_joined
 from .protocol import HandOff, group_of, target_of
@@ -71,6 +71,7 @@ class Supervisor:
         self._renew_at = 0.0
         self._request_seen = plan.request_seen
         self._taken_over_at: float | None = None
+        self._held: set[str] = set()  # jobs to be removed, as soon as the schedd takes that
         self._background: set[asyncio.Task[Any]] = set()
 
     def hurry(self) -> None:
@@ -123,6 +124,8 @@ class Supervisor:
         await self.condor(queue.read, self.fleet.table)
         for record in self.fleet.table.in_state(JobState.RUNNING):
             self.groups[self.fleet.group_of(record)].started(record)
+        held = self.fleet.table.in_state(JobState.HELD)
+        self._held.update(record.job_id for record in held if record.hold_code != HELD_BY_USER)
 
     # The loop
 
@@ -345,13 +348,14 @@ class Supervisor:
         """Take in what happened to the jobs, and have held ones make room for others."""
         assert self._reader is not None
         changes = await self.condor(self._reader.read, self.fleet.table)
-        held = self.news.take(changes)
+        self._held.update(self.news.take(changes))
         if lost := self.fleet.taken_away(changes):
             self._spawn(self.scheduler.pardon(lost))
-        if held:
+        if self._held:
             # They would stay in the queue for ever; fresh ones may land on better hosts.
-            self.fleet.leaving.update(held)
-            await self.condor(self.schedd.remove, held, "prefect_htcdask: held workers are replaced")
+            self.fleet.leaving.update(self._held)
+            await self.condor(self.schedd.remove, sorted(self._held), "prefect_htcdask: held workers are replaced")
+            self._held.clear()
 
     # When workers cannot be had
 
