@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ async def test_a_part_that_fails_leaves_the_others_alone(part: str, error: Excep
     assert rounds.done[: 2 * len(one)] == 2 * one
     (told,) = rounds.messages
     assert told["kind"] == "log" and str(error) in told["text"] and "again" in told["text"], "once"
+
+
+async def test_the_first_tasks_are_looked_for_often_but_not_for_hours(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path)
+    rounds.plan = dataclasses.replace(rounds.plan, interval=3.0)
+    now = time.monotonic()
+    assert [rounds.interval(now + later) for later in (1.0, 30.0, 100.0)] == [0.2, 0.2, 3.0]
+    rounds.fleet.submitted_jobs(["1.0"], "cpu", 1.0)
+    assert rounds.interval(now) == 3.0
 
 
 class Log:

@@ -32,6 +32,7 @@ SUPERSEDED = "superseded"
 """Why a supervisor ends whose cluster another one took over: it leaves the jobs alone."""
 
 _FIRST_INTERVAL = 0.2
+_FIRST_TIME = 60.0  # seconds for which the first tasks are looked for as often
 _PATIENCE = 2.0  # seconds without an answer of the scheduler before the gateway is asked
 _MAX_RENEWAL_INTERVAL = 600.0
 
@@ -68,6 +69,7 @@ class Supervisor:
         self.stop_cluster = True
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="condor")
         self._reader: JobReader | None = None
+        self._began = time.monotonic()
         self._renew_at = 0.0
         self._request_seen = plan.request_seen
         self._taken_over_at: float | None = None
@@ -133,9 +135,7 @@ class Supervisor:
         """Look, decide and act until it is over."""
         over = asyncio.ensure_future(self.over.wait())
         while not self.over.is_set():
-            # The first tasks are about to come, and nothing else is going on: they are not kept waiting.
-            interval = self.plan.interval if self.fleet.table.records else min(_FIRST_INTERVAL, self.plan.interval)
-            round_ends = time.monotonic() + interval
+            round_ends = time.monotonic() + self.interval(time.monotonic())
             # A round may wait for a scheduler that does not answer; the end does not wait for the round.
             tick = asyncio.ensure_future(self.tick())
             await asyncio.wait([tick, over], return_when=asyncio.FIRST_COMPLETED)
@@ -152,6 +152,13 @@ class Supervisor:
             await asyncio.wait([woken, over], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
             woken.cancel()
             self.wake.clear()
+
+    def interval(self, now: float) -> float:
+        """Seconds that a round takes at least."""
+        if self.fleet.table.records or now > self._began + _FIRST_TIME:
+            return self.plan.interval
+        # The first tasks are about to come, and nothing else is going on: they are not kept waiting.
+        return min(_FIRST_INTERVAL, self.plan.interval)
 
     async def tick(self) -> None:
         """One round. Whatever fails in it, both leases are renewed: the workers that there are go on."""
