@@ -17,7 +17,7 @@ from prefect_htcdask.condor.worker_job import WorkerSpec, checked_expression
 from prefect_htcdask.scaling.policy import Demand, Supply, Target, decide
 from prefect_htcdask.supervisor.fleet import Fleet
 from prefect_htcdask.supervisor.group import Group, idle_job_caps
-from prefect_htcdask.supervisor.job_news import JobNews, why_none_joined
+from prefect_htcdask.supervisor.job_news import JobNews, unmatched, why_none_joined
 from prefect_htcdask.supervisor.protocol import GroupPlan, group_of, target_of
 
 
@@ -211,6 +211,17 @@ def test_why_none_joined_looks_at_the_group_s_own_jobs(tmp_path: Path) -> None:
     told("EXECUTE", "1.0")
     assert "1 worker job runs, but none joined" in why_none_joined(told.fleet, told.groups["cpu"], [])
     assert "1 worker job waits" in why_none_joined(told.fleet, told.groups["gpu"], [])
+
+
+def test_tasks_that_no_group_can_run() -> None:
+    gpu = a_group("gpu")
+    gpu.plan = dataclasses.replace(gpu.plan, spec=WorkerSpec(resources={"GPU": 1}))
+    text = unmatched("GPU=2", 3, [a_group("cpu"), gpu])
+    assert text.startswith(
+        "3 waiting tasks asked for GPU=2, which no worker group offers (cpu: -; gpu: GPU=1): ask for"
+    )
+    text = unmatched("worker=tls://10.0.0.1:42", 1, [gpu])
+    assert text.startswith("1 waiting task may run on the worker at tls://10.0.0.1:42 only, which is not there: submit")
 
 
 def test_a_plan_keeps_the_newest_target(a_plan: Any) -> None:

@@ -84,13 +84,20 @@ class JobNews:
 
 
 def unmatched(wish: str, count: int, groups: Iterable[Group]) -> str:
-    """That tasks ask for what no worker of any group offers."""
+    """That tasks ask for what no worker of any group offers, as `kinds.Kinds.unserved` puts it."""
+    tasks = f"{count} waiting task{'s'[: count > 1]}"
+    name, _, address = wish.partition("=")
+    if name == "worker" and "://" in address:
+        return (
+            f"{tasks} may run on the worker at {address} only, which is not there: submit without workers=..., or with "
+            "allow_other_workers=True"
+        )
     offers = "; ".join(
         f"{group.name}: {', '.join(f'{name}={amount:g}' for name, amount in group.spec.resources.items()) or '-'}"
         for group in groups
     )
     return (
-        f"{count} waiting task{'s'[: count > 1]} asked for {wish}, which no worker group offers ({offers}): ask for "
+        f"{tasks} asked for {wish}, which no worker group offers ({offers}): ask for "
         "less, or have a group offer it (worker.gpus, worker.resources, workers)"
     )
 
