@@ -24,6 +24,7 @@ from distributed import Client
 from prefect.client.schemas.objects import State, StateType
 from prefect.states import Cancelled
 
+from prefect_htcdask.cancellation import end_cancelling
 from prefect_htcdask.decisions import Decisions
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.futures import Collector, HTCDaskFuture
@@ -78,13 +79,12 @@ class LiveRun:
         self._unfinished: dict[UUID, HTCDaskFuture[Any]] = {}
         self._by_key: WeakValueDictionary[str, HTCDaskFuture[Any]] = WeakValueDictionary()
         self._cancelled = False
+        self._cancelling = False
         self._cut_short: set[UUID] = set()
         self._closed = False
         self._stop = threading.Event()
         self._context = contextvars.copy_context()
-        self.recall = Recall(
-            self.client, self.key, self._final_state, self.fates, self.log, self.last_words.worker_lost
-        )
+        self.recall = Recall(self.client, self.key, self._final_state, self.fates, self.log, self.last_words)
         self.decisions = Decisions(str(getattr(self.cluster, "name", None) or self.key), self._context)
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
         self._watcher.start()
@@ -124,10 +124,7 @@ class LiveRun:
         self.collector.fail(error)
 
     def cancel(self) -> None:
-        """Cancel every task run that has not ended, and tell Prefect of those that had begun.
-
-        Functions that run are interrupted; the workers of a cluster of our own end soon after.
-        """
+        """Cancel every task run that has not ended, interrupt those that run, and tell Prefect of them."""
         futures = self.unfinished()
         with self._lock:
             self._cancelled = self.collector.cancelled = True
@@ -179,6 +176,7 @@ class LiveRun:
         elif kind == "flow_run_ended" and str(message.get("state", "")).startswith("CANCELL"):
             # Cancelled through the API, where no Prefect process stands beside this one to be told.
             self.log("warning", "The flow run was cancelled: its task runs are cancelled and its workers removed")
+            self._cancelling = True
             self.cancel()
 
     def log(self, level: str, text: str) -> None:
@@ -269,8 +267,10 @@ class LiveRun:
             try:
                 self.reporter.confirm(self.last_words.unsure())
             except Exception as exc:
-                self.log("warning", f"Whether Prefect knows how the task runs of lost workers ended is not sure: {exc}")
+                self.log("warning", f"Prefect may not know how task runs of lost workers ended: {exc}")
             self.reporter.close()
+            if self._cancelling and (flow_run_id := self.flow_run_id) is not None:
+                self._context.copy().run(end_cancelling, flow_run_id)
 
     def _summarise(self, summary: dict[str, Any]) -> None:
         if not summary:

@@ -16,6 +16,7 @@ from typing import Any
 import cloudpickle
 from distributed import Client
 
+from prefect_htcdask.last_words import LastWords
 from prefect_htcdask.losses import JobFates
 from prefect_htcdask.lost_work import WORKER_LOST
 from prefect_htcdask.rerun import TOPIC
@@ -36,7 +37,7 @@ class Recall:
         final_state: finds the final state of a Dask key, where this process has it.
         fates: what is known of the jobs.
         log: writes to the flow run's log; level and text.
-        worker_lost: called when a worker has vanished, in the client's event loop.
+        last_words: is told when a worker has vanished.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Recall:
         final_state: Callable[[str], Any | None],
         fates: JobFates,
         log: Callable[[str, str], None],
-        worker_lost: Callable[[], None],
+        last_words: LastWords,
     ) -> None:
         self._client = client
         self._run_key = run_key
@@ -55,7 +56,7 @@ class Recall:
         self._log = log
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="htcdask-recall")
         client.subscribe_topic(f"{TOPIC}-{run_key}", self._heard)
-        client.subscribe_topic(WORKER_LOST, lambda _event: worker_lost())
+        client.subscribe_topic(WORKER_LOST, lambda _event: last_words.worker_lost())
 
     def close(self) -> None:
         """Answer no more."""

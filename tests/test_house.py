@@ -22,6 +22,7 @@ NAME = PACKAGE.name
 
 KNOW_PREFECT = {
     "blocks",
+    "cancellation",
     "cleanup",
     "cli",
     "cli_flow_runs",
