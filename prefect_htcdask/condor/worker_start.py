@@ -257,8 +257,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     worker.stream_handlers[worker_leave.DRAIN] = lambda **_: due.set()
     lifetime = config.get("lifetime")
     if lifetime:
-        stagger = config.get("lifetime_stagger")
-        stagger = lifetime * 0.1 if stagger is None else stagger
+        stagger = config.get("lifetime_stagger") or 0.0  # its default is resolved where the settings are
         loop.call_later(worker_leave.drains_after(lifetime, stagger, job_id) - _seconds_up(), due.set)
     leaving = asyncio.ensure_future(told.wait())
     joining = asyncio.ensure_future(_join(worker))
