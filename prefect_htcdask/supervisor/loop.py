@@ -293,18 +293,7 @@ class Supervisor:
         if decision.retire:
             jobs = self.fleet.told_to_leave(decision.retire)
             self._spawn(self.retire(group, jobs, idle_only=group.target.fixed is None))
-        removed = len(decision.remove_pending) + len(decision.retire)
-        if submitted or removed:
-            self.say(
-                {
-                    "kind": "decision",
-                    "group": group.name,
-                    "target": decision.target,
-                    "submit": submitted,
-                    "remove": removed,
-                    "text": decision.reason,
-                }
-            )
+        self.voice.decided(group, decision, submitted)
         return submitted
 
     async def submit(self, group: Group, count: int) -> int:
@@ -372,10 +361,7 @@ class Supervisor:
             why = why_none_joined(self.fleet, group, await self.condor(self.schedd.slots))
         except ScheddError as exc:
             why = str(exc)
-        setting = f"workers.{group.name}" if len(self.groups) > 1 else "worker"
-        self.voice.fail(
-            group, f"no worker started within {setting}.start_timeout = {group.plan.start_timeout:g} s: {why}"
-        )
+        self.voice.give_up_waiting(group, why)
 
     async def avoid(self, group: Group, suspects: set[str]) -> None:
         """Have later jobs of a group keep off machines where its workers do not come up, if there are others."""

@@ -1,4 +1,6 @@
-"""What the supervisor tells the flow run's log of its own difficulties: each once, however many rounds they last."""
+"""What the supervisor tells the flow's process of its decisions, and of its difficulties: of these each once, however
+many rounds they last.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,14 @@ from typing import Any
 
 from ..condor.job_events import JobRecord
 from ..condor.schedd import ScheddError
+from ..scaling.policy import Decision
 from .group import Group
 
 logger = logging.getLogger(__name__)
 
 
 class Voice:
-    """Says what the user should know, and no more than once.
+    """Says what the user should know.
 
     Args:
         say: sends a message to the flow's process.
@@ -27,6 +30,21 @@ class Voice:
         self._why_it_ended = why_it_ended
         self._several = several
         self._told: set[str] = set()
+
+    def decided(self, group: Group, decision: Decision, submitted: int) -> None:
+        """Say what was decided for a group, if it changes anything: the schedd may have taken no jobs."""
+        removed = len(decision.remove_pending) + len(decision.retire)
+        if submitted or removed:
+            self._say(
+                {
+                    "kind": "decision",
+                    "group": group.name,
+                    "target": decision.target,
+                    "submit": submitted,
+                    "remove": removed,
+                    "text": decision.reason,
+                }
+            )
 
     def tell_once(self, level: str, text: str, key: str | None = None) -> None:
         """Say something to the flow run's log, once for each different text, or `key` where one is given."""
@@ -53,6 +71,11 @@ class Voice:
         """The failure budget is spent: say so, with what became of the last."""
         if not group.gave_up:
             self.fail(group, self._with_the_last(group, why))
+
+    def give_up_waiting(self, group: Group, why: str) -> None:
+        """No worker of a group came within its start timeout."""
+        setting = f"workers.{group.name}" if self._several else "worker"
+        self.fail(group, f"no worker started within {setting}.start_timeout = {group.plan.start_timeout:g} s: {why}")
 
     def go_on(self, group: Group, why: str) -> None:
         """The failure budget is spent, but workers that have joined go on: say so once for the last failure."""
