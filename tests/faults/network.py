@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-HOST, WORKER, PREFIX = "10.213.77.1", "10.213.77.2", 30
+HOST, WORKER = "10.213.77.1", "10.213.77.2"
 IDLE, INTERVAL, PROBES = 15, 15, 9
 """Seconds, seconds and count of TCP keepalive in Go's net package, which dask-gateway-proxy uses (net/dial.go)."""
 
@@ -44,34 +44,43 @@ def host_side() -> Iterator[str]:
     name, peer = f"htcdask{os.getpid() % 100000}", f"htcdaskw{os.getpid() % 10000}"
     _ip("link", "add", name, "type", "veth", "peer", "name", peer)
     try:
-        _ip("addr", "add", f"{HOST}/{PREFIX}", "dev", name)
-        _ip("link", "set", name, "up")
+        # Not on the wire itself: the host's own connections to this address outlive a cut.
+        _ip("addr", "add", f"{HOST}/32", "dev", "lo")
+        # Nothing for the worker goes elsewhere while the wire is cut.
+        _ip("route", "add", "blackhole", f"{WORKER}/32", "metric", "4000")
+        mend(name)
         yield name
     finally:
-        with suppress(subprocess.CalledProcessError):
-            _ip("link", "delete", name)
+        for undo in (
+            ("link", "delete", name),
+            ("addr", "delete", f"{HOST}/32", "dev", "lo"),
+            ("route", "delete", "blackhole", f"{WORKER}/32", "metric", "4000"),
+        ):
+            with suppress(subprocess.CalledProcessError):
+                _ip(*undo)
 
 
-def plug_in(name: str, claim: Path) -> None:
+def plug_in(claim: Path) -> None:
     """Give the process that waits in `claim` (see `wrapped_python.own_network`) the other end of the wire."""
     pid = int((claim / "pid").read_text())
     peer = f"htcdaskw{os.getpid() % 10000}"
     _ip("link", "set", peer, "netns", str(pid))
-    _ip("addr", "add", f"{WORKER}/{PREFIX}", "dev", peer, inside=pid)
-    _ip("link", "set", peer, "up", inside=pid)
     _ip("link", "set", "lo", "up", inside=pid)
-    _ip("link", "set", name, "up")
+    _ip("addr", "add", f"{WORKER}/32", "dev", peer, inside=pid)
+    _ip("link", "set", peer, "up", inside=pid)
+    _ip("route", "add", f"{HOST}/32", "dev", peer, inside=pid)
     (claim / "ready").touch()
 
 
 def cut(name: str) -> None:
-    """Drop every packet; no end is told."""
+    """Pull the cable: every packet is dropped, and no end is told."""
     _ip("link", "set", name, "down")
 
 
 def mend(name: str) -> None:
-    """Let packets through again."""
+    """Let packets through."""
     _ip("link", "set", name, "up")
+    _ip("route", "add", f"{WORKER}/32", "dev", name, "src", HOST)
 
 
 class Relay:

@@ -50,7 +50,7 @@ def test_network_cut(for_good: bool, arena: Arena, row: Row, new_flow: NewFlow) 
             minimum=2,
         ).start()
         wait_until((claim / "pid").exists, 60, f"a worker waits for its network: {flow.tail()}")
-        network.plug_in(wire, claim)
+        network.plug_in(claim)
         flow.compute()
         away = [task for task in ("g0", "g1") if _namespace(flow.runs(task)) != _namespace(os.getpid())]
         assert len(away) == 1, f"of g0 and g1 {away} run in a network of their own"
