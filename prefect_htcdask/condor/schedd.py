@@ -226,6 +226,12 @@ class ScheddClient:
         result = self._call("worker jobs could not be removed", "act", htcondor2.JobAction.Remove, spec, (reason, 1))
         return int(result["TotalSuccess"]) if result else 0
 
+    def forget(self, constraint: str, reason: str) -> int:
+        """Take jobs out of the queue that are being removed and do not go (`condor_rm -forcex`); returns how many."""
+        action = htcondor2.JobAction.RemoveX
+        result = self._call("worker jobs could not be forgotten", "act", action, constraint, (reason, 1))
+        return int(result["TotalSuccess"]) if result else 0
+
     def query(self, constraint: str, projection: Sequence[str] = (), limit: int = -1) -> list[dict[str, Any]]:
         """Job ads in the queue that meet a constraint, as plain dictionaries of evaluated values."""
         ads = self._call("the queue could not be read", "query", constraint, list(projection), limit=limit)

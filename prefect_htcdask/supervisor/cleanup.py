@@ -98,6 +98,9 @@ class Cleanup:
         """Wait for the last job, delete what the jobs took with them, and let go of everything."""
         supervisor = self.supervisor
         if self.owns_jobs:
+            patience = 2 * max(group.spec.vacate_time for group in supervisor.groups.values())
+            if not await wait_until_gone(supervisor, patience):
+                await self._forget_stuck_jobs()
             if not await wait_until_gone(supervisor, _GONE_TIMEOUT):
                 left = len(supervisor.fleet.queued_jobs())
                 logger.error("%d jobs are still in the queue; the lease is on them", left)
@@ -106,3 +109,18 @@ class Cleanup:
             logger.error("the gateway did not take the request to stop the cluster; the scheduler's lease ends it")
         await supervisor.scheduler.close()
         supervisor.schedd.close()
+
+    async def _forget_stuck_jobs(self) -> None:
+        """Take those out of the queue whose host is lost.
+
+        Their shadows look for the host as long as `job_lease_duration` says, removed or not; the host ends its part
+        after the same time.
+        """
+        supervisor = self.supervisor
+        constraint = f"{supervisor.constraint} && JobStatus == {_REMOVED}"
+        try:
+            count = await supervisor.condor(supervisor.schedd.forget, constraint, "prefect_htcdask: its host is lost")
+        except ScheddError as exc:
+            logger.warning("%s", exc)
+        else:
+            logger.warning("%d jobs did not go when removed, and were taken out of the queue", count)
