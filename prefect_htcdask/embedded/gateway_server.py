@@ -24,6 +24,7 @@ from prefect_htcdask.embedded.state import write_private
 _CONFIG = '''\
 """Configuration of the embedded Dask Gateway. Generated; it holds secrets."""
 import hmac
+from asyncio.base_subprocess import BaseSubprocessTransport
 
 from dask_gateway_server.auth import SimpleAuthenticator, unauthorized
 
@@ -55,6 +56,9 @@ c.UnsafeLocalBackend.clusters_directory = {clusters!r}
 c.UnsafeLocalBackend.db_url = {database!r}
 c.UnsafeLocalBackend.db_encrypt_keys = [{encrypt_key!r}]
 c.UnsafeLocalBackend.stop_clusters_on_shutdown = False
+# As the server's event loop goes, asyncio kills what it started, where no thread of its own waits for it (Python 3.12
+# and newer).
+BaseSubprocessTransport.__del__ = lambda transport: None
 c.UnsafeLocalBackend.cluster_status_period = 5
 c.UnsafeLocalBackend.sigint_timeout = 3
 c.UnsafeLocalBackend.sigterm_timeout = 3
