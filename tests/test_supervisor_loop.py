@@ -134,3 +134,21 @@ async def test_held_jobs_go_though_the_schedd_was_away(taken_over: bool, tmp_pat
         await Supervisor.read_jobs(rounds)
     assert rounds.schedd.removals == [["1.0"]] * 2
     assert rounds.fleet.leaving == {"1.0"}
+
+
+async def test_a_scheduler_that_nobody_can_ask_any_more_is_given_up(tmp_path: Path) -> None:
+    """Its host and the gateway are gone: a supervisor that outlived its parent (a warm pool) would stay for ever."""
+    rounds = Rounds(tmp_path)
+    rounds.plan = dataclasses.replace(rounds.plan, lease=0.5)
+    for number in range(2):
+        assert not await rounds.take_answer(None)
+        assert not rounds.over.is_set(), f"{number + 1} questions without an answer may be an outage"
+    await rounds.take_answer(dict(ANSWER))
+    while time.monotonic() - rounds._answered < 1.1:
+        await asyncio.sleep(0.1)
+        if not rounds.over.is_set() and rounds._unanswered < 2:
+            await rounds.take_answer(None)
+    assert not rounds.over.is_set(), "one answer is as good as the first"
+    await rounds.take_answer(None)
+    assert rounds.over.is_set()
+    assert [message["kind"] for message in rounds.messages] == ["failed"]

@@ -35,6 +35,7 @@ _FIRST_INTERVAL = 0.2
 _FIRST_TIME = 60.0  # seconds for which the first tasks are looked for as often
 _PATIENCE = 2.0  # seconds without an answer of the scheduler before the gateway is asked
 _MAX_RENEWAL_INTERVAL = 600.0
+_FEW = 3  # questions: one may fail as a host awakes
 
 
 class Supervisor:
@@ -72,6 +73,8 @@ class Supervisor:
         self._began = time.monotonic()
         self._renew_at = 0.0
         self._request_seen = plan.request_seen
+        self._answered = time.monotonic()
+        self._unanswered = 0
         self._taken_over_at: float | None = None
         self._held: set[str] = set()  # jobs to be removed, as soon as the schedd takes that
         self._background: set[asyncio.Task[Any]] = set()
@@ -214,13 +217,17 @@ class Supervisor:
     async def take_answer(self, answer: dict[str, Any] | None) -> bool:
         """Take in what the scheduler said; returns whether the demand is known."""
         if answer is None:
-            if await self.gateway.is_over():
+            self._unanswered += 1
+            # Without renewals the scheduler has ended by itself by then (`DemandPlugin.watch`), whoever can tell of it.
+            forgotten = time.monotonic() - self._answered > 2 * self.plan.lease and self._unanswered >= _FEW
+            if forgotten or await self.gateway.is_over():
                 name = self.plan.access.cluster_name
                 self.say(
                     {"kind": "failed", "text": f"gateway cluster {name} is gone: its scheduler was stopped or lost"}
                 )
                 self.end("the gateway cluster is gone")
             return False
+        self._answered, self._unanswered = time.monotonic(), 0
         if answer["status"] == "superseded":
             # Another supervisor owns the workers now: leave them alone.
             self.say(
