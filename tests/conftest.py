@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 
+# Its plugin would else compile it as a run of few tests ends, where CPython 3.11 fails if a collected object raises
+# meanwhile, as a Gateway of dask_gateway does.
+import hypothesis.internal.observability  # noqa: F401
 import pytest
 
 pytest_plugins = ["tests.cluster_fixtures", "tests.pool_fixtures", "tests.prefect_fixtures"]
