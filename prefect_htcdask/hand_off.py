@@ -6,8 +6,10 @@ import importlib
 import os
 import threading
 import uuid
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 from dask_gateway import GatewayCluster
@@ -16,13 +18,41 @@ from .condor.worker_job import FlowRunTag, WorkerSpec
 from .gateway_checks import local_versions
 from .gateway_comm import gateway_address
 from .resolution import is_loopback
+from .run_files import prune, run_directory
 from .scaling import demand as demand_module
 from .scaling.policy import Target
 from .settings import HTCDaskSettings
-from .supervisor.protocol import GatewayAccess, GroupPlan, HandOff, ScheddSettings
+from .supervisor.handle import SupervisorHandle
+from .supervisor.protocol import GatewayAccess, GroupPlan, HandOff, Preflight, ScheddSettings
 
 # Pickling by value is registered for a whole process.
 _pickle_lock = threading.Lock()
+
+
+def start_supervisor(
+    settings: HTCDaskSettings,
+    schedd: ScheddSettings,
+    specs: Mapping[str, WorkerSpec],
+    take_message: Callable[[dict[str, Any]], None],
+) -> SupervisorHandle:
+    """Start the process that will look after a cluster; it checks schedd and workers meanwhile.
+
+    Args:
+        settings: the settings.
+        schedd: how to reach the schedd.
+        specs: what one worker of each group is.
+        take_message: a method that takes what the supervisor says, as long as its object lives.
+    """
+    logs = run_directory(settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
+    prune(logs.parent, settings.condor.keep_logs, settings.lease.duration)
+    # The handle's reading thread must not keep a cluster alive that nobody else knows any more.
+    taker = weakref.WeakMethod(take_message)
+
+    def pass_on(message: dict[str, Any]) -> None:
+        if (take := taker()) is not None:
+            take(message)
+
+    return SupervisorHandle(Preflight(schedd=schedd, groups=specs), logs, pass_on)
 
 
 def scheduler_plugin(lease: float, offers: Mapping[str, Mapping[str, float]] | None = None) -> bytes:
