@@ -251,7 +251,8 @@ class HTCGatewayCluster(GatewayCluster):
         assert self._supervisor is not None
         await in_thread(self._supervisor.wait_checked)
         offers = worker_offers(self.settings)
-        plugin = scheduler_plugin(lease=self.settings.lease.duration, offers=offers)
+        lease = self.settings.lease
+        plugin = scheduler_plugin(lease.duration, offers, lease.scheduler_duration)
         await self.scheduler_comm.register_scheduler_plugin(plugin=plugin, name=PLUGIN_NAME, idempotent=True)
         plan = hand_off(
             self,

@@ -44,7 +44,7 @@ def start_supervisor(
         take_message: a method that takes what the supervisor says, as long as its object lives.
     """
     logs = run_directory(settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
-    prune(logs.parent, settings.condor.keep_logs, settings.lease.duration)
+    prune(logs.parent, settings.condor.keep_logs, settings.lease.scheduler_duration)
     # The handle's reading thread must not keep a cluster alive that nobody else knows any more.
     taker = weakref.WeakMethod(take_message)
 
@@ -55,19 +55,24 @@ def start_supervisor(
     return SupervisorHandle(Preflight(schedd=schedd, groups=specs), logs, pass_on)
 
 
-def scheduler_plugin(lease: float, offers: Mapping[str, Mapping[str, float]] | None = None) -> bytes:
+def scheduler_plugin(
+    lease: float,
+    offers: Mapping[str, Mapping[str, float]] | None = None,
+    scheduler_lease: float | None = None,
+) -> bytes:
     """The scheduler's plugin, pickled by value: the scheduler's image needs nothing of ours.
 
     Args:
-        lease: seconds that the cluster lives without a supervisor's renewal.
+        lease: seconds that a supervisor owns the cluster without a renewal.
         offers: the Dask resources that one worker of each group offers; `None`: one group that all tasks belong to.
+        scheduler_lease: seconds that the cluster lives without one; `lease` by default.
     """
     modules = [importlib.import_module(name) for name in demand_module.BY_VALUE_MODULES]
     with _pickle_lock:
         for module in modules:
             cloudpickle.register_pickle_by_value(module)
         try:
-            plugin: bytes = cloudpickle.dumps(demand_module.DemandPlugin(lease=lease, offers=offers))
+            plugin: bytes = cloudpickle.dumps(demand_module.DemandPlugin(lease, offers, scheduler_lease))
             return plugin
         finally:
             for module in modules:
@@ -139,6 +144,7 @@ def hand_off(
         flow_run=flow_run,
         run_directory=str(run_directory),
         lease=settings.lease.duration,
+        scheduler_lease=settings.lease.scheduler_duration,
         lost_schedd=settings.lease.lost_schedd,
         interval=settings.adaptive.interval,
         residence=settings.adaptive.residence,

@@ -62,7 +62,7 @@ class ClusterRecord:
         flow_run_name: its name.
         attempt: its run count, from 1.
         api_url: the Prefect API that knows it; empty where that was not known.
-        lease: seconds that the cluster lives without a renewal.
+        lease: seconds that its jobs live without a renewal.
         host: where process ids mean what they meant: host, boot and process namespace.
         pid: id of the flow's process.
         started: when that process started, Unix time in seconds.
@@ -113,7 +113,7 @@ def record_cluster(directory: Path, flow_run: FlowRunTag, *, api_url: str, lease
         directory: the cluster's run directory, named as the cluster; made if needed with mode 0700.
         flow_run: the flow run.
         api_url: address of the Prefect API that knows it, or empty.
-        lease: seconds that the cluster lives without a renewal.
+        lease: seconds that its jobs live without a renewal.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     record = ClusterRecord(

@@ -18,6 +18,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
+from .lease_settings import LeaseSettings
 from .worker_settings import GROUP_NAME, Duration, GroupName, Size, WorkerGroupSettings, WorkerSettings
 
 ENV_PREFIX = "PREFECT_INTEGRATIONS_HTCDASK_"
@@ -124,22 +125,6 @@ class AdaptiveSettings(PrefectBaseSettings):
                 "raise the maximum or lower the minimum"
             )
         return self
-
-
-class LeaseSettings(PrefectBaseSettings):
-    """How long jobs and schedulers live when nobody renews them any more."""
-
-    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask", "lease"))
-
-    duration: Duration = Field(
-        default=180.0,
-        ge=5,
-        description="The schedd removes worker jobs, and the scheduler ends, this long after the last renewal.",
-    )
-    lost_schedd: Duration = Field(
-        default=600.0,
-        description="A worker whose schedd is gone leaves after this time (job_lease_duration).",
-    )
 
 
 class EmbeddedSettings(PrefectBaseSettings):

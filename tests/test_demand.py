@@ -363,6 +363,28 @@ async def test_one_supervisor_owns_the_cluster() -> None:
         del tasks
 
 
+async def test_a_cluster_outlives_the_lease_of_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner's host may be asleep; only a cluster that nobody comes back to ends."""
+    async with dask_cluster() as cluster:
+        plugin = DemandPlugin(0.2, scheduler_lease=1.2)
+        ended: list[float] = []
+
+        async def end(why: str) -> None:
+            ended.append(time.monotonic())
+
+        monkeypatch.setattr(plugin, "end", end)
+        with pytest.warns(UserWarning, match="overwriting"):
+            await cluster.scheduler.register_scheduler_plugin(plugin, name=PLUGIN_NAME, idempotent=False)
+        assert (await plugin.claim("test"))["granted"]
+        await asyncio.sleep(0.5)  # the owner is asleep
+        assert plugin.expires < time.monotonic() and not ended
+        assert await cluster.demand(), "it is its owner's still"
+        renewed = time.monotonic()
+        assert not (await plugin.claim("other"))["granted"]
+        await cluster.until(lambda: ended, "the cluster's end")
+        assert ended[0] - renewed > 1.2
+
+
 async def test_wishes_stand_beside_each_other_by_group() -> None:
     async with dask_cluster(OFFERS) as cluster:
         plugin = cluster.plugin

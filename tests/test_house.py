@@ -33,6 +33,7 @@ KNOW_PREFECT = {
     "futures",
     "last_words",
     "leftovers",
+    "lease_settings",
     "live",
     "losses",
     "mapping",
@@ -57,7 +58,7 @@ KNOW_PREFECT = {
 }
 """The side that faces Prefect; `gateway`, `scaling`, `condor` and `embedded` work without a flow."""
 
-FLOW_SIDE = KNOW_PREFECT - {"settings", "supervisor.flow_watch", "worker_settings"}
+FLOW_SIDE = KNOW_PREFECT - {"lease_settings", "settings", "supervisor.flow_watch", "worker_settings"}
 
 MUST_NOT_IMPORT = {
     "scaling": FLOW_SIDE | {"gateway", "supervisor", "condor", "embedded"},
@@ -68,6 +69,7 @@ MUST_NOT_IMPORT = {
     "gateway_cluster": FLOW_SIDE | {"gateway"},
     "hand_off": FLOW_SIDE | {"gateway", "gateway_cluster"},
     "settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded"},
+    "lease_settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded", "settings"},
     "worker_settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded", "settings"},
 }
 """Arrows point one way: the flow's side to the gateway, that to the supervisor, that to scaling and condor."""

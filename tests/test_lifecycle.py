@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.pool
 
 NewCluster = Callable[..., HTCGatewayCluster]
-LEASE = "PREFECT_INTEGRATIONS_HTCDASK_LEASE_DURATION"
+LEASES = ("PREFECT_INTEGRATIONS_HTCDASK_LEASE_DURATION", "PREFECT_INTEGRATIONS_HTCDASK_LEASE_SCHEDULER")
 
 
 class Script:
@@ -136,7 +136,8 @@ def test_jobs_live_by_their_lease(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lease = 8
-    monkeypatch.setenv(LEASE, f"{lease} s")
+    for name in LEASES:
+        monkeypatch.setenv(name, f"{lease} s")
     flow = script("time.sleep(300)", workers=1)
     constraint = f'HTCDaskClusterName == "{flow.name}"'
     (before,) = queue.query(constraint)

@@ -91,6 +91,14 @@ def test_a_lease_that_would_run_out_between_two_looks() -> None:
     assert (cluster.settings.lease.duration, cluster.specs["default"].cpus) == (240.0, 2)
 
 
+def test_a_scheduler_outlives_the_lease_of_its_workers() -> None:
+    assert load_settings().lease.scheduler_duration == 1800
+    assert load_settings(lease={"duration": "1 hour"}).lease.scheduler_duration == 36000
+    assert load_settings(lease={"scheduler": "12 hours"}).lease.scheduler_duration == 43200
+    with pytest.raises(SettingsError, match=r"lease\.scheduler = 60 s is below lease\.duration = 180 s.*; raise it"):
+        load_settings(lease={"scheduler": "1 minute"})
+
+
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(worker={"memory": "lots", "cpus": 0}, lease={"duration": 1}, engine={})

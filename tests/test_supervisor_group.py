@@ -253,6 +253,7 @@ def a_plan() -> Any:
         flow_run=None,
         run_directory="",
         lease=1.0,
+        scheduler_lease=1.0,
         lost_schedd=1.0,
         interval=1.0,
         residence=1.0,

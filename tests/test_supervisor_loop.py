@@ -42,6 +42,7 @@ class Rounds(Supervisor):
             flow_run=None,
             run_directory=str(directory),
             lease=30.0,
+            scheduler_lease=30.0,
             lost_schedd=30.0,
             interval=0.05,
             residence=1.0,
@@ -139,7 +140,7 @@ async def test_held_jobs_go_though_the_schedd_was_away(taken_over: bool, tmp_pat
 async def test_a_scheduler_that_nobody_can_ask_any_more_is_given_up(tmp_path: Path) -> None:
     """Its host and the gateway are gone: a supervisor that outlived its parent (a warm pool) would stay for ever."""
     rounds = Rounds(tmp_path)
-    rounds.plan = dataclasses.replace(rounds.plan, lease=0.5)
+    rounds.plan = dataclasses.replace(rounds.plan, lease=0.2, scheduler_lease=1.0)
     for number in range(2):
         assert not await rounds.take_answer(None)
         assert not rounds.over.is_set(), f"{number + 1} questions without an answer may be an outage"

@@ -438,7 +438,8 @@ def test_sweep_ends_task_runs_when_the_lease_has_taken_the_rest(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_LEASE_DURATION", "8 s")
+    for lease in ("DURATION", "SCHEDULER"):
+        monkeypatch.setenv(f"PREFECT_INTEGRATIONS_HTCDASK_LEASE_{lease}", "8 s")
     lost = FlowProcess(tmp_path, "lost")
     processes.append(lost)
     lost.wait_until_it_computes()

@@ -40,19 +40,27 @@ class DemandPlugin(SchedulerPlugin):
     """Answers the supervisor's question for demand, and grants it the cluster for a time.
 
     Args:
-        lease: seconds that the cluster lives without a supervisor's renewal; 0: for ever.
+        lease: seconds without a renewal for which the cluster stays its owner's; 0: it is any supervisor's to take.
         offers: the Dask resources that one worker of each group offers, in the order of the groups; `None`: one group
             "default", which all tasks belong to.
+        scheduler_lease: seconds without a renewal after which the cluster ends, `lease` by default; 0: never. The owner
+            of one that lived on longer than its workers finds its tasks there when it awakes.
     """
 
     name = PLUGIN_NAME
 
-    def __init__(self, lease: float, offers: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    def __init__(
+        self,
+        lease: float,
+        offers: Mapping[str, Mapping[str, float]] | None = None,
+        scheduler_lease: float | None = None,
+    ) -> None:
         self.lease = lease
+        self.scheduler_lease = lease if scheduler_lease is None else scheduler_lease
         self.offers = offers
         self.owner: str | None = None
         self.epoch = 0
-        self.expires = 0.0
+        self.expires = self.ends = 0.0
         self.request_number = 0
         self.requests: dict[str | None, dict[str, Any]] = {}
         self.scheduler: Any = None
@@ -68,7 +76,7 @@ class DemandPlugin(SchedulerPlugin):
         An earlier plugin of ours on this scheduler hands over its owner and the wishes left with it.
         """
         self.scheduler = scheduler
-        self.expires = time.monotonic() + self.lease
+        self.renew(time.monotonic())
         earlier = scheduler.plugins.get(PLUGIN_NAME)
         if earlier is not None:
             for attribute in ("owner", "epoch", "request_number", "requests", "suspicions"):
@@ -97,6 +105,10 @@ class DemandPlugin(SchedulerPlugin):
         # The scheduler calls it for every step of every task: without a call in between.
         self.transition = self.counter.transition
 
+    def renew(self, now: float) -> None:
+        """The owner lives: both leases begin anew."""
+        self.expires, self.ends = now + self.lease, now + self.scheduler_lease
+
     async def close(self) -> None:
         """Stop watching and spreading."""
         for task in (self.task, self.spreading):
@@ -124,13 +136,13 @@ class DemandPlugin(SchedulerPlugin):
             return {"granted": False, "owner": self.owner, "epoch": self.epoch}
         if self.owner != owner:
             self.owner, self.epoch = owner, self.epoch + 1
-        self.expires = now + self.lease
+        self.renew(now)
         if offers is not None and list(offers.items()) != list((self.offers or {}).items()):
             self.count_by(offers)
         return {"granted": True, "owner": owner, "epoch": self.epoch}
 
     async def demand(self, owner: str, epoch: int) -> dict[str, Any]:
-        """Tasks that want a thread, and renew the lease of the owner that asks.
+        """Tasks that want a thread, and renew the leases for the owner that asks.
 
         Returns:
             a mapping whose size depends on the workers and groups, not on the tasks:
@@ -148,7 +160,7 @@ class DemandPlugin(SchedulerPlugin):
         if owner != self.owner or epoch != self.epoch:
             return {"status": "superseded", "owner": self.owner, "epoch": self.epoch}
         now = time.monotonic()
-        self.expires = now + self.lease
+        self.renew(now)
         scheduler, counter = self.scheduler, self.counter
         counter.check()
         last_busy = counter.last_busy
@@ -283,11 +295,11 @@ class DemandPlugin(SchedulerPlugin):
         return [ws for ws in workers if not str(ws.name).startswith(WORKER_PREFIX)]
 
     async def watch(self, idle_timeout: float) -> None:
-        """End the cluster when its lease ran out, or when it was idle for the time that the gateway sets."""
+        """End the cluster when nobody has renewed its lease, or when it was idle for the time that the gateway sets."""
         last_transition: Any = None
         idle_from = time.monotonic()
         while True:
-            periods = [value for value in (self.lease, idle_timeout) if value > 0]
+            periods = [value for value in (self.scheduler_lease, idle_timeout) if value > 0]
             await asyncio.sleep(min([15.0, *(value / 4 for value in periods)]))
             now = time.monotonic()
             log = self.scheduler.transition_log
@@ -295,8 +307,8 @@ class DemandPlugin(SchedulerPlugin):
             waiting = self.scheduler.queued or self.scheduler.unrunnable
             if waiting or newest is not last_transition or any(ws.processing for ws in self.scheduler.workers.values()):
                 last_transition, idle_from = newest, now
-            if self.lease and now > self.expires:
-                await self.end(f"no supervisor has renewed the lease of {self.lease:.0f} s")
+            if self.scheduler_lease and now > self.ends:
+                await self.end(f"no supervisor has renewed the lease of {self.scheduler_lease:.0f} s")
             elif idle_timeout and now - idle_from > idle_timeout:
                 await self.end(f"it has been idle for {idle_timeout:.0f} s")
 

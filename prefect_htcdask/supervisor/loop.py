@@ -218,8 +218,9 @@ class Supervisor:
         """Take in what the scheduler said; returns whether the demand is known."""
         if answer is None:
             self._unanswered += 1
-            # Without renewals the scheduler has ended by itself by then (`DemandPlugin.watch`), whoever can tell of it.
-            forgotten = time.monotonic() - self._answered > 2 * self.plan.lease and self._unanswered >= _FEW
+            # Without renewals the scheduler ends by itself by then (`DemandPlugin.watch`), whoever can tell of it.
+            silence = time.monotonic() - self._answered
+            forgotten = silence > self.plan.scheduler_lease and self._unanswered >= _FEW
             if forgotten or await self.gateway.is_over():
                 name = self.plan.access.cluster_name
                 self.say(

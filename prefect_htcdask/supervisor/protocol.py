@@ -74,6 +74,8 @@ class HandOff:
 
     Attributes:
         groups: the worker groups by their names, the default group first.
+        lease: for how long a renewal keeps the jobs.
+        scheduler_lease: for how long it keeps the gateway cluster.
         request_seen: number of the last wish of another process (`DemandPlugin.scale`) that the target includes.
     """
 
@@ -87,6 +89,7 @@ class HandOff:
     flow_run: FlowRunTag | None
     run_directory: str
     lease: float
+    scheduler_lease: float
     lost_schedd: float
     interval: float
     residence: float

@@ -25,7 +25,12 @@ long = pytest.mark.faults_long
 
 NewFlow = Callable[..., FlowProcess]
 LEASE = 8.0
-SHORT_LEASE = {f"{ENV_PREFIX}LEASE_DURATION": f"{LEASE:.0f} s"}
+SCHEDULER_LEASE = 16.0
+SHORT_LEASE = {
+    f"{ENV_PREFIX}LEASE_DURATION": f"{LEASE:.0f} s",
+    f"{ENV_PREFIX}LEASE_SCHEDULER": f"{SCHEDULER_LEASE:.0f} s",
+}
+LATE = 60.0  # a running job is given a minute more: its shadow hears of a renewal late
 
 
 def cancel(arena: Arena, flow: FlowProcess) -> float:
@@ -97,29 +102,28 @@ def test_supervisor_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:
 
 
 def test_flow_and_supervisor_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:
-    """SIGKILL of flow and supervisor at once, lease of 8 s: the leases clean up"""
+    """SIGKILL of flow and supervisor at once, leases of 8 s, the scheduler's of 16 s: they clean up"""
     flow = new_flow(SHORT_LEASE).start().compute()
     since = time.time()
     kill_at_once([flow.supervisor, flow.pid])
-    row.gone(arena, since, LEASE + 20, LEASE + 20)
+    row.gone(arena, since, SCHEDULER_LEASE + 20, SCHEDULER_LEASE + 20)
     row.judge(arena, [flow], ["Crashed"], again=0, sweep=True)
     row.check()
 
 
 @long
 def test_flow_supervisor_and_scheduler_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:
-    """SIGKILL of flow and supervisor, the scheduler stuck too, lease of 8 s: the schedd's lease ends running jobs"""
+    """SIGKILL of flow and supervisor, the scheduler stuck too, leases of 8 s: the schedd's lease ends running jobs"""
     flow = new_flow(SHORT_LEASE).start().compute()
     scheduler = arena.scheduler_of(arena.jobs()[0]["HTCDaskClusterName"])
     kill(scheduler, number=signal.SIGSTOP)
     since = time.time()
     kill_at_once([flow.supervisor, flow.pid])
     try:
-        # A running job is given a minute more: its shadow hears of a renewal late.
-        wait_until(lambda: arena.job_ids() == [], LEASE + 60 + 30, "the schedd ends the jobs")
+        wait_until(lambda: arena.job_ids() == [], LEASE + LATE + 30, "the schedd ends the jobs")
     finally:
         kill(scheduler, number=signal.SIGCONT)
-    row.gone(arena, since, LEASE + 60 + 30, LEASE + 60 + 40)
+    row.gone(arena, since, LEASE + LATE + 30, LEASE + LATE + 40)
     row.judge(arena, [flow], ["Crashed"], again=0, sweep=True)
     row.check()
 
@@ -219,16 +223,23 @@ def test_laptop_asleep(arena: Arena, row: Row, new_flow: NewFlow) -> None:
 
 @long
 def test_asleep_for_longer_than_the_lease(arena: Arena, row: Row, new_flow: NewFlow) -> None:
-    """flow and supervisor stopped (a laptop asleep, the gateway elsewhere) for longer than the lease of 8 s"""
-    flow = new_flow(SHORT_LEASE).start().compute()
+    """flow and supervisor stopped (a laptop asleep, pool and gateway elsewhere) until their lease took the workers"""
+    flow = new_flow({f"{ENV_PREFIX}LEASE_DURATION": f"{LEASE:.0f} s"}).start().compute()
+    before = set(arena.job_ids())
     processes: list[Any] = [flow.supervisor, flow.pid]
     kill(*processes, number=signal.SIGSTOP)
     try:
-        time.sleep(3 * LEASE)  # the fault itself
+        since = time.time()
+        wait_until(lambda: not before & set(arena.job_ids()), LEASE + LATE + 30, "the schedd ends the jobs")
+        asleep = time.time() - since
     finally:
         kill(*reversed(processes), number=signal.SIGCONT)
+    awake = time.time()
+    flow.runs("g0", 2)
+    flow.runs("g1", 2)
+    row.note = f"asleep for {asleep:.0f} s; its tasks ran again {time.time() - awake:.0f} s after it awoke"
     flow.let_go()
-    row.note = f"exit {flow.wait(120)}: {flow_message(arena, flow)[:200]}"
+    row.expect(flow.wait(120) == 0, f"the flow failed: {flow_message(arena, flow)}")
     row.gone(arena, flow.said("ended")["time"], 20, 20)
     row.judge(arena, [flow], ["Completed"], again=2)
     row.check()
