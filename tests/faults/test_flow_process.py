@@ -224,7 +224,7 @@ def test_laptop_asleep(arena: Arena, row: Row, new_flow: NewFlow) -> None:
 @long
 def test_asleep_for_longer_than_the_lease(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """flow and supervisor stopped (a laptop asleep, pool and gateway elsewhere) until their lease took the workers"""
-    flow = new_flow({f"{ENV_PREFIX}LEASE_DURATION": f"{LEASE:.0f} s"}).start().compute()
+    flow = new_flow({**SHORT_LEASE, f"{ENV_PREFIX}LEASE_SCHEDULER": "10 minutes"}).start().compute()
     before = set(arena.job_ids())
     processes: list[Any] = [flow.supervisor, flow.pid]
     kill(*processes, number=signal.SIGSTOP)
