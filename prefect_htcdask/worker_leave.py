@@ -23,11 +23,10 @@ from distributed import Status, Worker
 from distributed.metrics import time as wall_time
 from distributed.worker_state_machine import FreeKeysEvent
 
+from prefect_htcdask.scaling.demand import DRAIN as DRAIN
+
 HANDED_BACK = "htcdask-handed-back"
 """Topic of the scheduler's events that tells of each task taken from a worker before it was done."""
-
-DRAIN = "htcdask-drain"
-"""A message of this name on the scheduler's stream to a worker has the worker drain and leave."""
 
 WARN_AFTER = 3
 """Times that a task is handed back before the user is warned, and each time from then on."""

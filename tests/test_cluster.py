@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,50 @@ def test_scale_submits_and_removes_the_difference_only(
     assert cluster.summary["jobs"] >= 8 and cluster.summary["peak"] >= 3 and cluster.summary["left"] == 0
     assert texts(messages, "failed") == ""
     # What we removed ourselves is no news.
+    assert texts(messages, "log") == ""
+
+
+def test_workers_too_many_end_their_tasks_before_they_leave(
+    new_cluster: NewCluster, queue: ScheddClient, messages: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    def held(path: str) -> None:
+        import time
+        from pathlib import Path
+
+        with Path(path).open("a") as stream:
+            stream.write("begun\n")
+        while not Path(path).with_name("go").exists():
+            time.sleep(0.05)
+
+    def leaving(dask_scheduler: Any) -> int:
+        return sum(ws.status.name == "closing_gracefully" for ws in dask_scheduler.workers.values())
+
+    def suspicions(dask_scheduler: Any) -> list[int]:
+        return [task.suspicious for task in dask_scheduler.tasks.values()]
+
+    paths = [tmp_path / f"task{number}" for number in range(3)]
+    with new_cluster(n_workers=3) as cluster, cluster.get_client() as client:
+        client.wait_for_workers(3, timeout=60)
+        three = set(jobs_of(queue, cluster.name))
+        futures = client.map(held, [str(path) for path in paths])
+        wait_until(lambda: all(path.exists() for path in paths), 30, "three tasks run")
+        cluster.scale(1)
+        wait_until(lambda: client.run_on_scheduler(leaving) == 2, 20, "two workers are about to leave")
+        # What they run asks for no others in their place; what comes later does, and does not find its way to them.
+        cluster.adapt(minimum=1, maximum=3)
+        later = client.submit(lambda: 42)
+        assert later.result(timeout=60) == 42
+        assert set(jobs_of(queue, cluster.name)) > three
+        paths[0].with_name("go").touch()
+        client.gather(futures)
+        wait_until(lambda: len(jobs_of(queue, cluster.name)) == 1, 40, "one is left")
+        assert [path.read_text() for path in paths] == ["begun\n"] * 3
+        assert set(client.run_on_scheduler(suspicions)) == {0}
+        left = three - set(jobs_of(queue, cluster.name))
+        ended = queue.history(f'HTCDaskClusterName == "{cluster.name}"', ["ProcId", "ClusterId", "ExitCode"], 9)
+        codes = {f"{ad['ClusterId']}.{ad['ProcId']}": ad.get("ExitCode") for ad in ended}
+        assert len(left) >= 2 and {job: codes.get(job) for job in left} == dict.fromkeys(left, 0)
+    assert cluster.summary["jobs"] == 4
     assert texts(messages, "log") == ""
 
 

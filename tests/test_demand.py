@@ -15,7 +15,7 @@ from distributed.core import Status
 
 from prefect_htcdask.scaling import kinds
 from prefect_htcdask.scaling.counting import BUCKET
-from prefect_htcdask.scaling.demand import PLUGIN_NAME, DemandPlugin
+from prefect_htcdask.scaling.demand import DRAIN, PLUGIN_NAME, DemandPlugin
 from tests.dask_cluster import counted, dask_cluster, gate, recount
 
 OFFERS = {
@@ -216,13 +216,19 @@ async def test_retirement_moves_results_and_leaves_a_busy_worker_alone() -> None
         assert cluster.scheduler.workers[busy.address].status is Status.running
         assert await client.gather(kept) == 1
         assert [ts.state for ts in cluster.scheduler.tasks.values()].count("memory") == 1
-        # Told to go all the same, its task goes back to the queue, unsuspected.
-        other = await cluster.add_worker(1)
+        # Told to go all the same, it ends its task first, and gets no other.
+        told: list[Any] = []
+        busy.stream_handlers[DRAIN] = lambda **message: told.append(message)
+        await cluster.add_worker(1)
         assert await cluster.plugin.retire([busy.name]) == [busy.name]
-        await cluster.until(lambda: cluster.scheduler.workers[other.address].processing, "the task on the other worker")
-        assert [ts.suspicious for ts in cluster.scheduler.tasks.values()] == [0, 0]
+        later = client.map(wait, [1] * 3, pure=False)
+        await client.gather(later)
+        assert told and busy.name in (await cluster.demand())["closing"]
+        assert await cluster.plugin.retire([busy.name]) == [], "it is leaving already"
+        del later
         gate(2).set()
         assert await client.gather([kept, running]) == [1, 2]
+        assert cluster.scheduler.tasks[running.key].who_has == {cluster.scheduler.workers[busy.address]}
 
 
 async def test_a_worker_whose_results_find_no_place_stays_and_works_on() -> None:

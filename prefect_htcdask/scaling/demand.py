@@ -31,6 +31,9 @@ BY_VALUE_MODULES = tuple(
 SPREAD_INTERVAL = 0.25
 """Seconds between two looks at piles of tasks."""
 
+DRAIN = "htcdask-drain"
+"""A message of this name on the stream to a worker of ours has it finish what it runs, and leave (`worker_leave`)."""
+
 LEAVING = (Status.closing_gracefully, Status.closing)
 
 logger = logging.getLogger("distributed.scheduler")
@@ -214,31 +217,38 @@ class DemandPlugin(SchedulerPlugin):
         self.suspicions.pardon(self.scheduler, names)
 
     async def retire(self, names: list[str], idle_only: bool = False) -> list[str]:
-        """Move results off workers, then close them; returns the names of those that went.
+        """Have workers leave; returns the names of those that went, and of those that will when their tasks have ended.
 
-        A worker whose results find no other place stays, and takes tasks again. One that is leaving by itself is left
-        to do so, and is not among those returned.
+        An idle worker is closed when its results have moved; where they find no other place, it stays and takes tasks
+        again. A busy one takes no more tasks, finishes those that it runs and leaves by itself. One that is leaving
+        already is left to do so, and is not among those returned.
 
         Args:
             names: the workers.
-            idle_only: leave those alone that got a task since they were chosen. Else a busy worker's tasks go back to
-                the queue, without being marked suspicious.
+            idle_only: leave those alone that got a task since they were chosen.
         """
         wanted = set(names)
-        chosen = [
-            ws
-            for ws in self.scheduler.workers.values()
-            if str(ws.name) in wanted and ws.status not in LEAVING and not (idle_only and ws.processing)
-        ]
+        chosen = [ws for ws in self.scheduler.workers.values() if str(ws.name) in wanted and ws.status not in LEAVING]
+        busy = [] if idle_only else [ws for ws in chosen if ws.processing]
+        for ws in busy:
+            self.drain(ws)
+        idle = [ws for ws in chosen if not ws.processing]
         # Those without results need not wait until others' have moved.
         went = await asyncio.gather(
-            self.close_workers([ws for ws in chosen if ws.has_what], idle_only),
-            self.close_workers([ws for ws in chosen if not ws.has_what], idle_only),
+            self.close_workers([ws for ws in idle if ws.has_what]),
+            self.close_workers([ws for ws in idle if not ws.has_what]),
         )
-        return [name for part in went for name in part]
+        return [str(ws.name) for ws in busy] + [name for part in went for name in part]
 
-    async def close_workers(self, chosen: list[Any], idle_only: bool) -> list[str]:
-        """Retire these together; returns the names of those that went."""
+    def drain(self, ws: Any) -> None:
+        """Give a worker no more tasks, and have it leave when it has ended those that it runs."""
+        # As `Scheduler.retire_workers` does: a task that is on its way to it now would only come back.
+        stimulus_id = f"htcdask-drain-{time.time()}"
+        self.scheduler.handle_worker_status_change(Status.closing_gracefully, ws, stimulus_id)
+        self.scheduler.worker_send(ws.address, {"op": DRAIN})
+
+    async def close_workers(self, chosen: list[Any]) -> list[str]:
+        """Retire idle workers together; returns the names of those that went."""
         if not chosen:
             return []
         scheduler = self.scheduler
@@ -258,7 +268,7 @@ class DemandPlugin(SchedulerPlugin):
             if ws.address not in emptied:
                 continue
             # A task may have reached it before it stopped taking any, and a result while others' were moved.
-            if idle_only and (ws.processing or any(len(task.who_has) == 1 for task in ws.has_what)):
+            if ws.processing or any(len(task.who_has) == 1 for task in ws.has_what):
                 self.keep(ws, stimulus_id)
                 continue
             if scheduler.workers.get(ws.address) is ws:

@@ -219,8 +219,7 @@ class Supervisor:
         if answer is None:
             self._unanswered += 1
             # Without renewals the scheduler ends by itself by then (`DemandPlugin.watch`), whoever can tell of it.
-            silence = time.monotonic() - self._answered
-            forgotten = silence > self.plan.scheduler_lease and self._unanswered >= _FEW
+            forgotten = time.monotonic() - self._answered > self.plan.scheduler_lease and self._unanswered >= _FEW
             if forgotten or await self.gateway.is_over():
                 name = self.plan.access.cluster_name
                 self.say(
@@ -329,14 +328,19 @@ class Supervisor:
 
     async def retire(self, group: Group, jobs: dict[str, str], idle_only: bool) -> None:
         """Retire workers, given with their jobs; those that cannot go now stay in the fleet."""
-        gone = set(await self.scheduler.retire(sorted(jobs), idle_only))
-        kept = {name: job for name, job in jobs.items() if name not in gone}
+        going = set(await self.scheduler.retire(sorted(jobs), idle_only))
+        kept = {name: job for name, job in jobs.items() if name not in going}
         self.fleet.could_not_leave(kept, time.monotonic())
-        # A worker process that hangs in its end would keep the slot.
-        await asyncio.sleep(2 * group.spec.vacate_time)
-        in_queue = self.fleet.leaving.intersection(record.job_id for record in self.fleet.queued_jobs())
-        stuck = [job for name, job in jobs.items() if name in gone and job in in_queue]
-        await self.condor(self.schedd.remove, stuck, "prefect_htcdask: the worker was retired but did not end")
+        while going:
+            # The scheduler's answers tell who has gone; who drains may take as long as its tasks do.
+            await asyncio.sleep(2 * self.plan.interval)
+            gone = going.difference(self.fleet.joined.values())
+            # A worker process that hangs in its end would keep the slot.
+            await asyncio.sleep(2 * group.spec.vacate_time)
+            in_queue = self.fleet.leaving.intersection(record.job_id for record in self.fleet.queued_jobs())
+            stuck = [jobs[name] for name in gone if jobs[name] in in_queue]
+            await self.condor(self.schedd.remove, stuck, "prefect_htcdask: the worker was retired but did not end")
+            going -= gone
 
     async def renew(self) -> None:
         """Renew the lease of all jobs, at a third of it."""

@@ -55,7 +55,10 @@ class SchedulerLink:
             return None
 
     async def retire(self, names: list[str], idle_only: bool) -> list[str]:
-        """Retire workers; returns the names of those that went. Those that could not, or are busy again, are kept."""
+        """Retire workers; returns the names of those that go, at once or when their tasks have ended.
+
+        Those that could not, or are busy again where `idle_only` spares these, are kept.
+        """
         try:
             retired: list[str] = await self._ask("htcdask_retire", timeout=60, names=names, idle_only=idle_only)
             return retired
