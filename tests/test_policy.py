@@ -16,6 +16,7 @@ from prefect_htcdask.scaling.policy import (
     Target,
     backoff,
     decide,
+    trial_pause,
     wanted_workers,
 )
 
@@ -374,7 +375,7 @@ def test_nothing_is_submitted_after_a_failure_until_its_time_has_passed(
     assume(supply.last_failure is not None)
     assert supply.last_failure is not None
     decision = decide(demand, supply, how, NOW)
-    if supply.failures >= how.max_failures or supply.last_failure + backoff(supply.failures) > NOW:
+    if supply.last_failure + backoff(supply.failures) > NOW:
         assert not decision.submit
     if supply.failures < how.max_failures:
         assert not decision.gives_up
@@ -390,24 +391,57 @@ def test_the_backoff_grows_to_a_minute() -> None:
 def test_a_spent_failure_budget_ends_it_for_good(situation: tuple[Demand, Supply], how: PolicySettings) -> None:
     demand, supply = situation
     supply = dataclasses.replace(supply, failures=how.max_failures, last_failure=NOW - 1e6)
+    supply = dataclasses.replace(supply, idle={}, busy=(), holding=frozenset())
     decision = decide(demand, supply, how, NOW)
     assert not decision.submit
     started = len(supply.pending) > supply.unstarted
-    if decision.target <= supply.total or supply.joined or started:
+    if decision.target <= supply.total or started:
         assert not decision.gives_up, "no more are wanted, or one may still come to work"
     else:
         assert decision.gives_up.startswith(f"{how.max_failures} workers in a row")
 
 
+@given(situations(), any_settings, st.integers(0, 40), st.floats(0, 5000))
+def test_with_a_spent_failure_budget_one_worker_is_tried_now_and_then_where_others_work(
+    situation: tuple[Demand, Supply], how: PolicySettings, further: int, ago: float
+) -> None:
+    demand, supply = situation
+    assume(supply.joined)
+    failures = how.max_failures + further
+    supply = dataclasses.replace(supply, failures=failures, last_failure=NOW - ago)
+    decision = decide(demand, supply, how, NOW)
+    usual = decide(demand, without_failures(supply), how, NOW).submit
+    due = supply.last_failure + trial_pause(failures, how.max_failures) <= NOW
+    assert not decision.gives_up
+    assert decision.submit == (min(1, usual) if due and not supply.pending else 0)
+    assert not (decision.goes_on and decision.submit)
+
+
+def test_a_pool_that_stays_broken_is_tried_ever_less_and_one_that_is_mended_is_used_again() -> None:
+    how = PolicySettings(target=Target(maximum=100), max_failures=3)
+    demand = Demand(queued=12, in_hand={f"w{n}": 1 for n in range(4)})
+    trials, failures, last = [], 3, 0.0
+    for now in range(4 * 3600):
+        decision = decide(demand, four_busy(failures=failures, last_failure=last), how, now)
+        if decision.submit:
+            assert decision.submit == 1
+            trials.append(now - last)
+            failures, last = failures + 1, now
+    assert trials[:6] == [60, 120, 240, 480, 960, 960] and set(trials[6:]) == {960}
+    assert decide(demand, four_busy(), how, last + 1).submit == 12, "one has joined"
+
+
 def test_a_spent_failure_budget_is_told_though_others_work() -> None:
     how = PolicySettings(target=Target(maximum=100), max_failures=3)
     demand = Demand(queued=12, in_hand={f"w{n}": 1 for n in range(4)})
-    decision = decide(demand, four_busy(failures=3, last_failure=NOW - 1e6), how, NOW)
+    decision = decide(demand, four_busy(failures=4, last_failure=NOW - 119), how, NOW)
     assert (decision.submit, decision.gives_up) == (0, "")
     assert decision.goes_on == (
-        "3 workers in a row ended before they joined the scheduler; no more are submitted, though 16 are wanted: "
-        "the work goes on with 4"
+        "4 workers in a row ended before they joined the scheduler: though 16 are wanted, the work goes on with 4; "
+        "one is tried after 120 s"
     )
+    trial = decide(demand, four_busy(failures=4, last_failure=NOW - 120), how, NOW)
+    assert trial.reason == "12 queued, 4 running, 0 pending: +1 (a trial after 4 failures)"
     assert not decide(demand, four_busy(failures=2, last_failure=NOW - 1e6), how, NOW).goes_on
     starting = Supply(pending=("1.0",), failures=3, last_failure=NOW - 1e6)
     assert not decide(demand, starting, how, NOW).goes_on, "it may yet join"

@@ -18,6 +18,11 @@ from dataclasses import dataclass, field
 FIRST_BACKOFF = 1.0
 LONGEST_BACKOFF = 60.0
 
+FIRST_TRIAL = 60.0
+LONGEST_TRIAL = 960.0
+"""Seconds from the last failure to a single trial, where the failure budget is spent and others work: doubled each time
+up to the longer one."""
+
 RECENT_WAITS = 50
 """Waits that a group's expected arrival is learned from."""
 
@@ -158,7 +163,7 @@ class PolicySettings:
         threads: tasks that one worker runs at once, where they want no more than a thread.
         residence: how long a worker may be idle before it is removed; a little longer where others follow (`TOGETHER`).
         max_idle_jobs: jobs that may wait in the queue at once, while adapting.
-        max_failures: failures in a row after which no more jobs are submitted.
+        max_failures: failures in a row after which no more jobs are submitted, but for trials where others work.
     """
 
     target: Target = Target()
@@ -180,7 +185,8 @@ class Decision:
         retire: names of workers to retire.
         reason: why, in words for the flow run's log; empty where nothing changes.
         gives_up: why workers cannot be had, where the failure budget is spent; else empty.
-        goes_on: the same, where the budget is spent but workers that have joined go on with the work; else empty.
+        goes_on: the same, where the budget is spent but workers that have joined go on with the work until the next
+            trial; else empty.
     """
 
     target: int
@@ -254,6 +260,11 @@ def backoff(failures: int) -> float:
     return min(FIRST_BACKOFF * 2.0 ** min(failures - 1, 30), LONGEST_BACKOFF) if failures else 0.0
 
 
+def trial_pause(failures: int, max_failures: int) -> float:
+    """Seconds from the last of so many failures in a row to a trial, where these are all that may be."""
+    return min(FIRST_TRIAL * 2.0 ** min(failures - max_failures, 30), LONGEST_TRIAL)
+
+
 def decide(demand: Demand | None, supply: Supply, settings: PolicySettings, now: float) -> Decision:
     """Decide what to submit, remove and retire.
 
@@ -265,7 +276,8 @@ def decide(demand: Demand | None, supply: Supply, settings: PolicySettings, now:
 
     Returns:
         the decision: pending jobs go before joined workers, busy workers are never chosen while adapting. A fixed
-        number that is lower than the busy workers lets busy ones go too, last and fewest: the user asked for it.
+        number that is lower than the busy workers lets busy ones go too, last and fewest, when their tasks have ended:
+        the user asked for it.
     """
     if demand is None:
         return Decision(target=supply.total)
@@ -278,17 +290,20 @@ def decide(demand: Demand | None, supply: Supply, settings: PolicySettings, now:
 
 
 def _grow(wanted: int, demand: Demand, supply: Supply, settings: PolicySettings, now: float) -> Decision:
-    if supply.failures >= settings.max_failures:
-        # Those that have joined go on with the work, and one that has started may yet join and end the row.
-        text = f"{supply.failures} workers in a row ended before they joined the scheduler; no more are submitted"
-        if supply.joined:
-            others = f", though {wanted} are wanted: the work goes on with {supply.joined}"
-            return Decision(target=wanted, goes_on=text + others)
+    spent = supply.failures >= settings.max_failures
+    text = f"{supply.failures} workers in a row ended before they joined the scheduler"
+    if spent and not supply.joined:
+        # One that has started may yet join and end the row.
         starting = len(supply.pending) > supply.unstarted
-        return Decision(target=wanted, gives_up="" if starting else text)
-    if supply.last_failure is not None and now < supply.last_failure + backoff(supply.failures):
+        return Decision(target=wanted, gives_up="" if starting else f"{text}; no more are submitted")
+    pause = trial_pause(supply.failures, settings.max_failures) if spent else backoff(supply.failures)
+    too_early = supply.last_failure is not None and now < supply.last_failure + pause
+    if spent and (too_early or supply.pending):
+        others = f"though {wanted} are wanted, the work goes on with {supply.joined}; one is tried after {pause:.0f} s"
+        return Decision(target=wanted, goes_on=f"{text}: {others}")
+    if too_early:
         return Decision(target=wanted)
-    submit, note = wanted - supply.total, ""
+    submit, note = (1, f" (a trial after {supply.failures} failures)") if spent else (wanted - supply.total, "")
     if settings.target.fixed is None:
         # Who asks for a number by name gets it; usefulness and politeness are for what is asked by arithmetic.
         useful = useful_pending(demand, supply, settings) - len(supply.pending)
