@@ -84,7 +84,7 @@ async def _measure(mode: str, submit: Any) -> dict[str, Any]:
             await wait(client.map(_nothing, range(100), pure=False))
             polls = None
             if mode != "none":
-                granted = await remote.htcdask_claim(owner="bench", force=False)
+                granted = await remote.htcdask_claim(owner="bench")
                 polls = asyncio.ensure_future(_poll(remote, granted["epoch"]))
             while (before := await remote.bench_times())["tasks"]:
                 await asyncio.sleep(0.1)

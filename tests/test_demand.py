@@ -63,7 +63,7 @@ async def test_tasks_without_a_worker_by_group() -> None:
         await cluster.until(lambda: not cluster.scheduler.tasks, "no task")
         answer = await cluster.demand()
         assert [group["queued"] for group in answer["groups"].values()] == [0, 0]
-        assert answer["unmatched"] == {} and answer["clients"] == 1
+        assert answer["unmatched"] == {}
 
 
 async def test_work_is_told_by_the_mean_of_each_name() -> None:
@@ -353,7 +353,8 @@ async def test_one_supervisor_owns_the_cluster() -> None:
         plugin = cluster.plugin
         plugin.lease, plugin.expires = 60.0, time.monotonic() + 60
         assert await plugin.claim("other") == {"granted": False, "owner": "test", "epoch": 1}
-        assert await plugin.claim("other", force=True) == {"granted": True, "owner": "other", "epoch": 2}
+        plugin.expires = time.monotonic() - 1
+        assert await plugin.claim("other") == {"granted": True, "owner": "other", "epoch": 2}
         assert await plugin.demand("test", 1) == {"status": "superseded", "owner": "other", "epoch": 2}
         plugin.expires = time.monotonic() - 1
         assert (await plugin.claim("test"))["epoch"] == 3

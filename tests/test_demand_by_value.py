@@ -34,7 +34,7 @@ async def main():
         plugin = file.read()
     async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler, rpc(scheduler.address) as remote:
         await remote.register_scheduler_plugin(plugin=plugin, name="htcdask", idempotent=True)
-        granted = await remote.htcdask_claim(owner="test", force=False)
+        granted = await remote.htcdask_claim(owner="test")
         async with Client(scheduler.address, asynchronous=True, set_as_default=False) as client:
             waiting = [client.submit(abs, 1, resources={"GPU": 1}, pure=False) for _ in range(3)]
             none = client.submit(abs, 1, resources={"TPU": 1}, pure=False)

@@ -211,6 +211,9 @@ def test_why_none_joined_looks_at_the_group_s_own_jobs(tmp_path: Path) -> None:
     told("EXECUTE", "1.0")
     assert "1 worker job runs, but none joined" in why_none_joined(told.fleet, told.groups["cpu"], [])
     assert "1 worker job waits" in why_none_joined(told.fleet, told.groups["gpu"], [])
+    slot = {"SlotType": "Partitionable", "TotalSlotCpus": 1, "TotalSlotMemory": 64 * 1024}
+    assert "lower workers.gpu.cpus, workers.gpu.memory" in why_none_joined(told.fleet, told.groups["gpu"], [slot])
+    assert "lower worker.cpus, worker.memory" in why_none_joined(Fleet(), a_group(), [slot])
 
 
 def test_tasks_that_no_group_can_run() -> None:

@@ -110,7 +110,7 @@ def diagnose_exit(exit_code: int | None, signal: int | None, stderr: Sequence[st
 
 
 def diagnose_waiting(
-    slots: Sequence[Mapping[str, Any]], *, cpus: int, memory: int, gpus: int, waiting: int
+    slots: Sequence[Mapping[str, Any]], *, cpus: int, memory: int, gpus: int, waiting: int, settings: str = "worker"
 ) -> Diagnosis:
     """Why idle jobs do not start, from the pool's slots.
 
@@ -120,6 +120,7 @@ def diagnose_waiting(
         memory: bytes that it asks for.
         gpus: GPUs that it asks for.
         waiting: number of idle worker jobs.
+        settings: where these workers' settings are.
     """
     jobs = f"{waiting} worker job{'s' if waiting != 1 else ''} wait{'s' if waiting == 1 else ''}"
     machines = [slot for slot in slots if slot.get("SlotType") != "Dynamic"]
@@ -138,7 +139,7 @@ def diagnose_waiting(
         return Diagnosis(
             Category.NO_SLOT_LARGE_ENOUGH,
             f"{jobs}: 0 of {len(machines)} slots have {wanted}",
-            "lower worker.cpus, worker.memory or worker.gpus",
+            f"lower {settings}.cpus, {settings}.memory or {settings}.gpus",
         )
     free = [
         slot
@@ -152,10 +153,11 @@ def diagnose_waiting(
         return Diagnosis(
             Category.POOL_FULL,
             f"{jobs}: the pool is full ({claimed} slots claimed, none of the {len(fitting)} large enough has room)",
-            "wait, ask for less, or raise worker.start_timeout",
+            f"wait, ask for less, or raise {settings}.start_timeout",
         )
     return Diagnosis(
         Category.WAITING,
         f"{jobs}: {len(free)} slots have room, the negotiator has not matched them yet",
-        "your priority, accounting group or worker.requirements may stand in the way: condor_q -better-analyze tells",
+        f"your priority, accounting group or {settings}.requirements may stand in the way: condor_q -better-analyze "
+        "tells",
     )

@@ -120,14 +120,11 @@ class DemandPlugin(SchedulerPlugin):
 
     # What the supervisor calls. Handlers of a scheduler get no more than what the caller names.
 
-    async def claim(
-        self, owner: str, force: bool = False, offers: dict[str, dict[str, float]] | None = None
-    ) -> dict[str, Any]:
-        """Grant the cluster to one supervisor; another that holds a live lease keeps it unless `force`.
+    async def claim(self, owner: str, offers: dict[str, dict[str, float]] | None = None) -> dict[str, Any]:
+        """Grant the cluster to one supervisor; another that holds a live lease keeps it.
 
         Args:
             owner: who asks.
-            force: take it from an owner that lives.
             offers: the groups that this owner has, where they may differ from those that the plugin came with.
 
         Returns:
@@ -135,7 +132,7 @@ class DemandPlugin(SchedulerPlugin):
         """
         now = time.monotonic()
         alive = self.owner is not None and now < self.expires
-        if alive and self.owner != owner and not force:
+        if alive and self.owner != owner:
             return {"granted": False, "owner": self.owner, "epoch": self.epoch}
         if self.owner != owner:
             self.owner, self.epoch = owner, self.epoch + 1
@@ -158,7 +155,7 @@ class DemandPlugin(SchedulerPlugin):
             - `in_hand`: for each busy worker its tasks that have or want a thread, at least 1;
             - `joined`: all workers; `idle`: for each without a task, since how many seconds; `holding`: those of the
               idle that hold results; `closing`: those that take no more tasks and leave;
-            - `clients`: connected ones; `requests`: the last wish for each group, the oldest first.
+            - `requests`: the last wish for each group, the oldest first.
         """
         if owner != self.owner or epoch != self.epoch:
             return {"status": "superseded", "owner": self.owner, "epoch": self.epoch}
@@ -197,7 +194,6 @@ class DemandPlugin(SchedulerPlugin):
             "idle": idle,
             "holding": holding,
             "closing": closing,
-            "clients": sum(1 for key in scheduler.clients if key != "fire-and-forget"),
             "requests": sorted(self.requests.values(), key=lambda request: request["number"]),
         }
 

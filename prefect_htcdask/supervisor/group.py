@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ..condor.job_events import JobRecord
 from ..condor.worker_job import JobFiles, WorkerSpec, string_literal
+from ..scaling.kinds import DEFAULT_GROUP
 from ..scaling.policy import PolicySettings, Supply, Target
 from .protocol import GroupPlan
 
@@ -62,6 +63,11 @@ class Group:
     def spec(self) -> WorkerSpec:
         """What one worker is."""
         return self.plan.spec
+
+    @property
+    def settings(self) -> str:
+        """Where its settings stand: what it is called there, or `worker` where no group has a name."""
+        return "worker" if self.name == DEFAULT_GROUP and self.unit != self.name else f"workers.{self.name}"
 
     @property
     def job_spec(self) -> WorkerSpec:

@@ -111,4 +111,8 @@ def why_none_joined(fleet: Fleet, group: Group, slots: Sequence[Mapping[str, Any
         return f"{jobs_run}, but none joined the scheduler: can they reach the gateway's proxy?"
     waiting = sum(1 for record in jobs if record.state is JobState.IDLE)
     spec = group.spec
-    return str(diagnose_waiting(slots, cpus=spec.cpus, memory=spec.memory, gpus=spec.gpus, waiting=waiting))
+    return str(
+        diagnose_waiting(
+            slots, cpus=spec.cpus, memory=spec.memory, gpus=spec.gpus, waiting=waiting, settings=group.settings
+        )
+    )

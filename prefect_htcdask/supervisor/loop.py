@@ -100,7 +100,7 @@ class Supervisor:
             RuntimeError: another supervisor owns the cluster.
         """
         # The claim comes first: an owner that lives has its files in the same place.
-        answer = await self.scheduler.claim(force=False)
+        answer = await self.scheduler.claim()
         if not answer["granted"]:
             raise RuntimeError(
                 f"cluster {self.plan.access.cluster_name} is looked after by another supervisor ({answer['owner']})"

@@ -38,9 +38,9 @@ class SchedulerLink:
     async def _ask(self, op: str, timeout: float = _ANSWER_TIMEOUT, **kwargs: Any) -> Any:
         return await asyncio.wait_for(getattr(self._rpc, op)(**kwargs), timeout)
 
-    async def claim(self, force: bool) -> dict[str, Any]:
+    async def claim(self) -> dict[str, Any]:
         """Ask for the cluster; the answer says whether it was granted, and who owns it."""
-        answer: dict[str, Any] = await self._ask("htcdask_claim", owner=self.owner, force=force, offers=self.offers)
+        answer: dict[str, Any] = await self._ask("htcdask_claim", owner=self.owner, offers=self.offers)
         if answer["granted"]:
             self.epoch = answer["epoch"]
         return answer

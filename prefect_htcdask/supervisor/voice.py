@@ -74,8 +74,8 @@ class Voice:
 
     def give_up_waiting(self, group: Group, why: str) -> None:
         """No worker of a group came within its start timeout."""
-        setting = f"workers.{group.name}" if self._several else "worker"
-        self.fail(group, f"no worker started within {setting}.start_timeout = {group.plan.start_timeout:g} s: {why}")
+        setting = f"{group.settings}.start_timeout = {group.plan.start_timeout:g} s"
+        self.fail(group, f"no worker started within {setting}: {why}")
 
     def go_on(self, group: Group, why: str) -> None:
         """The failure budget is spent, but workers that have joined go on: say so once for the last failure."""
