@@ -4,7 +4,8 @@ The file travels with the job and is run by the interpreter of the site or image
 library only. The guard passes SIGTERM on, ends the worker where it takes more memory than the job asked for (a starter
 that does not run as root enforces no limit), and says on stderr why a worker ended: the submitting side reads that.
 The Dask worker leaves by handing its tasks and results back (`prefect_htcdask.worker_leave`), so that an eviction does
-not count against a task. Where a task does not let its process listen, the guard takes its leave for it.
+not count against a task. Where a task does not let its process listen, the guard takes its leave for it; and where it
+does not let its process speak, the guard tells the scheduler that it lives.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ KEY_FILE = "dask.pem"
 PACKAGE_FILE = "prefect_htcdask.zip"
 ADDRESS_FILE = "worker_address"
 LEAVING_FILE = "worker_leaving"
+BEAT_FILE = "worker_beat"
 
 EXIT_VERSIONS = 64
 EXIT_MISSING = 69
@@ -34,19 +36,23 @@ EXIT_MEMORY = 75
 
 _MEMORY_INTERVAL = 0.5
 
+_BEAT = 5.0  # seconds between two signs that the worker's event loop runs
+_SILENT = 20.0  # seconds without one, after which its guard speaks for it
+
 # Shares of the vacate time: after how long a worker that has not listened is spoken for, and when all has to be over.
 _SILENCE = 0.25
 _OVER = 0.9
 
 
 def main() -> int:
-    """Guard a worker, be one (`--worker`), or take its leave (`--farewell`). Returns the exit status of the job."""
+    """Guard a worker, be one (`--worker`), speak for it (`--voice`), or take its leave (`--farewell`).
+
+    Returns the exit status of the job.
+    """
     sandbox = Path(os.environ.get("_CONDOR_SCRATCH_DIR", "."))
-    if "--worker" in sys.argv[1:]:
-        return run_worker(sandbox)
-    if "--farewell" in sys.argv[1:]:
-        return say_farewell(sandbox)
-    return guard(sandbox)
+    roles = {"--worker": run_worker, "--voice": speak_for, "--farewell": say_farewell}
+    role = next((roles[word] for word in sys.argv[1:] if word in roles), guard)
+    return role(sandbox)
 
 
 def guard(sandbox: Path) -> int:
@@ -56,6 +62,7 @@ def guard(sandbox: Path) -> int:
     config = read_config(sandbox)
     child: subprocess.Popen[bytes] | None = None
     farewell: subprocess.Popen[bytes] | None = None
+    voice: subprocess.Popen[bytes] | None = None
     told_at: float | None = None
 
     def pass_on(signum: int, _frame: object) -> None:
@@ -79,19 +86,22 @@ def guard(sandbox: Path) -> int:
             if told_for > vacate_time * _SILENCE and farewell is None and not (sandbox / LEAVING_FILE).exists():
                 # A task that keeps the interpreter's lock: the worker process can hand nothing back itself.
                 farewell = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--farewell"], cwd=sandbox)
+            if (voice is None or voice.poll() is not None) and is_silent(sandbox):
+                voice = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--voice"], cwd=sandbox)
             if told_for > vacate_time * _OVER:
-                end_family(child, farewell)
+                end_family(child, farewell, voice)
                 say("the worker did not end within its vacate time and was ended")
                 return 0
             used = memory_of(child.pid)
             if limit and used > limit:
-                end_family(child)
+                end_family(child, voice)
                 say(
                     f"the worker used {used / 2**20:.0f} MiB of the {limit / 2**20:.0f} MiB that its job asked for "
                     "and was ended; raise worker.memory, or give it fewer threads"
                 )
                 return EXIT_MEMORY
             continue
+        end_family(voice)
         if told_at is not None and status == -signal.SIGTERM:
             return 0  # told to leave before it had begun
         # A worker killed by a signal has told nobody why.
@@ -104,6 +114,14 @@ def guard(sandbox: Path) -> int:
 def say(text: str) -> None:
     """Write one line for the submitting side to find."""
     print(f"htcdask: {text}", file=sys.stderr, flush=True)
+
+
+def is_silent(sandbox: Path) -> bool:
+    """Whether the worker joined and its event loop has not run for a while: a task keeps the interpreter's lock."""
+    try:
+        return time.time() - (sandbox / BEAT_FILE).stat().st_mtime > _SILENT
+    except FileNotFoundError:
+        return False
 
 
 def read_config(sandbox: Path) -> dict[str, Any]:
@@ -275,6 +293,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
         )
         raise
     (sandbox / ADDRESS_FILE).write_text(str(worker.address))
+    beating = asyncio.ensure_future(_beat(sandbox))
     # A scheduler that ends meanwhile closes the worker, and never answers its farewell.
     over = asyncio.ensure_future(worker_leave.finished(worker))
     draining = asyncio.ensure_future(_drain(worker, due, _STARTED + lifetime if lifetime else None))
@@ -283,6 +302,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
         draining.cancel()
         going = asyncio.ensure_future(worker_leave.leave(worker, say, config["vacate_time"]))
         await asyncio.wait([over, going], return_when=asyncio.FIRST_COMPLETED)
+    beating.cancel()
     # Not by way of the event loop's own end, which waits for the thread of a task that still runs.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -300,6 +320,16 @@ async def _join(worker: Any) -> None:
     await worker
 
 
+async def _beat(sandbox: Path) -> None:
+    """Show the guard that the event loop runs."""
+    import asyncio
+
+    while True:
+        with suppress(OSError):  # the scratch disk may be full
+            (sandbox / BEAT_FILE).touch()
+        await asyncio.sleep(_BEAT)
+
+
 async def _drain(worker: Any, due: Any, until: float | None) -> None:
     """Wait until it is due, then drain; a worker that cannot drain stays until it is told to leave."""
     import asyncio
@@ -315,6 +345,32 @@ async def _drain(worker: Any, due: Any, until: float | None) -> None:
             await asyncio.sleep(1.0)
 
 
+def speak_for(sandbox: Path) -> int:
+    """Tell the scheduler that this job's worker lives, until it can say so itself. Returns the exit status."""
+    import asyncio
+
+    sys.path.append(str(sandbox / PACKAGE_FILE))
+    asyncio.run(_speak_for(sandbox, (sandbox / ADDRESS_FILE).read_text()))
+    return 0
+
+
+async def _speak_for(sandbox: Path, address: str) -> None:
+    import asyncio
+
+    async with _scheduler(sandbox) as scheduler:
+        while is_silent(sandbox) and await asyncio.wait_for(scheduler.htcdask_alive(address=address), timeout=_SILENT):
+            await asyncio.sleep(_BEAT)
+
+
+def _scheduler(sandbox: Path) -> Any:
+    """A connection of its own to the scheduler."""
+    from distributed.core import rpc
+    from distributed.security import Security
+
+    configure_dask(sandbox)
+    return rpc(read_config(sandbox)["scheduler_address"], connection_args=Security().get_connection_args("worker"))
+
+
 def say_farewell(sandbox: Path) -> int:
     """Have the scheduler take the tasks of this job's worker back, which cannot listen. Returns the exit status."""
     import asyncio
@@ -323,17 +379,13 @@ def say_farewell(sandbox: Path) -> int:
         return 0  # it never joined
     sys.path.append(str(sandbox / PACKAGE_FILE))
     address = (sandbox / ADDRESS_FILE).read_text()
-    asyncio.run(_say_farewell(read_config(sandbox)["scheduler_address"], address, sandbox))
+    asyncio.run(_say_farewell(sandbox, address))
     say("the worker did not listen: a task keeps its process busy; its tasks were handed back for it")
     return 0
 
 
-async def _say_farewell(scheduler_address: str, address: str, sandbox: Path) -> None:
-    from distributed.core import rpc
-    from distributed.security import Security
-
-    configure_dask(sandbox)
-    async with rpc(scheduler_address, connection_args=Security().get_connection_args("worker")) as scheduler:
+async def _say_farewell(sandbox: Path, address: str) -> None:
+    async with _scheduler(sandbox) as scheduler:
         await scheduler.unregister(address=address, expected=True, close=False, stimulus_id="htcdask-farewell")
 
 

@@ -15,8 +15,11 @@ from typing import Any
 from distributed.comm.core import CommClosedError
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.metrics import time as wall_time
+from distributed.scheduler import heartbeat_interval
 
 from .counting import DemandCounter
+from .silence import INTERVAL, LOST_AFTER, Silence
 from .spreading import spread
 from .suspicion import Suspicions
 
@@ -24,7 +27,7 @@ PLUGIN_NAME = "htcdask"
 WORKER_PREFIX = "htcdask-"
 
 BY_VALUE_MODULES = tuple(
-    f"{__package__}.{name}" for name in ("demand", "counting", "kinds", "groups", "spreading", "suspicion")
+    f"{__package__}.{name}" for name in ("demand", "counting", "kinds", "groups", "silence", "spreading", "suspicion")
 )
 """Modules whose functions and classes are to be pickled by value with the plugin."""
 
@@ -72,6 +75,7 @@ class DemandPlugin(SchedulerPlugin):
         self.suspicions = Suspicions()
         self.task: Any = None
         self.spreading: Any = None
+        self.listening: Any = None
 
     async def start(self, scheduler: Any) -> None:
         """Take the place of the gateway's idle check, which does not see queued tasks, and watch the lease.
@@ -90,6 +94,7 @@ class DemandPlugin(SchedulerPlugin):
         scheduler.handlers["htcdask_scale"] = self.scale
         scheduler.handlers["htcdask_retire"] = self.retire
         scheduler.handlers["htcdask_pardon"] = self.pardon
+        scheduler.handlers["htcdask_alive"] = self.alive
         for address in scheduler.workers:
             self.suspicions.add_worker(scheduler, address)
         gateway = scheduler.services.get("gateway")
@@ -98,6 +103,7 @@ class DemandPlugin(SchedulerPlugin):
             check.cancel()
         self.task = asyncio.ensure_future(self.watch(getattr(gateway, "idle_timeout", 0) or 0))
         self.spreading = asyncio.ensure_future(self.spread())
+        self.listening = asyncio.ensure_future(self.listen())
         # Last, and with nothing awaited after it: every later transition is told to this plugin.
         self.count_by(self.offers)
 
@@ -113,8 +119,8 @@ class DemandPlugin(SchedulerPlugin):
         self.expires, self.ends = now + self.lease, now + self.scheduler_lease
 
     async def close(self) -> None:
-        """Stop watching and spreading."""
-        for task in (self.task, self.spreading):
+        """Stop watching, spreading and listening."""
+        for task in (self.task, self.spreading, self.listening):
             if task is not None:
                 task.cancel()
 
@@ -211,6 +217,13 @@ class DemandPlugin(SchedulerPlugin):
     async def pardon(self, names: list[str]) -> None:
         """Hold the loss of these workers against no task: HTCondor took them away."""
         self.suspicions.pardon(self.scheduler, names)
+
+    async def alive(self, address: str) -> bool:
+        """A worker lives, whose own process is too busy to say so; returns whether it is one of this scheduler's."""
+        ws = self.scheduler.workers.get(address)
+        if ws is not None:
+            ws.last_seen = wall_time()
+        return ws is not None
 
     async def retire(self, names: list[str], idle_only: bool = False) -> list[str]:
         """Have workers leave; returns the names of those that went, and of those that will when their tasks have ended.
@@ -331,6 +344,24 @@ class DemandPlugin(SchedulerPlugin):
                 except Exception:
                     logger.warning("htcdask: tasks could not be spread over the workers", exc_info=True)
             took = time.perf_counter() - begun
+
+    async def listen(self) -> None:
+        """Give up workers of ours of which nothing is heard, so that their tasks run elsewhere."""
+        silence, looked = Silence(), time.monotonic()
+        while True:
+            await asyncio.sleep(INTERVAL)
+            now, workers = time.monotonic(), self.scheduler.workers
+            ours = {key: ws.last_seen for key, ws in workers.items() if str(ws.name).startswith(WORKER_PREFIX)}
+            # As in `Scheduler.check_worker_ttl`: the more workers there are, the less often each has to speak.
+            limit = max(LOST_AFTER, 10 * heartbeat_interval(len(workers)))
+            lost = silence.lost(ours, now - looked, limit)
+            looked = now
+            for address in lost:
+                logger.warning("htcdask: nothing was heard of worker %s for %.0f s: it is given up", address, limit)
+                try:
+                    await self.scheduler.remove_worker(address, stimulus_id=f"htcdask-lost-{time.time()}")
+                except Exception:
+                    logger.warning("htcdask: worker %s could not be removed", address, exc_info=True)
 
     async def end(self, why: str) -> None:
         """Ask the gateway to stop this cluster."""

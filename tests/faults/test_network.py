@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 
 import pytest
 
+from prefect_htcdask.scaling.silence import LOST_AFTER
 from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults import network
 from tests.faults.arena import Arena
@@ -57,8 +58,10 @@ def test_network_cut(for_good: bool, arena: Arena, row: Row, new_flow: NewFlow) 
         since = time.time()
         network.cut(wire)
         if for_good:
-            flow.runs(away[0], 2, timeout=400)
-            row.note = f"its task ran again {time.time() - since:.0f} s after the cut"
+            flow.runs(away[0], 2, timeout=200)
+            after = time.time() - since
+            row.note = f"its task ran again {after:.0f} s after the cut"
+            row.expect(after < LOST_AFTER + 30, "it took too long")
         else:
             time.sleep(CUT)  # the fault itself
             network.mend(wire)
