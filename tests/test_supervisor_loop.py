@@ -153,3 +153,21 @@ async def test_a_scheduler_that_nobody_can_ask_any_more_is_given_up(tmp_path: Pa
     await rounds.take_answer(None)
     assert rounds.over.is_set()
     assert [message["kind"] for message in rounds.messages] == ["failed"]
+
+
+async def test_the_user_is_told_once_of_each_silence_of_the_scheduler(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path)
+    rounds.plan = dataclasses.replace(rounds.plan, scheduler_lease=1800.0)
+
+    async def silent_for(seconds: float) -> list[str]:
+        rounds.messages.clear()
+        rounds._answered = time.monotonic() - seconds
+        assert not await rounds.take_answer(None)
+        return [message["text"] for message in rounds.messages if message["kind"] == "log"]
+
+    assert await silent_for(5) == []
+    (told,) = await silent_for(25)
+    assert "for 25 s" in told and "lease.scheduler = 1800 s" in told
+    assert await silent_for(50) == []
+    await rounds.take_answer(dict(ANSWER))
+    assert len(await silent_for(30)) == 1

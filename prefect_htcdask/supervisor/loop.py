@@ -218,25 +218,23 @@ class Supervisor:
         """Take in what the scheduler said; returns whether the demand is known."""
         if answer is None:
             self._unanswered += 1
+            silence = time.monotonic() - self._answered
             # Without renewals the scheduler ends by itself by then (`DemandPlugin.watch`), whoever can tell of it.
-            forgotten = time.monotonic() - self._answered > self.plan.scheduler_lease and self._unanswered >= _FEW
+            forgotten = silence > self.plan.scheduler_lease and self._unanswered >= _FEW
             if forgotten or await self.gateway.is_over():
                 name = self.plan.access.cluster_name
                 self.say(
                     {"kind": "failed", "text": f"gateway cluster {name} is gone: its scheduler was stopped or lost"}
                 )
                 self.end("the gateway cluster is gone")
+            self.voice.unheard(silence, self.plan.scheduler_lease)
             return False
+        self.voice.heard()
         self._answered, self._unanswered = time.monotonic(), 0
         if answer["status"] == "superseded":
             # Another supervisor owns the workers now: leave them alone.
-            self.say(
-                {
-                    "kind": "log",
-                    "level": "warning",
-                    "text": f"another supervisor ({answer['owner']}) took over the workers of this cluster",
-                }
-            )
+            text = f"another supervisor ({answer['owner']}) took over the workers of this cluster"
+            self.voice.tell_once("warning", text)
             self.stop_cluster = False
             self.fleet.leaving.clear()
             self.end(SUPERSEDED)

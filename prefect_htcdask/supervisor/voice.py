@@ -13,6 +13,11 @@ from ..condor.schedd import ScheddError
 from ..scaling.policy import Decision
 from .group import Group
 
+UNHEARD = 20.0
+"""Seconds without an answer of the scheduler after which the user is told."""
+
+_SILENT = "the scheduler is silent"
+
 logger = logging.getLogger(__name__)
 
 
@@ -60,6 +65,25 @@ class Voice:
         logger.error("a part of a round failed; the next one goes on", exc_info=exc)
         what = f"{type(exc).__name__}: {exc}"
         self.tell_once("error", f"the supervisor failed to look after the workers, and tries again: {what}", key=what)
+
+    def unheard(self, silence: float, limit: float) -> None:
+        """Say that the scheduler has not answered for a while, once for each time that it falls silent.
+
+        Args:
+            silence: seconds since its last answer.
+            limit: seconds after which it is given up.
+        """
+        if silence > UNHEARD:
+            self.tell_once(
+                "warning",
+                f"nothing was heard of the Dask scheduler for {silence:.0f} s, and the gateway does not say that its "
+                f"cluster is over: the flow run waits for it, until lease.scheduler = {limit:g} s are over",
+                key=_SILENT,
+            )
+
+    def heard(self) -> None:
+        """The scheduler has answered: its next silence is told anew."""
+        self._told.discard(_SILENT)
 
     def fail(self, group: Group, text: str) -> None:
         """Say that workers of a group cannot be had: the flow must fail rather than wait for ever."""
