@@ -1,17 +1,20 @@
-"""Task runs whose last word may have been lost: their worker vanished soon after they ended.
+"""How task runs ended, as the flow's process knows it, for those of which the Prefect API may not have heard.
 
-A worker sends Prefect's events within seconds; one that is killed takes with it what is still queued. Then a task run
-whose result has long been used would stay Running for ever.
+A worker sends Prefect's events within seconds; one that is killed takes with it what is still queued, and so does one
+that leaves while the API is away. Then a task run whose result has long been used would stay Running for ever.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from uuid import UUID
+
+from prefect.client.schemas.objects import State, StateType
 
 from prefect_htcdask.task_run_states import Ended, without_data
 
@@ -24,16 +27,23 @@ WITHIN = 30.0
 """Seconds after a task run's end in which its worker may not have sent off its events."""
 
 REMEMBERED = 5_000
-"""Task runs of the last seconds that are looked at when a worker is lost, at most."""
+"""Task runs, the latest, of which all is remembered; of earlier ones, the kind of their final state."""
+
+_KINDS = 50  # names of states that are told apart; a flow may give every state a name of its own
+_Kind = tuple[StateType, str] | None
 
 
 class LastWords:
-    """Remembers which task runs ended lately, and which of them may have been cut off by the loss of a worker."""
+    """Remembers how task runs ended, and which of them may have been cut off by the loss of a worker.
+
+    The latest are held whole. Of all others 8 bytes are kept: half of the id, filed under the kind of the end.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._recent: OrderedDict[UUID, tuple[float, Ended]] = OrderedDict()
         self._unsure: dict[UUID, Ended] = {}
+        self._earlier: dict[_Kind, array[int]] = {}
 
     def ended(self, futures: Iterable[HTCDaskFuture[Any]]) -> None:
         """Take futures whose task runs have ended; a second time, when their final states are known."""
@@ -46,13 +56,24 @@ class LastWords:
                 ):
                     continue
                 light = without_data(state) if state is not None else None
-                ended = Ended(future._task_run_id, future.task_name, future.task, light)
+                # One that was cancelled before it started has no record with the API, and needs none.
+                task = future.task if state is None or not state.is_cancelled() else None
+                ended = Ended(future._task_run_id, future.task_name, task, light)
                 if future._task_run_id in self._unsure:
                     self._unsure[future._task_run_id] = ended
                 self._recent[future._task_run_id] = (now, ended)
                 self._recent.move_to_end(future._task_run_id)
             while len(self._recent) > REMEMBERED:
-                self._recent.popitem(last=False)
+                _, (_, ended) = self._recent.popitem(last=False)
+                self._file(ended)
+
+    def _file(self, ended: Ended) -> None:
+        kind: _Kind = None
+        if ended.state is not None:
+            kind = ended.state.type, ended.state.name or ""
+            if kind not in self._earlier and len(self._earlier) >= _KINDS:
+                kind = ended.state.type, ended.state.type.value.capitalize()
+        self._earlier.setdefault(kind, array("Q")).append(_half(ended.task_run_id))
 
     def worker_lost(self) -> None:
         """A worker has vanished: which task runs it had is not known, so all that ended lately are unsure."""
@@ -64,3 +85,35 @@ class LastWords:
         """Those of whose end the Prefect API may not have heard."""
         with self._lock:
             return list(self._unsure.values())
+
+    def latest(self) -> list[Ended]:
+        """All that is remembered whole."""
+        with self._lock:
+            return [one for _, one in self._recent.values()]
+
+    def how(self, task_run_ids: Iterable[UUID], before: float = 0.0) -> list[Ended]:
+        """How those of these task runs ended that have.
+
+        Args:
+            task_run_ids: task runs, of this flow run or not.
+            before: seconds that the end must lie back.
+        """
+        until = time.monotonic() - before
+        with self._lock:
+            found: list[Ended] = []
+            wanted: dict[int, UUID] = {}
+            for task_run_id in task_run_ids:
+                if task_run_id not in self._recent:
+                    wanted[_half(task_run_id)] = task_run_id
+                elif self._recent[task_run_id][0] <= until:
+                    found.append(self._recent[task_run_id][1])
+            # Whose state was known only later stands in both places: what is known comes first.
+            for kind in sorted(self._earlier, key=lambda kind: kind is None) if wanted else ():
+                state: State[Any] | None = State(type=kind[0], name=kind[1]) if kind is not None else None
+                for half in wanted.keys() & set(self._earlier[kind]):
+                    found.append(Ended(wanted.pop(half), "", None, state))
+            return found
+
+
+def _half(task_run_id: UUID) -> int:
+    return task_run_id.int & 0xFFFF_FFFF_FFFF_FFFF

@@ -27,6 +27,7 @@ from prefect.states import Cancelled
 from prefect_htcdask.cancellation import end_cancelling
 from prefect_htcdask.decisions import Decisions
 from prefect_htcdask.errors import HTCDaskError
+from prefect_htcdask.final_account import CutShort, FinalAccount
 from prefect_htcdask.futures import Collector, HTCDaskFuture
 from prefect_htcdask.interruption import interrupt
 from prefect_htcdask.last_words import LastWords
@@ -35,7 +36,7 @@ from prefect_htcdask.nested import NestedRun
 from prefect_htcdask.preflight import check_versions
 from prefect_htcdask.recall import Recall
 from prefect_htcdask.submission import Submission
-from prefect_htcdask.task_run_states import StateReporter
+from prefect_htcdask.task_run_states import Ended, StateReporter
 from prefect_htcdask.worker_groups import OFFERS_METADATA, Offers
 from prefect_htcdask.worker_runtime import current_call, executing_keys
 
@@ -72,6 +73,7 @@ class LiveRun:
     def __post_init__(self) -> None:
         self.reporter = StateReporter(self.flow_run_id)
         self.last_words = LastWords()
+        self.account = FinalAccount(self.reporter, self.last_words, self.log, self.cluster is not None)
         self.fates = JobFates()
         self.collector = Collector(self.client, self._report_lost, self.fates, self.last_words.ended)
         self.submission = Submission(self.client, self.key, self.api_url)
@@ -138,9 +140,7 @@ class LiveRun:
     def _stop_cancelled(self) -> None:
         with suppress(Exception):
             self.client.run(interrupt, self.key, on_error="ignore")
-        with self._lock:
-            cut_short = set(self._cut_short)
-        self._say_what_became_of(cut_short, "The flow run was cancelled while this task ran")
+        self.account.cut(self._cut("The flow run was cancelled while this task ran"))
 
     def unfinished(self) -> list[HTCDaskFuture[Any]]:
         """The futures whose task runs have not ended."""
@@ -234,6 +234,7 @@ class LiveRun:
 
     def _end(self, pending: list[HTCDaskFuture[Any]], error: BaseException | None) -> None:
         """Close everything; each step is tried whatever became of the others."""
+        self.unfinished()
         left = [
             future for future in pending if future._final_state is None and future.wrapped_future.status != "finished"
         ]
@@ -260,15 +261,10 @@ class LiveRun:
                 self.decisions.flush()
         finally:
             ended = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
-            self._say_what_became_of(
-                self._cut_short.union(future._task_run_id for future in left),
-                f"The flow run ended while this task ran ({ended})",
-            )
-            try:
-                self.reporter.confirm(self.last_words.unsure())
-            except Exception as exc:
-                self.log("warning", f"Prefect may not know how task runs of lost workers ended: {exc}")
-            self.reporter.close()
+            with self._lock:
+                self._cut_short.update(future._task_run_id for future in left)
+            cut_short = self._cut(f"The flow run ended while this task ran ({ended})")
+            self.account.settle(cut_short, hurried=error is not None or self._cancelled)
             if self._cancelling and (flow_run_id := self.flow_run_id) is not None:
                 self._context.copy().run(end_cancelling, flow_run_id)
 
@@ -283,17 +279,10 @@ class LiveRun:
         left = summary["left"]
         self.log("info", f"{text}; {left} still leave the queue" if left else text)
 
-    def _say_what_became_of(self, task_run_ids: set[UUID], message: str) -> None:
-        if not task_run_ids:
-            return
+    def _cut(self, why: str) -> CutShort:
         kind = StateType.CANCELLED if self._cancelled else StateType.CRASHED
-        try:
-            moved = self.reporter.end_unfinished(task_run_ids, kind, message)
-        except Exception as exc:
-            self.log("warning", f"Task runs that were cut short could not be given a final state: {exc}")
-        else:
-            if moved:
-                self.log("info", f"{moved} task runs were cut short by the end of the flow run")
+        with self._lock:
+            return CutShort(frozenset(self._cut_short), kind, why)
 
     def _final_state(self, key: str) -> State[Any] | None:
         """The state in which a task run ended, by its Dask key, where it was collected."""
@@ -306,7 +295,7 @@ class LiveRun:
         # When the whole cluster fails, task runs that never started need no record of their own.
         # Nor do those that were cancelled before they started.
         task = future.task if self.collector.failure is None and not state.is_cancelled() else None
-        self.reporter.report(future._task_run_id, future.task_name, task, state)
+        self.reporter.report(Ended(future._task_run_id, future.task_name, task, state))
 
     def _watch(self) -> None:
         """Notice what nobody waits for: lost task runs, a lost scheduler, versions that do not match."""

@@ -11,8 +11,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple, cast
 from uuid import UUID
 
@@ -28,6 +29,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import State, StateDetails, StateType, TaskRun
 from prefect.context import SyncClientContext
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.tasks import Task
 from prefect.types import DateTime
 from prefect.utilities.engine import emit_task_run_state_change_event
@@ -41,6 +43,16 @@ UNFINISHED = [
     StateType.CANCELLING,
 ]
 PAGE = 200
+
+TIMEOUT = 10.0
+"""Seconds that a request to the API may take."""
+
+RETRIES = 2
+"""Attempts of Prefect's client beyond the first, about 2 s and 4 s later, while the flow runs; what fails then is tried
+again at the end."""
+
+AT_MOST = 30.0
+"""Seconds in which a backlog of events may arrive, as long as it goes on arriving."""
 
 
 class Ended(NamedTuple):
@@ -65,62 +77,89 @@ class StateReporter:
     def __init__(self, flow_run_id: UUID | None) -> None:
         self.flow_run_id = flow_run_id
         self._context = contextvars.copy_context()
-        self._queue: queue.Queue[tuple[UUID, str, Task[Any, Any] | None, State[Any]] | None] = queue.Queue()
+        self._queue: queue.Queue[Ended | None] = queue.Queue()
+        self._untold: dict[UUID, Ended] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def report(self, task_run_id: UUID, name: str, task: Task[Any, Any] | None, state: State[Any]) -> None:
-        """Have a task run moved to `state`, unless it has reached a final state by itself."""
-        self._queue.put((task_run_id, name, task, state))
+    def report(self, ended: Ended) -> None:
+        """Have a task run moved to its state, unless it has reached a final state by itself."""
         with self._lock:
+            self._untold[ended.task_run_id] = ended
+            self._queue.put(ended)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._context.copy().run, args=(self._work,), name="htcdask-states", daemon=True
                 )
                 self._thread.start()
 
-    def close(self, timeout: float = 10.0) -> None:
-        """Wait until all that was reported has been sent, `timeout` seconds at most."""
+    def close(self, timeout: float = 10.0) -> list[Ended]:
+        """Wait until all that was reported has been sent, `timeout` seconds at most; returns what could not be."""
         with self._lock:
             thread = self._thread
         if thread is not None:
             self._queue.put(None)
             thread.join(timeout)
+        with self._lock:
+            return list(self._untold.values())
 
-    def confirm(self, ended: list[Ended], settle: float = 2.0) -> int:
+    def confirm(self, ended: Iterable[Ended], settle: float = 2.0, events: bool = True) -> int:
         """Tell the API of those of these task runs that it has in no final state, or not at all.
 
         Args:
             ended: task runs that have ended.
-            settle: seconds in which what is still on its way may arrive.
+            settle: seconds in which what is still on its way may arrive; a backlog that goes on arriving is waited for.
+            events: whether this process can still send Prefect's events, by which alone a task run of which the API has
+                no record can be told of. A process whose interpreter ends cannot.
 
         Returns:
             of how many it was told.
         """
-        if not ended:
-            return 0
-        return self._context.copy().run(self._confirm, ended, settle)
+        by_id = {one.task_run_id: one for one in ended}
+        return self._context.copy().run(self._confirm, by_id, settle, events) if by_id else 0
 
-    def _confirm(self, ended: list[Ended], settle: float) -> int:
-        deadline = time.monotonic() + settle
-        unknown = {one.task_run_id: one for one in ended}
+    def _confirm(self, ended: dict[UUID, Ended], settle: float, events: bool) -> int:
         with self._client() as client:
-            while True:
-                for start in range(0, len(unknown), PAGE):
-                    ids = list(unknown)[start : start + PAGE]
-                    for task_run in client.read_task_runs(
-                        task_run_filter=TaskRunFilter(id=TaskRunFilterId(any_=ids)), limit=PAGE
-                    ):
-                        if task_run.state is not None and task_run.state.is_final():
-                            unknown[task_run.id] = None  # type: ignore[assignment]
-                unknown = {task_run_id: one for task_run_id, one in unknown.items() if one is not None}
-                if not unknown or time.monotonic() >= deadline:
-                    break
-                time.sleep(0.25)
-            for task_run_id, one in unknown.items():
-                state = one.state or _new_state(StateType.CRASHED, "Its worker was lost before it told how it ended")
-                self._tell(client, task_run_id, one.name, one.task, state)
-        return len(unknown)
+            known = self._await_ends(client, set(ended), settle)
+            untold = {task_run_id: one for task_run_id, one in ended.items() if task_run_id in known}
+            if events and untold:
+                for task_run_id, one in untold.items():
+                    self._emit_end(one, known[task_run_id])
+                known = self._await_ends(client, set(untold), max(settle, 2.0))
+            for task_run_id, task_run in known.items():
+                if task_run is not None:
+                    self._set_state(client, task_run_id, _final(ended[task_run_id]))
+        return len(untold)
+
+    def _await_ends(self, client: SyncPrefectClient, ids: set[UUID], settle: float) -> dict[UUID, TaskRun | None]:
+        """Wait for final states; returns the task runs that have none, `None` for one that the API does not know."""
+        since = time.monotonic()
+        deadline = since + settle
+        missing: dict[UUID, TaskRun | None] = dict.fromkeys(ids)
+        while True:
+            before = len(missing)
+            asked = list(missing)
+            for start in range(0, len(asked), PAGE):
+                some = TaskRunFilter(id=TaskRunFilterId(any_=asked[start : start + PAGE]))
+                for task_run in client.read_task_runs(task_run_filter=some, limit=PAGE):
+                    if task_run.state is not None and task_run.state.is_final():
+                        del missing[task_run.id]
+                    else:
+                        missing[task_run.id] = task_run
+            now = time.monotonic()
+            if len(missing) < before:
+                deadline = min(now + settle, since + AT_MOST)
+            if not missing or now >= deadline:
+                return missing
+            time.sleep(0.25)
+
+    def unfinished(self) -> set[UUID]:
+        """Those task runs of the flow run that have no final state in the API; none outside a flow."""
+        return self._context.copy().run(self._ask_unfinished) if self.flow_run_id is not None else set()
+
+    def _ask_unfinished(self) -> set[UUID]:
+        with self._client() as client:
+            return self._unfinished(client)
 
     def end_unfinished(self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float = 2.0) -> int:
         """Give a final state to those of the task runs that the API still holds for unfinished.
@@ -151,59 +190,72 @@ class StateReporter:
         return len(unfinished)
 
     @contextmanager
-    def _client(self) -> Iterator[SyncPrefectClient]:
+    def _client(self, retries: int = 0) -> Iterator[SyncPrefectClient]:
         # A client of this thread's own: the flow's may be in use, or closed.
         SyncClientContext.__var__.set(cast(Any, None))
-        with get_client(sync_client=True) as client:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries}),
+            get_client(httpx_settings={"timeout": TIMEOUT}, sync_client=True) as client,
+        ):
             yield client
 
     def _work(self) -> None:
-        with self._client() as client:
-            while (item := self._queue.get()) is not None:
-                task_run_id, name, task, state = item
+        with self._client(RETRIES) as client:
+            while (ended := self._queue.get()) is not None:
                 try:
-                    self._tell(client, task_run_id, name, task, state)
-                except Exception:
-                    logger.warning("Could not move task run %s to %s", task_run_id, state.name, exc_info=True)
+                    self._tell(client, ended)
+                except Exception as exc:
+                    # It is tried again as the flow run ends.
+                    logger.info("Task run %s could not be moved to %s yet: %s", ended.task_run_id, ended.state, exc)
+                else:
+                    with self._lock:
+                        self._untold.pop(ended.task_run_id, None)
 
-    def _tell(
-        self, client: SyncPrefectClient, task_run_id: UUID, name: str, task: Task[Any, Any] | None, state: State[Any]
-    ) -> None:
+    def _tell(self, client: SyncPrefectClient, ended: Ended) -> None:
         try:
-            known = client.read_task_run(task_run_id)
+            known = client.read_task_run(ended.task_run_id)
         except ObjectNotFound:
             # Its worker died before the API heard of it at all.
-            if task is not None:
-                self._create(task_run_id, name, task, state)
+            self._emit_end(ended, None)
             return
         if known.state is None or not known.state.is_final():
-            self._set_state(client, task_run_id, state)
+            self._set_state(client, ended.task_run_id, _final(ended))
 
     def _set_state(self, client: SyncPrefectClient, task_run_id: UUID, state: State[Any]) -> None:
         sent = without_data(state)
         client.set_task_run_state(task_run_id, sent, force=True)
 
-    def _create(self, task_run_id: UUID, name: str, task: Task[Any, Any], state: State[Any]) -> None:
-        sent = without_data(state)
-        sent.state_details = StateDetails(task_run_id=task_run_id, flow_run_id=self.flow_run_id)
-        emit_task_run_state_change_event(
-            task_run=TaskRun(
-                id=task_run_id,
-                name=name,
+    def _emit_end(self, ended: Ended, task_run: TaskRun | None) -> None:
+        """Tell of an end as its worker would have, at the time at which it was; later word of the worker's is no news.
+
+        Args:
+            ended: the task run.
+            task_run: what the API knows of it, if anything.
+        """
+        state = _final(ended)
+        state.state_details = StateDetails(task_run_id=ended.task_run_id, flow_run_id=self.flow_run_id)
+        before = task_run.state if task_run is not None else None
+        if before is not None and before.timestamp >= state.timestamp:
+            # The hosts' clocks may differ, and what is older than the last state is not recorded.
+            state.timestamp = cast(DateTime, before.timestamp + timedelta(microseconds=1))
+        if task_run is None:
+            if ended.task is None:
+                return
+            task_run = TaskRun(
+                id=ended.task_run_id,
+                name=ended.name,
                 flow_run_id=self.flow_run_id,
-                task_key=task.task_key,
-                dynamic_key=str(task_run_id),
-                task_version=task.version,
-                tags=sorted(task.tags),
-                expected_start_time=cast(DateTime, sent.timestamp),
-                end_time=cast(DateTime, sent.timestamp),
-                state=sent,
-                state_type=sent.type,
-                state_name=sent.name,
-            ),
-            initial_state=None,
-            validated_state=sent,
-        )
+                task_key=ended.task.task_key,
+                dynamic_key=str(ended.task_run_id),
+                task_version=ended.task.version,
+                tags=sorted(ended.task.tags),
+                expected_start_time=cast(DateTime, state.timestamp),
+            )
+        elif before is not None and before.is_running():
+            task_run.total_run_time += state.timestamp - before.timestamp
+        task_run.end_time = cast(DateTime, state.timestamp)
+        task_run.state, task_run.state_type, task_run.state_name = state, state.type, state.name
+        emit_task_run_state_change_event(task_run=task_run, initial_state=before, validated_state=state)
 
     def _unfinished(self, client: SyncPrefectClient) -> set[UUID]:
         assert self.flow_run_id is not None
@@ -224,6 +276,16 @@ def _new_state(state_type: StateType, message: str) -> State[Any]:
     return State(type=state_type, name=state_type.value.capitalize(), message=message)
 
 
+def _final(ended: Ended) -> State[Any]:
+    """The state to tell of; where it is not known, that."""
+    if ended.state is None:
+        return _new_state(
+            StateType.CRASHED, "How it ended is not known: neither its worker's last word nor its result arrived"
+        )
+    return without_data(ended.state)
+
+
 def without_data(state: State[Any]) -> State[Any]:
+    """A state as the API takes it. It keeps its id, by which the API knows what it has heard of already."""
     # Not by model_copy, which resets the timestamp of a state.
-    return State(type=state.type, name=state.name, message=state.message, timestamp=state.timestamp)
+    return State(id=state.id, type=state.type, name=state.name, message=state.message, timestamp=state.timestamp)

@@ -414,8 +414,12 @@ def executing_keys(dask_worker: Worker) -> list[str]:
 
 
 async def dask_setup(worker: Worker) -> None:
-    """Dask preload and plugin hook: import Prefect before the first task run has to wait for it."""
+    """Dask preload: import Prefect before the first task run has to wait for it, and have events outlast an outage."""
     import prefect.task_engine  # noqa: F401
+
+    from prefect_htcdask.worker_events import keep_trying
+
+    keep_trying()
 
 
 async def dask_teardown(worker: Worker) -> None:

@@ -1,0 +1,214 @@
+"""As a flow run ends, the Prefect API has every task run in its true final state, whatever of its events was lost."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import distributed
+import pytest
+from prefect import flow, get_client, task
+from prefect.client.base import PrefectHttpxSyncClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State, StateType
+from prefect.runtime import flow_run as flow_run_runtime
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed, Failed, Running
+
+from prefect_htcdask import HTCDaskTaskRunner, final_account
+from prefect_htcdask.final_account import CutShort, FinalAccount
+from prefect_htcdask.last_words import REMEMBERED, LastWords
+from prefect_htcdask.task_run_states import Ended, StateReporter
+from tests.prefect_fixtures import free_port
+from tests.waiting import wait_until
+from tools.prefect_server import prefect_server as running_server
+
+NOTHING_CUT = CutShort(frozenset(), StateType.CRASHED, "")
+
+
+@task
+def fall_silent() -> str:
+    """From here on nothing that its worker has to tell Prefect arrives: the word of this task's own end is lost."""
+    from prefect.events.clients import NullEventsClient
+    from prefect.events.worker import EventsWorker
+
+    EventsWorker.set_client_override(NullEventsClient)
+    return "silent"
+
+
+@task(tags=["unheard"])
+def unheard(fails: bool) -> str:
+    if fails:
+        raise ValueError("no luck")
+    return "fine"
+
+
+@pytest.fixture
+def pool() -> Iterator[distributed.LocalCluster]:
+    """One worker of its own, which is mute afterwards."""
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+        yield cluster
+
+
+def task_runs(flow_run_id: Any) -> dict[str, list[Any]]:
+    """The flow run's task runs, by the name of their task."""
+    with get_client(sync_client=True) as client:
+        found: dict[str, list[Any]] = {}
+        for run in client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))):
+            found.setdefault(run.task_key.partition("-")[0], []).append(run)
+        return found
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_ends_that_no_worker_could_tell_of_are_told_of_as_the_flow_ends(
+    pool: distributed.LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The events of a worker are lost from some moment on, as in an outage of the API that it does not outlive."""
+    monkeypatch.setattr(final_account, "AGE", 0.0)
+    ids: dict[str, Any] = {}
+
+    @flow(task_runner=HTCDaskTaskRunner(cluster=pool))
+    def computing() -> str:
+        ids["flow"] = flow_run_runtime.id
+        silent = fall_silent.submit()
+        silent.wait()
+        ids["silent"] = silent.state
+        fine, failed = unheard.submit(False), unheard.submit(True)
+        return str((fine.result(), failed.wait(), silent.result()))
+
+    assert computing() == "('fine', None, 'silent')"
+    runs = wait_until(
+        lambda: found if len((found := task_runs(ids["flow"])).get("unheard", [])) == 2 else None, 10, "all are known"
+    )
+    (silent,) = runs["fall_silent"]
+    assert silent.state_name == "Completed"
+    # As if its worker had told of it: when it ended, and under the id of its state, so that nothing is told twice.
+    assert (silent.state.id, silent.end_time) == (ids["silent"].id, ids["silent"].timestamp)
+    assert silent.total_run_time == silent.end_time - silent.start_time
+    fine, failed = sorted(runs["unheard"], key=lambda run: run.state_name)
+    assert (fine.state_name, failed.state_name) == ("Completed", "Failed")
+    assert "no luck" in failed.state.message
+    assert fine.tags == ["unheard"]
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_flow_whose_events_arrive_asks_once(
+    local_pool: distributed.LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    send = PrefectHttpxSyncClient.send
+
+    def counted(self: PrefectHttpxSyncClient, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is ends:
+            asked.append(f"{request.method} {request.url.path}")
+        return send(self, request, *args, **kwargs)
+
+    settle = FinalAccount.settle
+    ends: Any = None
+
+    def watched(self: FinalAccount, *args: Any, **kwargs: Any) -> None:
+        nonlocal ends
+        ends = threading.current_thread()
+        monkeypatch.setattr(PrefectHttpxSyncClient, "send", counted)
+        settle(self, *args, **kwargs)
+        ends = None
+
+    monkeypatch.setattr(FinalAccount, "settle", watched)
+
+    @flow(task_runner=HTCDaskTaskRunner(cluster=local_pool))
+    def computing() -> list[str]:
+        return unheard.map([False] * 10).result()
+
+    assert computing() == ["fine"] * 10
+    # Beside what Prefect's client itself asks before its first request.
+    assert [one for one in asked if "csrf-token" not in one] == ["POST /api/task_runs/filter"]
+
+
+def test_an_api_that_is_away_at_the_end_is_told_when_it_is_back(tmp_path: Path) -> None:
+    port = free_port()
+    said: list[tuple[str, str]] = []
+    with running_server(tmp_path / "server", port=port) as server, temporary_settings({PREFECT_API_URL: server.url}):
+        with get_client(sync_client=True) as client:
+            flow_run = client.create_flow_run(flow(name="left")(lambda: None))
+            known = [
+                client.create_task_run(unheard, flow_run.id, dynamic_key=str(n), state=Running()) for n in range(3)
+            ]
+        reporter, last_words = StateReporter(flow_run.id), LastWords()
+        account = FinalAccount(reporter, last_words, lambda level, text: said.append((level, text)), True)
+    last_words.ended([future(known[0].id, Completed(message="done")), future(known[1].id, Failed(message="no luck"))])
+    reporter.report(Ended(known[0].id, "one", unheard, Completed(message="done")))
+    account.settle(CutShort(frozenset([known[2].id]), StateType.CANCELLED, "cut short"))
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "htcdask-account"]
+    assert not thread.daemon
+    with running_server(tmp_path / "server", port=port) as server, temporary_settings({PREFECT_API_URL: server.url}):
+        thread.join(30)
+        assert not thread.is_alive()
+        found = {run.id: (run.state_name, run.state.message) for run in task_runs(flow_run.id)["unheard"]}
+    assert found == {
+        known[0].id: ("Completed", "done"),
+        known[1].id: ("Failed", "no luck"),
+        known[2].id: ("Cancelled", "cut short"),
+    }
+    assert [level for level, _ in said] == ["info", "info"], said
+
+
+def test_an_api_that_stays_away_is_given_up_and_the_log_says_what_helps(tmp_path: Path) -> None:
+    said: list[tuple[str, str]] = []
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
+        account = FinalAccount(StateReporter(uuid4()), LastWords(), lambda *words: said.append(words), True)
+        account.settle(NOTHING_CUT, hurried=True)
+    for thread in threading.enumerate():
+        if thread.name == "htcdask-account":
+            thread.join(20)
+    assert [level for level, _ in said] == ["info", "warning"]
+    assert "prefect-htcdask sweep" in said[-1][1]
+
+
+def future(task_run_id: Any, state: State[Any] | None) -> Any:
+    """What `LastWords` looks at in a future."""
+    return SimpleNamespace(
+        _task_run_id=task_run_id,
+        _final_state=state,
+        wrapped_future=SimpleNamespace(status="finished"),
+        task_name="unheard",
+        task=unheard,
+    )
+
+
+def test_of_task_runs_that_ended_long_ago_the_kind_of_end_is_known_for_a_few_bytes_each() -> None:
+    words, done = LastWords(), Completed()
+    failed = [uuid4() for _ in range(10)]
+    unknown = [uuid4() for _ in range(10)]
+    late = [uuid4() for _ in range(10)]
+    words.ended(future(task_run_id, Failed(message="no luck")) for task_run_id in failed)
+    words.ended(future(task_run_id, None) for task_run_id in [*unknown, *late])
+    words.ended(future(uuid4(), done) for _ in range(REMEMBERED))
+    # Somebody asked for their results at last.
+    words.ended(future(task_run_id, Completed()) for task_run_id in late)
+    words.ended(future(uuid4(), done) for _ in range(REMEMBERED))
+    words.ended(future(uuid4(), Completed(name=f"of its own {n}")) for n in range(200))
+    before = sum(map(sys.getsizeof, words._earlier.values()))
+    words.ended(future(uuid4(), done) for _ in range(20_000))
+    per_task = (sum(map(sys.getsizeof, words._earlier.values())) - before) / 20_000
+    print(f"{per_task:.1f} bytes a task run")
+    assert per_task < 10 and len(words._recent) == REMEMBERED
+    stranger = uuid4()
+    found = {one.task_run_id: one.state for one in words.how([*failed, *unknown, *late, stranger])}
+    assert set(found) == {*failed, *unknown, *late}
+    assert {found[one].name for one in failed} == {"Failed"}  # type: ignore[union-attr]
+    assert {found[one].name for one in late} == {"Completed"}  # type: ignore[union-attr]
+    assert {found[one] for one in unknown} == {None}
+    assert len(words._earlier) <= 60
+
+
+def test_what_has_just_ended_is_given_time() -> None:
+    words = LastWords()
+    one = uuid4()
+    words.ended([future(one, Completed())])
+    assert words.how([one], before=10.0) == []
+    assert [ended.task_run_id for ended in words.how([one])] == [one]
