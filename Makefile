@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 ONLY ?=
 ARGS ?=
+# Tests wait for daemons more than they compute. Each process has a pool, a gateway and a Prefect server of its own,
+# and takes whole files.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-faults faults-report bench lint clean
 
 help:
 	@echo "make demo               run a CMS dimuon analysis on HTCondor workers behind a Dask Gateway, here"
-	@echo "make test               every test, on a real pool, gateway and Prefect server; ARGS='-k name' for some"
+	@echo "make test               every test, on a real pool, gateway and Prefect server; ARGS='-k name' for some,"
+	@echo "                        JOBS=n in so many processes at once ($(JOBS)); JOBS=0 one after the other"
 	@echo "make test-faults        every row of the fault matrix: what is left after each kind of end; about 30 minutes"
 	@echo "make faults-report      the same as one table; exit status 0 only if all rows are met; ARGS as for test"
 	@echo "make bench              every benchmark, one line of JSON each; ONLY=name,name for some"
@@ -25,7 +29,7 @@ demo: venv
 	@$(VENV) -m tools.demo
 
 test: venv
-	@$(VENV) -m pytest $(ARGS)
+	@$(VENV) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-faults: venv
 	@$(VENV) -m pytest tests/faults -m faults $(ARGS)
