@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from prefect_htcdask.embedded import EmbeddedEndpoint, ensure_running, status, stop
+from prefect_htcdask.embedded.state import StateDirectory
 from prefect_htcdask.settings import EmbeddedSettings
 
 LOGS = (
@@ -51,6 +52,13 @@ def embedded(embedded_settings: EmbeddedSettings, pytestconfig: pytest.Config) -
     assert living(processes) == []
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep the session's pool while tests run that do not use it: the next that does has its address."""
+    endpoint = item.config.stash.get(_endpoint_key, None)
+    if endpoint is not None:
+        StateDirectory(endpoint.directory).touch()
+
+
 @pytest.fixture
 def htcdask_environment(embedded: EmbeddedEndpoint, monkeypatch: pytest.MonkeyPatch) -> EmbeddedEndpoint:
     """The session's pool and gateway, found by the default settings, in this process and those that it starts."""
@@ -75,9 +83,7 @@ def log_tails(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Show the daemons' logs below the failure of a test that uses them."""
     report = yield
     endpoint = item.config.stash.get(_endpoint_key, None)
