@@ -7,7 +7,13 @@ from typing import Any
 
 import classad2
 
-from prefect_htcdask.condor.worker_job import CLUSTER_ATTRIBUTE, FLOW_RUN_ATTRIBUTE, cluster_constraint
+from prefect_htcdask.api_identity import api_identity
+from prefect_htcdask.condor.worker_job import (
+    API_ATTRIBUTE,
+    CLUSTER_ATTRIBUTE,
+    FLOW_RUN_ATTRIBUTE,
+    cluster_constraint,
+)
 from prefect_htcdask.resolution import Parts
 from prefect_htcdask.run_files import ClusterRecord, ClusterTrace
 from prefect_htcdask.supervisor import oneshot
@@ -36,7 +42,7 @@ def owners_by_history(parts: Parts, clusters: Iterable[str], since: float) -> li
         f"User == {classad2.quote(user)} && {FLOW_RUN_ATTRIBUTE} =!= undefined && EnteredCurrentStatus > {int(since)} "
         f"&& ({' || '.join(cluster_constraint(name) for name in wanted)})"
     )
-    projection = [CLUSTER_ATTRIBUTE, FLOW_RUN_ATTRIBUTE, "HTCDaskAttempt", "JobBatchName"]
+    projection = [CLUSTER_ATTRIBUTE, FLOW_RUN_ATTRIBUTE, API_ATTRIBUTE, "HTCDaskAttempt", "JobBatchName"]
     ads = oneshot.call(parts.schedd, "history", constraint, projection, _MOST_ADS)
     return list({str(ad[CLUSTER_ATTRIBUTE]): _of_ad(ad) for ad in ads}.values())
 
@@ -47,12 +53,17 @@ def _of_ad(ad: Mapping[str, Any]) -> ClusterRecord:
         flow_run_id=str(ad[FLOW_RUN_ATTRIBUTE]),
         flow_run_name=str(ad.get("JobBatchName") or ""),
         attempt=int(ad.get("HTCDaskAttempt") or 1),
-        api_url="",
+        api_url=str(ad.get(API_ATTRIBUTE) or ""),
         lease=0.0,
         host="",
         pid=0,
         started=0.0,
     )
+
+
+def api_of(record: ClusterRecord) -> str:
+    """The Prefect API that knows a record's flow run; older versions wrote its address as it was set."""
+    return api_identity(record.api_url, record.host.partition(" ")[0])
 
 
 class SignsOfLife:
@@ -77,16 +88,23 @@ class SignsOfLife:
         self._now = now
         self._leased_until: dict[str, float] = {}
         self._records: dict[str, list[ClusterRecord]] = {}
+        self._apis: dict[str, set[str]] = {}
         for job in jobs:
             self._extend(job.flow_run_id, job.lease_expires)
+            self._belongs(job.flow_run_id, job.api)
         for record in records:
             self._records.setdefault(record.flow_run_id, []).append(record)
+            self._belongs(record.flow_run_id, api_of(record))
             trace = traces.get(record.cluster)
             if trace is not None:
                 self._extend(record.flow_run_id, trace.last_sign + (record.lease or lease))
 
     def _extend(self, flow_run_id: str, until: float) -> None:
         self._leased_until[flow_run_id] = max(until, self._leased_until.get(flow_run_id, 0.0))
+
+    def _belongs(self, flow_run_id: str, api: str) -> None:
+        if api:
+            self._apis.setdefault(flow_run_id, set()).add(api)
 
     def process_is_dead(self, flow_run_id: str, attempt: int | None = None) -> bool:
         """Whether the process of a flow run is known to be gone, since it ran on this host.
@@ -107,5 +125,9 @@ class SignsOfLife:
 
     def other_api(self, flow_run_id: str, ours: str) -> str:
         """The Prefect API that knows the flow run, where that is known to be another one than `ours`; else empty."""
-        urls = {record.api_url for record in self._records.get(flow_run_id, []) if record.api_url}
-        return "" if ours in urls else " and ".join(sorted(urls))
+        apis = self._apis.get(flow_run_id, set())
+        return "" if ours in apis else " and ".join(sorted(apis))
+
+    def belongs_to(self, flow_run_id: str, api: str) -> bool:
+        """Whether a job or a record says that an API knows the flow run."""
+        return api in self._apis.get(flow_run_id, set())

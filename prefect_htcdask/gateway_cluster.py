@@ -239,7 +239,6 @@ class HTCGatewayCluster(GatewayCluster):
             record_cluster(
                 self.run_directory,
                 self.flow_run,
-                api_url=self._worker_secrets.get("PREFECT_API_URL", ""),
                 lease=self.settings.lease.duration,
             )
 

@@ -12,6 +12,7 @@ from prefect.logging.loggers import get_run_logger
 from prefect_dask.client import PrefectDaskClient
 
 from prefect_htcdask import lost_work, source_code
+from prefect_htcdask.api_identity import current_api
 from prefect_htcdask.live import LiveRun, Logger
 from prefect_htcdask.preflight import check_api_reachable, warn_of_local_storage
 
@@ -117,6 +118,7 @@ def _make_cluster(
             name=flow_run.name,
             flow_name=context.flow.name if context.flow is not None else "",
             attempt=flow_run.run_count or 1,
+            api=current_api(),
         )
     cluster_class: Any = runner.resolved_cluster_class or HTCGatewayCluster
     logger.info("Creating a Dask cluster with HTCondor workers")

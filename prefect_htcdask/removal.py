@@ -13,7 +13,9 @@ from dask_gateway.auth import GatewayAuth
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 
-from prefect_htcdask.condor.worker_job import CLUSTER_ATTRIBUTE, flow_run_constraint
+from prefect_htcdask.api_identity import current_api
+from prefect_htcdask.cluster_owners import api_of
+from prefect_htcdask.condor.worker_job import API_ATTRIBUTE, CLUSTER_ATTRIBUTE, flow_run_constraint
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.gateway import HTCGateway
 from prefect_htcdask.gateway_checks import ask_for_options
@@ -59,7 +61,7 @@ def remove_after_flow_run(flow: Flow[..., Any], flow_run: FlowRun, state: State[
     """
     try:
         settings, auth = _settings_of(flow)
-        last = _last_attempt(flow_run)
+        last, known = _last_attempt(flow_run)
         if last < 1:
             return Removed()
         parts = resolve_running_parts(settings)
@@ -69,25 +71,47 @@ def remove_after_flow_run(flow: Flow[..., Any], flow_run: FlowRun, state: State[
         return Removed()  # the embedded pool and gateway do not run, so nothing of them is left
     if auth is not None:
         parts = replace(parts, auth=auth)
-    return remove_attempts(settings, parts, str(flow_run.id), last, f"the flow run is {state.name}")
+    why = f"the flow run is {state.name}"
+    return remove_attempts(settings, parts, str(flow_run.id), last, why, api="" if known else current_api())
 
 
-def remove_attempts(settings: HTCDaskSettings, parts: Parts, flow_run_id: str, last: int, why: str) -> Removed:
-    """Remove jobs and gateway clusters of a flow run's attempts up to the one numbered `last`."""
+def remove_attempts(
+    settings: HTCDaskSettings, parts: Parts, flow_run_id: str, last: int, why: str, api: str = ""
+) -> Removed:
+    """Remove jobs and gateway clusters of a flow run's attempts up to the one numbered `last`.
+
+    Args:
+        settings: where the run directories are.
+        parts: gateway and schedd.
+        flow_run_id: the flow run.
+        last: number of the last attempt that is over.
+        why: the reason, for the job ads.
+        api: spare what says that it belongs to another Prefect API than this (`current_api`); empty: nothing is spared.
+    """
     removed = Removed()
-    names = {
-        trace.cluster
-        for trace in cluster_traces(settings, since=0)
-        if trace.record is not None and trace.record.flow_run_id == flow_run_id and trace.record.attempt <= last
-    }
-    constraint = flow_run_constraint(flow_run_id, before_attempt=last + 1)
+    records = [trace.record for trace in cluster_traces(settings, since=0) if trace.record is not None]
+    mine = [record for record in records if record.flow_run_id == flow_run_id and record.attempt <= last]
+    others = {record.cluster: api_of(record) for record in mine if api and api_of(record) not in ("", api)}
+    names = {record.cluster for record in mine}
+    constraint = flow_run_constraint(flow_run_id, before_attempt=last + 1, api=api)
     try:
-        jobs = oneshot.call(parts.schedd, "query", constraint, [CLUSTER_ATTRIBUTE])
-        if jobs:
-            names |= {str(job[CLUSTER_ATTRIBUTE]) for job in jobs if job.get(CLUSTER_ATTRIBUTE)}
+        jobs = oneshot.call(
+            parts.schedd, "query", flow_run_constraint(flow_run_id, last + 1), [CLUSTER_ATTRIBUTE, API_ATTRIBUTE]
+        )
+        clusters = {str(job[CLUSTER_ATTRIBUTE]): str(job.get(API_ATTRIBUTE) or "") for job in jobs}
+        names |= clusters.keys()
+        others |= {cluster: named for cluster, named in clusters.items() if api and named not in ("", api)}
+        if clusters.keys() - others.keys():
             removed.jobs = oneshot.call(parts.schedd, "remove", constraint, f"prefect_htcdask: {why}")
     except SupervisorError as exc:
         removed.problems.append(str(exc))
+    if others:
+        named = " and ".join(sorted(set(others.values())))
+        removed.problems.append(
+            f"the Prefect API at {api} does not know the flow run, and {len(others)} of its clusters belong to the one "
+            f"at {named}: sweep with that API's settings"
+        )
+        names -= others.keys()
     removed.clusters, problems = stop_clusters(parts, names)
     removed.problems += [problem for problem in problems if problem not in removed.problems]
     return removed
@@ -149,8 +173,10 @@ def _settings_of(flow: Flow[..., Any]) -> tuple[HTCDaskSettings, GatewayAuth | N
     return settings.model_copy(update={"gateway": settings.gateway.model_copy(update=stated)}), login
 
 
-def _last_attempt(flow_run: FlowRun) -> int:
+def _last_attempt(flow_run: FlowRun) -> tuple[int, bool]:
     """The last attempt of a flow run that is over and has nobody to clean up after it; 0 where there is none.
+
+    And whether the flow run is known to belong to the Prefect API of this process's settings, as far as it answers.
 
     The caller's copy may be older than the attempt that just ended, or it may be called when a next one has begun; so
     the API is asked. A flow run that it does not know has no later attempt. Where it does not answer, the copy has to
@@ -161,12 +187,14 @@ def _last_attempt(flow_run: FlowRun) -> int:
     known = max(1, flow_run.run_count or 0)
     if live.find(str(flow_run.id)) is not None:
         # Prefect calls the hooks of a flow's own end before it leaves the task runner, which closes in order.
-        return known - 1
+        return known - 1, True
     try:
         with prefect_api() as client:
             now = client.read_flow_run(flow_run.id)
-    except (PrefectAPIError, ObjectNotFound):
-        return known
+    except PrefectAPIError:
+        return known, True
+    except ObjectNotFound:
+        return known, False
     if now.state is not None and now.state.type in _UNTOUCHABLE:
-        return (now.run_count or 1) - 1
-    return max(known, now.run_count or 0)
+        return (now.run_count or 1) - 1, True
+    return max(known, now.run_count or 0), True

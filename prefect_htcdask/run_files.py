@@ -61,7 +61,7 @@ class ClusterRecord:
         flow_run_id: id of the flow run (UUID as text).
         flow_run_name: its name.
         attempt: its run count, from 1.
-        api_url: the Prefect API that knows it; empty where that was not known.
+        api_url: the Prefect API that knows it (`FlowRunTag.api`); empty where that was not known.
         lease: seconds that its jobs live without a renewal.
         host: where process ids mean what they meant: host, boot and process namespace.
         pid: id of the flow's process.
@@ -106,13 +106,12 @@ class ClusterTrace:
     record: ClusterRecord | None
 
 
-def record_cluster(directory: Path, flow_run: FlowRunTag, *, api_url: str, lease: float) -> None:
+def record_cluster(directory: Path, flow_run: FlowRunTag, *, lease: float) -> None:
     """Write down that this process has a gateway cluster for a flow run, so that what is left of it can be found.
 
     Args:
         directory: the cluster's run directory, named as the cluster; made if needed with mode 0700.
         flow_run: the flow run.
-        api_url: address of the Prefect API that knows it, or empty.
         lease: seconds that its jobs live without a renewal.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -121,7 +120,7 @@ def record_cluster(directory: Path, flow_run: FlowRunTag, *, api_url: str, lease
         flow_run_id=flow_run.id,
         flow_run_name=flow_run.name,
         attempt=flow_run.attempt,
-        api_url=api_url.rstrip("/"),
+        api_url=flow_run.api,
         lease=lease,
         host=_this_host(),
         pid=os.getpid(),

@@ -16,6 +16,7 @@ from prefect.client.base import ServerType
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 
+from prefect_htcdask.api_identity import current_api
 from prefect_htcdask.cluster_owners import SignsOfLife, owners_by_history
 from prefect_htcdask.condor.worker_job import flow_run_constraint
 from prefect_htcdask.gateway import HTCGateway
@@ -50,6 +51,30 @@ class Kept:
 
 
 @dataclass
+class OtherAPI:
+    """What is there of flow runs that another Prefect API knows, by its name: that one's sweep removes it.
+
+    Attributes:
+        api: the API.
+        flow_run_ids: the flow runs.
+        jobs: how many jobs of theirs are in the queue.
+        clusters: how many of their gateway clusters run.
+    """
+
+    api: str
+    flow_run_ids: list[str] = field(default_factory=list)
+    jobs: int = 0
+    clusters: int = 0
+
+    def describe(self) -> str:
+        """One line that says what was spared, and what to do about it."""
+        return (
+            f"{self.jobs} jobs and {self.clusters} gateway clusters belong to {len(self.flow_run_ids)} flow runs of "
+            f"the Prefect API at {self.api}; sweep with that API's settings"
+        )
+
+
+@dataclass
 class Swept:
     """What a sweep found, and what it removed; nothing in a dry run.
 
@@ -58,6 +83,7 @@ class Swept:
         abandoned: ids of flow runs that Prefect has as Running or Cancelling, whose process is gone.
         unfinished_task_runs: how many task runs are unfinished under a flow run that is over, by its id.
         kept: what was left alone though its flow run is over or unknown, for a reason that passes.
+        other_apis: what belongs to flow runs that this API does not know, but another one.
         jobs_removed: how many jobs the schedd was asked to remove.
         clusters_stopped: names of the gateway clusters that were stopped.
         flow_runs_ended: how many flow runs were moved to Crashed or Cancelled: those abandoned.
@@ -70,6 +96,7 @@ class Swept:
     abandoned: list[str] = field(default_factory=list)
     unfinished_task_runs: dict[str, int] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
+    other_apis: list[OtherAPI] = field(default_factory=list)
     jobs_removed: int = 0
     clusters_stopped: list[str] = field(default_factory=list)
     flow_runs_ended: int = 0
@@ -97,6 +124,7 @@ class Swept:
             for flow_run_id, count in self.unfinished_task_runs.items()
         ]
         lines += [f"flow run {one.flow_run_id} is left alone: {one.why}" for one in self.kept]
+        lines += [other.describe() for other in self.other_apis]
         if not self.found:
             lines.append("nothing is left over")
         elif not self.dry_run:
@@ -139,11 +167,13 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
         unfinished, complete = unfinished_task_runs(client, over)
         if not complete:
             swept.problems.append("there are more unfinished task runs than one sweep looks at; run it again")
-        there = {job.flow_run_id for job in jobs} | {r.flow_run_id for r in records if r.cluster in running}
+        there_too = [record for record in records if record.cluster in running]
+        there = {job.flow_run_id for job in jobs} | {record.flow_run_id for record in there_too}
         _keep_of_other_apis(client, there - flow_runs.keys(), signs, swept)
+        _count(swept.other_apis, jobs, there_too)
         _keep_still_reporting(over, unfinished, signs, now, swept)
         kept = {one.flow_run_id for one in swept.kept}
-        there_too = [record for record in records if record.cluster in running]
+        kept |= {flow_run_id for other in swept.other_apis for flow_run_id in other.flow_run_ids}
         swept.leftovers = find_leftovers(jobs, flow_runs, there_too, kept, abandoned)
         lost = {key: task_runs for key, task_runs in unfinished.items() if key not in kept}
         swept.unfinished_task_runs = {key: len(task_runs) for key, task_runs in lost.items()}
@@ -195,13 +225,25 @@ def _records(
 
 def _keep_of_other_apis(client: SyncPrefectClient, unknown: Iterable[str], signs: SignsOfLife, swept: Swept) -> None:
     """Leave flow runs alone that this API does not know because they belong to another one."""
-    ours = str(client.api_url).rstrip("/")
+    ours = current_api()
+    others: dict[str, OtherAPI] = {}
     for flow_run_id in sorted(unknown):
         if other := signs.other_api(flow_run_id, ours):
-            swept.kept.append(Kept(flow_run_id, f"it belongs to the Prefect API at {other}"))
-        elif client.server_type == ServerType.EPHEMERAL:
+            others.setdefault(other, OtherAPI(other)).flow_run_ids.append(flow_run_id)
+        elif client.server_type == ServerType.EPHEMERAL and not signs.belongs_to(flow_run_id, ours):
             swept.kept.append(Kept(flow_run_id, "PREFECT_API_URL is not set, and Prefect's own database has none such"))
             swept.problems.append(f"which API knows flow run {flow_run_id} cannot be told: set PREFECT_API_URL")
+    swept.other_apis = list(others.values())
+
+
+def _count(others: Iterable[OtherAPI], jobs: Iterable[WorkerJob], clusters: Iterable[ClusterRecord]) -> None:
+    mine = {flow_run_id: other for other in others for flow_run_id in other.flow_run_ids}
+    for job in jobs:
+        if job.flow_run_id in mine:
+            mine[job.flow_run_id].jobs += 1
+    for record in clusters:
+        if record.flow_run_id in mine:
+            mine[record.flow_run_id].clusters += 1
 
 
 def _keep_still_reporting(

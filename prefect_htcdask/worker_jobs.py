@@ -7,7 +7,7 @@ from typing import Any
 
 import classad2
 
-from prefect_htcdask.condor.worker_job import CLUSTER_ATTRIBUTE, FLOW_RUN_ATTRIBUTE
+from prefect_htcdask.condor.worker_job import API_ATTRIBUTE, CLUSTER_ATTRIBUTE, FLOW_RUN_ATTRIBUTE
 from prefect_htcdask.resolution import Parts
 from prefect_htcdask.supervisor import oneshot
 
@@ -27,12 +27,17 @@ _PROJECTION = [
     "HTCDaskLeaseExpires",
     CLUSTER_ATTRIBUTE,
     FLOW_RUN_ATTRIBUTE,
+    API_ATTRIBUTE,
 ]
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """One worker job in the queue. Times are Unix times in seconds; `flow_run_id` is empty outside a flow."""
+    """One worker job in the queue.
+
+    Times are Unix times in seconds; `flow_run_id` is empty outside a flow, and `api` where the job does not say which
+    Prefect API knows its flow run.
+    """
 
     job_id: str
     state: str
@@ -46,6 +51,7 @@ class WorkerJob:
     flow_run_id: str
     attempt: int
     lease_expires: float
+    api: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -81,4 +87,5 @@ def _worker_job(ad: dict[str, Any]) -> WorkerJob:
         flow_run_id=str(ad.get(FLOW_RUN_ATTRIBUTE) or ""),
         attempt=int(ad.get("HTCDaskAttempt") or 1),
         lease_expires=float(ad.get("HTCDaskLeaseExpires") or 0),
+        api=str(ad.get(API_ATTRIBUTE) or ""),
     )

@@ -129,7 +129,7 @@ def new_run(api: SyncPrefectClient, *states: State[Any]) -> FlowRun:
 def test_which_attempts_are_over(api: SyncPrefectClient, states: list[State[Any]], last: int) -> None:
     run = new_run(api, *states)
     # Prefect's supervising process has read the flow run before it began.
-    assert _last_attempt(run.model_copy(update={"run_count": 0})) == last
+    assert _last_attempt(run.model_copy(update={"run_count": 0})) == (last, True)
 
 
 def test_without_an_api_the_caller_s_word_counts(api: SyncPrefectClient) -> None:
@@ -137,8 +137,9 @@ def test_without_an_api_the_caller_s_word_counts(api: SyncPrefectClient) -> None
 
     run = new_run(api, Running(), AwaitingRetry(), Running(), Crashed())
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        assert _last_attempt(run) == 2
-    assert _last_attempt(run.model_copy(update={"id": uuid.uuid4(), "run_count": 1})) == 1, "unknown to the API"
+        assert _last_attempt(run) == (2, True)
+    unknown = run.model_copy(update={"id": uuid.uuid4(), "run_count": 1})
+    assert _last_attempt(unknown) == (1, False), "unknown to the API"
 
 
 # On the real pool
@@ -187,7 +188,7 @@ def test_a_gateway_cluster_without_a_job_is_stopped_too(
 ) -> None:
     run = new_run(api, Running(), Crashed())
     cluster, other = new_cluster(flow_run=tag_of(run)), new_cluster()
-    record_cluster(cluster.run_directory, tag_of(run), api_url="", lease=180.0)
+    record_cluster(cluster.run_directory, tag_of(run), lease=180.0)
     remove_leftover_jobs(nothing, run, Crashed())
     wait_until(lambda: cluster.name not in gateway_clusters(condor_environment), 20, "the gateway cluster is stopped")
     assert other.name in gateway_clusters(condor_environment)
@@ -213,7 +214,7 @@ def test_schedd_and_gateway_down_are_one_clear_error(
     monkeypatch.setenv(f"{prefix}_GATEWAY_ADDRESS", "http://127.0.0.1:9")
     monkeypatch.setenv(f"{prefix}_CONDOR_DIRECTORY", str(tmp_path / "runs"))
     run = new_run(api, Running(), Crashed())
-    record_cluster(tmp_path / "runs" / "a", tag_of(run), api_url="", lease=180.0)
+    record_cluster(tmp_path / "runs" / "a", tag_of(run), lease=180.0)
     started = time.monotonic()
     remove_leftover_jobs(nothing, run, Crashed())
     print(f"schedd and gateway down: the hook took {time.monotonic() - started:.1f} s")

@@ -1,21 +1,17 @@
-"""The sweep, the list of jobs and the doctor, on the real pool, gateway and Prefect server."""
+"""The sweep and the list of jobs, on the real pool, gateway and Prefect server."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from dask_gateway import Gateway
 from dask_gateway.auth import BasicAuth
@@ -28,16 +24,15 @@ from prefect.states import Completed, Crashed, Running, State
 from prefect_htcdask.cluster_owners import SignsOfLife
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.worker_job import FlowRunTag
-from prefect_htcdask.doctor import examine
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.leftovers import find_leftovers
 from prefect_htcdask.run_files import ClusterRecord, cluster_traces, record_cluster, run_directory
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.sweep import sweep
-from prefect_htcdask.task_run_states import UNFINISHED
 from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
 from tests.cluster_fixtures import Stopwatch, gateway_clusters, jobs_of
+from tests.plain_flow import PlainFlow, unfinished
 from tests.prefect_fixtures import PrefectServer
 from tests.test_cli import run
 from tests.waiting import wait_until
@@ -115,11 +110,11 @@ def test_a_cluster_s_record(tmp_path: Path) -> None:
         from pathlib import Path
         from prefect_htcdask.condor.worker_job import FlowRunTag
         from prefect_htcdask.run_files import record_cluster
-        record_cluster(Path(sys.argv[1]), FlowRunTag("a", "n", "f", 2), api_url="http://x/api/", lease=9.0)
+        record_cluster(Path(sys.argv[1]), FlowRunTag("a", "n", "f", 2, "http://x/api"), lease=9.0)
     """
     directory = run_directory(settings, "cluster-1")
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(directory)], check=True)
-    record_cluster(directory.parent / "cluster-2", FlowRunTag("b", "", "f"), api_url="", lease=9.0)
+    record_cluster(directory.parent / "cluster-2", FlowRunTag("b", "", "f"), lease=9.0)
     (directory.parent / "cluster-3").mkdir()
     (directory.parent / "cluster-4").mkdir()
     (directory.parent / "cluster-4" / "cluster.json").write_text("{")
@@ -200,10 +195,8 @@ def test_sweep_stops_clusters_without_jobs_and_only_those_of_flow_runs(
         ("running", str(running.id), ""),
         ("elsewhere", elsewhere, "http://192.0.2.1:4200/api"),
     ):
-        tag = FlowRunTag(flow_run_id, key, "nothing")
-        cluster = new_cluster(flow_run=tag)
-        record_cluster(cluster.run_directory, tag, api_url=url, lease=180.0)
-        clusters[key] = cluster.name
+        # It is recorded as it starts.
+        clusters[key] = new_cluster(flow_run=FlowRunTag(flow_run_id, key, "nothing", api=url)).name
     with Gateway(
         condor_environment.gateway_address,
         proxy_address=condor_environment.proxy_address,
@@ -214,14 +207,17 @@ def test_sweep_stops_clusters_without_jobs_and_only_those_of_flow_runs(
             dry = run("sweep", "--dry-run")
             assert dry.returncode == 1, dry.stderr
             assert "over: 0 jobs and 1 gateway clusters would be removed: its flow run is Completed" in dry.stdout
-            assert (
-                f"flow run {elsewhere} is left alone: it belongs to the Prefect API at http://192.0.2.1" in dry.stdout
+            spared = (
+                "0 jobs and 1 gateway clusters belong to 1 flow runs of the Prefect API at http://192.0.2.1:4200/api"
             )
+            assert f"{spared}; sweep with that API's settings" in dry.stdout
             swept = run("sweep", "--json")
             assert swept.returncode == 0, swept.stderr
             report = json.loads(swept.stdout)
             assert report["clusters_stopped"] == [clusters["over"]]
-            assert [one["flow_run_id"] for one in report["kept"]] == [elsewhere]
+            assert report["kept"] == []
+            (other,) = report["other_apis"]
+            assert (other["flow_run_ids"], other["jobs"], other["clusters"]) == ([elsewhere], 0, 1)
             left = set(gateway_clusters(condor_environment))
             assert {clusters["running"], clusters["elsewhere"], clusters["stock"]} <= left
             assert clusters["over"] not in left
@@ -257,7 +253,7 @@ def test_sweep_names_the_key_that_is_wrong(
 
     monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_EMBEDDED_DIRECTORY", str(tmp_path / "none"))
     monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_CONDOR_DIRECTORY", str(tmp_path / "runs"))
-    record_cluster(tmp_path / "runs" / "a", FlowRunTag(str(uuid.uuid4()), "", "f"), api_url="", lease=180.0)
+    record_cluster(tmp_path / "runs" / "a", FlowRunTag(str(uuid.uuid4()), "", "f"), lease=180.0)
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:right")
     with running_server(tmp_path / "server") as guarded:
         environment = {**guarded.environment, "PREFECT_API_AUTH_STRING": "admin:wrong"}
@@ -270,91 +266,25 @@ def test_sweep_names_the_key_that_is_wrong(
 
 # Everything killed at once
 
-SCRIPT = """
-    import json, os, sys, time
-    from pathlib import Path
-    from prefect import flow, task
-    from prefect.runtime import flow_run
-    from prefect_htcdask import HTCDaskTaskRunner, live
-    from prefect_htcdask.run_files import record_cluster
-
-    @task
-    def sleepy(path, number):
-        Path(f"{path}.{number}").touch()
-        time.sleep(300)
-
-    @flow(task_runner=HTCDaskTaskRunner(worker={"memory": "300 MiB", "disk": "100 MiB", "nthreads": 2},
-                                        adapt_kwargs={"minimum": 1, "maximum": 1}))
-    def computing(path):
-        futures = [sleepy.submit(path, number) for number in range(4)]
-        while len(list(Path(path).parent.glob(Path(path).name + ".?"))) < 2:
-            time.sleep(0.1)
-        cluster = live.find(str(flow_run.id)).cluster
-        if "--record" in sys.argv:
-            record_cluster(cluster.run_directory, cluster.flow_run, api_url="", lease=180.0)
-        print(json.dumps([str(flow_run.id), cluster.name, cluster._supervisor.pid]), flush=True)
-        futures[0].result()
-
-    computing(sys.argv[1])
-"""
-
-
-class FlowProcess:
-    """A flow started by plain ``python flow.py``, which tells of itself once its first task runs."""
-
-    def __init__(self, directory: Path, name: str, *arguments: str) -> None:
-        script = directory / "script.py"
-        script.write_text(textwrap.dedent(SCRIPT))
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), str(directory / name), *arguments],
-            cwd=directory,
-            stdout=subprocess.PIPE,
-            stderr=(directory / f"{name}.log").open("wb"),
-            text=True,
-        )
-        self.log = directory / f"{name}.log"
-
-    def wait_until_it_computes(self) -> None:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        while line and not line.startswith("["):
-            line = self.process.stdout.readline()
-        assert line, self.log.read_text()
-        self.flow_run_id, self.cluster, self.supervisor = json.loads(line)
-
-    def kill_all(self) -> None:
-        """The flow's process and its supervisor, before either can notice."""
-        os.kill(self.supervisor, signal.SIGSTOP)
-        self.process.kill()
-        os.kill(self.supervisor, signal.SIGKILL)
-        self.process.wait(10)
-
 
 @pytest.fixture
-def processes(condor_environment: EmbeddedEndpoint, api: SyncPrefectClient) -> Iterator[list[FlowProcess]]:
-    made: list[FlowProcess] = []
+def processes(condor_environment: EmbeddedEndpoint, api: SyncPrefectClient) -> Iterator[list[PlainFlow]]:
+    made: list[PlainFlow] = []
     yield made
     for one in made:
-        with suppress(ProcessLookupError):
-            one.process.kill()
-        one.process.wait(10)
-
-
-def unfinished(api: SyncPrefectClient, flow_run_id: str) -> list[str]:
-    runs = api.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(flow_run_id)])))
-    return [task_run.name for task_run in runs if task_run.state_type in UNFINISHED]
+        one.end()
 
 
 @pytest.mark.pool
 @pytest.mark.timeout(240)
 def test_sweep_after_everything_was_killed(
-    processes: list[FlowProcess],
+    processes: list[PlainFlow],
     queue: ScheddClient,
     condor_environment: EmbeddedEndpoint,
     api: SyncPrefectClient,
     tmp_path: Path,
 ) -> None:
-    lost, other = FlowProcess(tmp_path, "lost"), FlowProcess(tmp_path, "other")
+    lost, other = PlainFlow(tmp_path, "lost"), PlainFlow(tmp_path, "other")
     processes += [lost, other]
     for one in (lost, other):
         one.wait_until_it_computes()
@@ -400,14 +330,14 @@ def test_sweep_after_everything_was_killed(
 @pytest.mark.pool
 @pytest.mark.timeout(240)
 def test_sweep_ends_a_flow_run_whose_process_is_gone(
-    processes: list[FlowProcess],
+    processes: list[PlainFlow],
     queue: ScheddClient,
     condor_environment: EmbeddedEndpoint,
     api: SyncPrefectClient,
     tmp_path: Path,
 ) -> None:
     """Nobody tells Prefect of the end of a plain ``python flow.py`` that was killed."""
-    lost = FlowProcess(tmp_path, "lost", "--record")
+    lost = PlainFlow(tmp_path, "lost", "--record")
     processes.append(lost)
     lost.wait_until_it_computes()
     wait_until(lambda: len(unfinished(api, lost.flow_run_id)) == 2, 20, "two task runs are unfinished in the API")
@@ -431,7 +361,7 @@ def test_sweep_ends_a_flow_run_whose_process_is_gone(
 @pytest.mark.pool
 @pytest.mark.timeout(240)
 def test_sweep_ends_task_runs_when_the_lease_has_taken_the_rest(
-    processes: list[FlowProcess],
+    processes: list[PlainFlow],
     queue: ScheddClient,
     condor_environment: EmbeddedEndpoint,
     api: SyncPrefectClient,
@@ -440,7 +370,7 @@ def test_sweep_ends_task_runs_when_the_lease_has_taken_the_rest(
 ) -> None:
     for lease in ("DURATION", "SCHEDULER"):
         monkeypatch.setenv(f"PREFECT_INTEGRATIONS_HTCDASK_LEASE_{lease}", "8 s")
-    lost = FlowProcess(tmp_path, "lost")
+    lost = PlainFlow(tmp_path, "lost")
     processes.append(lost)
     lost.wait_until_it_computes()
     wait_until(lambda: len(unfinished(api, lost.flow_run_id)) == 2, 20, "two task runs are unfinished in the API")
@@ -453,21 +383,3 @@ def test_sweep_ends_task_runs_when_the_lease_has_taken_the_rest(
     assert flow_run.state is not None
     assert flow_run.state.is_crashed()
     assert sweep(load_settings()).task_runs_ended == 0
-
-
-@pytest.mark.pool
-def test_doctor_finds_every_link_well(condor_environment: object, prefect_server: PrefectServer) -> None:
-    findings = list(examine(load_settings(worker={"memory": "300 MiB", "disk": "100 MiB"})))
-    assert [finding for finding in findings if not finding.ok] == []
-    assert len(findings) == 7
-    assert httpx.get(f"{prefect_server.url}/health").status_code == 200
-    assert prefect_server.url in findings[-2].detail
-
-
-@pytest.mark.pool
-def test_doctor_names_the_link_that_is_broken(condor_environment: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = load_settings(worker={"python": "/nonexistent/python", "memory": "300 MiB", "disk": "100 MiB"})
-    findings = list(examine(settings))
-    assert [finding.ok for finding in findings] == [True, True, True, False]
-    assert "3 workers in a row" in findings[-1].detail
-    assert "/nonexistent/python" in findings[-1].detail

@@ -20,6 +20,7 @@ KIB = 1024
 CLUSTER_ATTRIBUTE = "HTCDaskClusterName"
 LEASE_ATTRIBUTE = "HTCDaskLeaseExpires"
 FLOW_RUN_ATTRIBUTE = "PrefectFlowRunId"
+API_ATTRIBUTE = "PrefectAPI"
 
 # The shadow judges a running job, and hears of a renewal up to 30 s after it (SCHEDD_JOB_QUEUE_NOTIFY_UPDATES): only
 # the first one after a job's start is signalled at once.
@@ -56,12 +57,14 @@ class FlowRunTag:
         name: name of the flow run; becomes `JobBatchName`.
         flow_name: name of the flow.
         attempt: the flow run's run count, from 1; a flow retry is a new attempt.
+        api: the Prefect API that knows it, without any login (`api_identity`); empty where that is unknown.
     """
 
     id: str
     name: str
     flow_name: str
     attempt: int = 1
+    api: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,8 @@ def submit_description(
     if flow_run:
         commands[f"My.{FLOW_RUN_ATTRIBUTE}"] = quote(flow_run.id)
         commands["My.PrefectFlowName"] = quote(flow_run.flow_name)
+        if flow_run.api:
+            commands[f"My.{API_ATTRIBUTE}"] = quote(flow_run.api)
     if spec.gpus:
         commands["request_gpus"] = str(spec.gpus)
     if spec.container_image:
@@ -282,7 +287,7 @@ def checked_extra_submit(extra: Mapping[str, str]) -> dict[str, str]:
         plain = name.removeprefix("+").lower().removeprefix("my.").replace("_", "")
         if not re.fullmatch(r"(\+|[Mm][Yy]\.)?[A-Za-z_][A-Za-z0-9_.]*", name):
             raise WorkerJobError(f"worker.extra_submit: {command!r} is no submit command")
-        if plain in RESERVED_COMMANDS or plain.startswith("htcdask") or plain.startswith("prefectflow"):
+        if plain in RESERVED_COMMANDS or plain.startswith(("htcdask", "prefectflow", "prefectapi")):
             raise WorkerJobError(
                 f"worker.extra_submit: {command!r} is set by prefect_htcdask itself; use the setting of its own, "
                 "or leave it out"
@@ -298,11 +303,19 @@ def cluster_constraint(cluster_name: str) -> str:
     return f"{CLUSTER_ATTRIBUTE} == {string_literal(cluster_name)}"
 
 
-def flow_run_constraint(flow_run_id: str, before_attempt: int | None = None) -> str:
-    """Constraint for the worker jobs of a flow run; only those of attempts before `before_attempt`, if given."""
+def flow_run_constraint(flow_run_id: str, before_attempt: int | None = None, api: str = "") -> str:
+    """Constraint for the worker jobs of a flow run.
+
+    Args:
+        flow_run_id: the flow run.
+        before_attempt: only those of attempts before this one, if given.
+        api: only those that name this Prefect API or none, if given.
+    """
     constraint = f"{FLOW_RUN_ATTRIBUTE} == {string_literal(flow_run_id)}"
     if before_attempt is not None:
         constraint += f" && HTCDaskAttempt < {int(before_attempt)}"
+    if api:
+        constraint += f" && ({API_ATTRIBUTE} =?= undefined || {API_ATTRIBUTE} == {string_literal(api)})"
     return constraint
 
 
