@@ -118,6 +118,10 @@ class SignsOfLife:
         answers = [record.process_lives() for record in records if record.attempt == last]
         return bool(answers) and all(answer is False for answer in answers)
 
+    def process_is_alive(self, flow_run_id: str) -> bool:
+        """Whether a process that had the flow run is known to live, on this host."""
+        return any(record.process_lives() for record in self._records.get(flow_run_id, []))
+
     def may_live(self, flow_run_id: str) -> bool:
         """Whether somebody may look after the flow run's cluster: its lease has not run out."""
         leased = self._leased_until.get(flow_run_id, 0.0) > self._now

@@ -16,6 +16,7 @@ from prefect.client.base import ServerType
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 
+from prefect_htcdask.abandoned import Abandoned, find_abandoned
 from prefect_htcdask.api_identity import current_api
 from prefect_htcdask.cluster_owners import SignsOfLife, owners_by_history
 from prefect_htcdask.condor.worker_job import flow_run_constraint
@@ -80,7 +81,7 @@ class Swept:
 
     Attributes:
         leftovers: jobs and gateway clusters that nobody needs any more.
-        abandoned: ids of flow runs that Prefect has as Running or Cancelling, whose process is gone.
+        abandoned: why flow runs are taken for gone that Prefect has as Running or Cancelling, by their ids.
         unfinished_task_runs: how many task runs are unfinished under a flow run that is over, by its id.
         kept: what was left alone though its flow run is over or unknown, for a reason that passes.
         other_apis: what belongs to flow runs that this API does not know, but another one.
@@ -93,7 +94,7 @@ class Swept:
     """
 
     leftovers: list[Leftover] = field(default_factory=list)
-    abandoned: list[str] = field(default_factory=list)
+    abandoned: dict[str, str] = field(default_factory=dict)
     unfinished_task_runs: dict[str, int] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
     other_apis: list[OtherAPI] = field(default_factory=list)
@@ -118,7 +119,7 @@ class Swept:
         """What was found and done, for people to read; the problems are not among it."""
         lines = [one.describe(self.dry_run) for one in self.leftovers]
         verb = "would be moved" if self.dry_run else "to be moved"
-        lines += [f"flow run {one} {verb} to Crashed or Cancelled: its process is gone" for one in self.abandoned]
+        lines += [f"flow run {one} {verb} to Crashed or Cancelled: {why}" for one, why in self.abandoned.items()]
         lines += [
             f"flow run {flow_run_id}: {count} unfinished task runs {verb} to Crashed"
             for flow_run_id, count in self.unfinished_task_runs.items()
@@ -161,9 +162,9 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
         flow_runs = read_flow_runs(client, ids)
         signs = SignsOfLife(jobs, records, traces, settings.lease.duration, now)
         over = {key: run for key, run in flow_runs.items() if (at := ended_at(run)) is not None and at > now - window}
-        abandoned = {key: run for key, run in flow_runs.items() if _is_abandoned(run, signs)}
-        swept.abandoned = sorted(abandoned)
-        over |= abandoned
+        abandoned = find_abandoned(client, flow_runs, signs, now)
+        swept.abandoned = {key: one.why for key, one in sorted(abandoned.items())}
+        over |= {key: one.flow_run for key, one in abandoned.items()}
         unfinished, complete = unfinished_task_runs(client, over)
         if not complete:
             swept.problems.append("there are more unfinished task runs than one sweep looks at; run it again")
@@ -184,12 +185,6 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
                 lost.pop(spoken_for, None)
             _end_task_runs(client, parts, lost, over, swept)
     return swept
-
-
-def _is_abandoned(flow_run: FlowRun, signs: SignsOfLife) -> bool:
-    """Whether a flow run has no process any more, and no Prefect process said so: it was ``python flow.py``, killed."""
-    unsaid = flow_run.state_type in (StateType.RUNNING, StateType.CANCELLING)
-    return unsaid and signs.process_is_dead(str(flow_run.id), flow_run.run_count or 1)
 
 
 def _running_clusters(parts: Parts | None, swept: Swept) -> set[str]:
@@ -284,15 +279,15 @@ def _remove(parts: Parts, swept: Swept) -> None:
     swept.problems += problems
 
 
-def _end_flow_runs(client: SyncPrefectClient, abandoned: Iterable[FlowRun], seen: float, swept: Swept) -> list[str]:
+def _end_flow_runs(client: SyncPrefectClient, abandoned: Iterable[Abandoned], seen: float, swept: Swept) -> list[str]:
     """Move flow runs to a final state; returns the ids of those that have meanwhile got another one."""
     spoken_for = []
-    for flow_run in abandoned:
+    for one in abandoned:
         # A Prefect process that supervises it is to speak first, and may mean to run it again.
         time.sleep(max(0.0, seen + _SPEAK_FIRST - time.time()))
-        message = "Ended by prefect_htcdask's sweep: the process of this flow run is gone"
-        if end_flow_run(client, flow_run, message) is None:
-            spoken_for.append(str(flow_run.id))
+        message = f"Ended by prefect_htcdask's sweep: the process of this flow run is gone ({one.why})"
+        if end_flow_run(client, one.flow_run, message) is None:
+            spoken_for.append(str(one.flow_run.id))
         else:
             swept.flow_runs_ended += 1
     return spoken_for

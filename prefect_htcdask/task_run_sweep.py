@@ -10,6 +10,9 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
     TaskRunFilter,
     TaskRunFilterState,
     TaskRunFilterStateType,
@@ -33,6 +36,29 @@ def read_flow_runs(client: SyncPrefectClient, ids: Iterable[str]) -> dict[str, F
         only = FlowRunFilter(id=FlowRunFilterId(any_=batch))
         found.update({str(run.id): run for run in client.read_flow_runs(flow_run_filter=only, limit=_BATCH)})
     return found
+
+
+def read_subflow_runs(client: SyncPrefectClient, parents: Iterable[str], states: Sequence[StateType]) -> list[FlowRun]:
+    """Subflow runs of flow runs that are in one of some states; a few hundred, the next sweep finds the rest."""
+    found = []
+    wanted = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states)))
+    for batch in _batches([UUID(text) for text in sorted(set(parents))]):
+        only = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=batch), state=wanted)
+        found += client.read_flow_runs(flow_run_filter=only, limit=_PAGE)
+    return found
+
+
+def with_parents(client: SyncPrefectClient, flow_runs: Iterable[FlowRun]) -> Iterator[tuple[FlowRun, FlowRun]]:
+    """Subflow runs, each with the flow run that it is part of, where the API knows that."""
+    for run in flow_runs:
+        if run.parent_task_run_id is None:
+            continue
+        try:
+            parent = client.read_task_run(run.parent_task_run_id).flow_run_id
+            if parent is not None:
+                yield run, client.read_flow_run(parent)
+        except ObjectNotFound:
+            continue
 
 
 def unfinished_task_runs(

@@ -21,6 +21,7 @@ PACKAGE = CHECKOUT / "prefect_htcdask"
 NAME = PACKAGE.name
 
 KNOW_PREFECT = {
+    "abandoned",
     "api_identity",
     "blocks",
     "cancellation",

@@ -344,7 +344,7 @@ def test_sweep_ends_a_flow_run_whose_process_is_gone(
     alive = sweep(load_settings(), dry_run=True)
     assert not alive.found and alive.kept == [], "its process lives"
     lost.kill_all()
-    assert sweep(load_settings(), dry_run=True).abandoned == [lost.flow_run_id]
+    assert sweep(load_settings(), dry_run=True).abandoned == {lost.flow_run_id: "its process is gone"}
     watch = Stopwatch()
     swept = sweep(load_settings())
     print(f"sweep after SIGKILL of flow and supervisor, unsupervised: {watch():.1f} s")
