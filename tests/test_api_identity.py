@@ -113,7 +113,7 @@ def other_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectSe
 
 
 @pytest.mark.pool
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_flow_run_of_another_server_is_spared(
     condor_environment: EmbeddedEndpoint,
     queue: ScheddClient,

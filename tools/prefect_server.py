@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,9 @@ from pathlib import Path
 
 START_TIMEOUT = 90.0
 STOP_TIMEOUT = 20.0
+
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 
 class ServerError(RuntimeError):
@@ -58,7 +63,7 @@ def free_port() -> int:
 def prefect_server(
     directory: Path, *, ui: bool = False, database: str | None = None, port: int | None = None
 ) -> Iterator[PrefectServer]:
-    """Run a server while the block lasts.
+    """Run a server while the block lasts, and the thread that entered it: it ends with a process that is killed.
 
     Args:
         directory: for its database, its home and its log; made with mode 0700.
@@ -103,8 +108,13 @@ def _start(directory: Path, ui: bool, database: str | None, port: int) -> tuple[
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     return process, PrefectServer(url, environment, log)
+
+
+def _end_with_parent() -> None:
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], server: PrefectServer) -> bool:
