@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -51,13 +51,13 @@ def prefect(*arguments: str) -> str:
 
 
 @contextmanager
-def process_worker(log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process_worker(log: Path, environment: Mapping[str, str] = os.environ) -> Iterator[subprocess.Popen[bytes]]:
     """A process worker of the pool; it runs elsewhere than in the checkout, as a service does."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*PREFECT, "worker", "start", "--pool", "htcdask", "--name", "test"],
             cwd=log.parent,
-            env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"},
+            env={**environment, "PREFECT_WORKER_QUERY_SECONDS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

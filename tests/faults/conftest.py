@@ -84,7 +84,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         elif report.failed and not row.complaints and call.excinfo is not None:
             row.complaints.append(str(call.excinfo.value).splitlines()[0][:300])
     if arena is not None and report.failed:
-        logs = [*arena.directory.glob("flow*/flow.log"), *arena.runs.glob("*/supervisor.log")]
+        logs = [
+            *arena.directory.glob("*.log"),
+            *arena.directory.glob("flow*/flow.log"),
+            *arena.runs.glob("*/supervisor.log"),
+        ]
         report.sections += [(path.name, path.read_text(errors="replace")[-8000:]) for path in sorted(logs)]
         report.sections.extend(log_tails(arena.endpoint.directory))
     return report

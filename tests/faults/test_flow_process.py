@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults.arena import Arena, kill, kill_at_once
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row, flow_message
+from tests.faults.test_together import jobs_of
 from tests.test_deployments import PREFECT, process_worker
 from tests.waiting import wait_until
 
@@ -156,44 +159,72 @@ pull:
   - prefect.deployments.steps.set_working_directory:
       directory: {directory}
 deployments:
-  - name: supervised
+  - name: {name}
     entrypoint: analysis.py:analysis
     work_pool:
       name: htcdask
 """
 
 
-@long
-@pytest.mark.parametrize("how", ["cancelled", "killed"])
-def test_under_a_process_worker(
-    how: str, arena: Arena, row: Row, new_flow: NewFlow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """under a process worker: cancelled through the API, or flow and supervisor killed; Prefect's hooks clean up"""
-    flow = new_flow(hooks=True)
-    for name, value in arena.environment.items():
-        monkeypatch.setenv(name, value)
+@contextmanager
+def under_a_process_worker(arena: Arena, *flows: FlowProcess) -> Iterator[Path]:
+    """Have a process worker of Prefect's run flows, until all of them compute; gives the worker's log."""
 
-    def prefect(*arguments: str) -> None:
+    def prefect(directory: Path, *arguments: str) -> None:
         done = subprocess.run(
-            [*PREFECT, *arguments], cwd=flow.source, env={**os.environ, "PWD": str(flow.source)},
+            [*PREFECT, *arguments], cwd=directory, env={**arena.environment, "PWD": str(directory)},
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
-    (flow.source / "prefect.yaml").write_text(DEPLOYMENT.format(directory=flow.source))
-    prefect("work-pool", "create", "htcdask", "--type", "process", "--overwrite")
-    prefect("deploy", "--all")
-    with process_worker(flow.log):
-        prefect("deployment", "run", "analysis/supervised")
-        flow.compute()
-        if how == "cancelled":
-            since = cancel(arena, flow)
-        else:
-            since = time.time()
-            kill_at_once([flow.supervisor, flow.pid])
+    prefect(arena.directory, "work-pool", "create", "htcdask", "--type", "process", "--overwrite")
+    log = arena.directory / "process_worker.log"
+    with process_worker(log, arena.environment):
+        for flow in flows:
+            name = flow.directory.name
+            (flow.source / "prefect.yaml").write_text(DEPLOYMENT.format(directory=flow.source, name=name))
+            prefect(flow.source, "deploy", "--all")
+            with arena.api() as api:
+                found = api.get(f"/deployments/name/analysis/{name}").raise_for_status().json()
+                api.post(f"/deployments/{found['id']}/create_flow_run", json={}).raise_for_status()
+        for flow in flows:
+            wait_until((flow.marks / "began.json").exists, 120, f"it runs: {log.read_text()[-3000:]}")
+            flow.compute()
+        yield log
+
+
+@long
+def test_cancelled_under_a_process_worker(arena: Arena, row: Row, new_flow: NewFlow) -> None:
+    """cancel through the API, under a process worker"""
+    flow = new_flow(hooks=True)
+    with under_a_process_worker(arena, flow):
+        since = cancel(arena, flow)
         row.gone(arena, since, 60, 60)
-        # After a kill nobody is left to tell of the task runs.
-        row.judge(arena, [flow], ["Cancelled"] if how == "cancelled" else ["Crashed"], again=0, sweep=how == "killed")
+        row.judge(arena, [flow], ["Cancelled"], again=0)
+    row.check()
+
+
+def test_hooks_under_a_process_worker(arena: Arena, row: Row, new_flow: NewFlow) -> None:
+    """two runs under a process worker: flow and supervisor killed, then the other cancelled, its supervisor stuck"""
+    killed, cancelled = (new_flow(hooks=True, late=[["g0", "gated"]], maximum=1) for _ in range(2))
+    with under_a_process_worker(arena, killed, cancelled) as log:
+        (job,), (bystander,) = jobs_of(arena, killed), jobs_of(arena, cancelled)
+        kill_at_once([killed.supervisor, killed.pid])
+        wait_until(lambda: arena.job_ids() == [bystander], 60, f"the hook removes {job}")
+        wait_until(lambda: len(arena.clusters()) == 1, 30, "the hook stops its gateway cluster")
+        wait_until(lambda: "Removed 1 leftover HTCondor jobs" in log.read_text(), 20, "the hook says so")
+        arena.sweep()
+        row.expect(jobs_of(arena, cancelled) == [bystander] and len(arena.clusters()) == 1, "the other one was hit")
+        stuck = cancelled.supervisor
+        kill(stuck, number=signal.SIGSTOP)
+        try:
+            since = cancel(arena, cancelled)
+            row.gone(arena, since, 60, 60)
+        finally:
+            kill(stuck)
+        row.judge(arena, [killed, cancelled], ["Crashed", "Cancelled"], again=0, sweep=True)
+        row.expect(row.flow == "Crashed, Cancelled", f"they are {row.flow}")
+    row.expect("An error was encountered while running hook" not in log.read_text(), "a hook failed")
     row.check()
 
 
