@@ -102,3 +102,14 @@ def _wait_until_sent() -> None:
         EventsWorker.instance().wait_until_empty()
     except Exception as exc:
         logger.debug("Scaling events could not be flushed: %s", exc)
+
+
+def summary_line(summary: Mapping[str, Any]) -> str:
+    """What the supervisor process counted of a cluster at its end, in words."""
+    text = (
+        f"{summary['jobs']} HTCondor jobs on {len(summary['hosts'])} slots, "
+        f"{summary['worker_hours']:.2f} worker-hours, at most {summary['peak']} workers at once; "
+        f"{summary['held']} held, {summary['evicted']} evicted"
+    )
+    left = summary["left"]
+    return f"{text}; {left} still leave the queue" if left else text

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from prefect.tasks import Task
 
+    from prefect_htcdask.resubmission import Spec
+
 R = TypeVar("R")
 
 POLL = 0.5
@@ -43,6 +45,10 @@ COMING = ("pending", "lost")
 """Status of Dask futures that are still to come: what was lost is computed again."""
 
 MAX_GATHERS = 4
+
+MAX_BROKEN = 10
+"""Times that the gathering of one future may break off. Each time that the client finds its connection broken, it waits
+until that is there again; so this many have another reason."""
 
 logger = logging.getLogger("prefect.task_runner.htcdask")
 
@@ -58,11 +64,13 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         task_name: str = "",
         task: Task[Any, Any] | None = None,
         upstreams: Sequence[HTCDaskFuture[Any]] = (),
+        spec: Spec | None = None,
     ) -> None:
         super().__init__(task_run_id=task_run_id, wrapped_future=wrapped_future)
         self.task_name = task_name
         # Their states are kept while this task run may still need them (`recall`), though the user dropped them.
         self.upstreams = upstreams
+        self.spec = spec
         self.task = task
         self._collector = collector
         self._callbacks: list[Callable[[PrefectFuture[R]], None]] = []
@@ -188,6 +196,7 @@ class Collector:
         self._asked: dict[int, HTCDaskFuture[Any]] = {}
         self._ready: list[HTCDaskFuture[Any]] = []
         self._gathers = 0
+        self._broken: dict[int, int] = {}
         self._failure: HTCDaskError | None = None
         self._callbacks = ThreadPoolExecutor(1, thread_name_prefix="htcdask-callbacks")
 
@@ -271,7 +280,9 @@ class Collector:
         except Exception as exc:
             states = dict.fromkeys(finished)
             for future in finished.values():
-                if future.wrapped_future.status == "finished":
+                if isinstance(exc, OSError) and self._try_again(future):
+                    batch.remove(future)
+                elif future.wrapped_future.status == "finished":
                     self._end(future, exc)
         ended: list[HTCDaskFuture[Any]] = []
         lost: list[HTCDaskFuture[Any]] = []
@@ -291,6 +302,16 @@ class Collector:
             if (killer := killer_of(future)) is not None:
                 await self.fates.wait_for(killer)
             self._end(future, None)
+
+    def _try_again(self, future: HTCDaskFuture[Any]) -> bool:
+        """Gather a future later: the connection broke, and the client will say whether its task goes on."""
+        with self.condition:
+            times = self._broken[id(future)] = self._broken.get(id(future), 0) + 1
+        if times > MAX_BROKEN:
+            return False
+        loop = cast(Any, self.client.loop)
+        loop.call_later(POLL, loop.add_callback, self._enqueue_when_back, future)
+        return True
 
     def _end(self, future: HTCDaskFuture[Any], error: BaseException | None) -> None:
         """Give a future that Dask did not finish a Crashed state."""
@@ -315,7 +336,8 @@ class Collector:
             calls = []
             for future in futures:
                 self._asked.pop(id(future), None)
-                future.upstreams = ()
+                future.upstreams, future.spec = (), None
+                self._broken.pop(id(future), None)
                 calls += [(fn, future) for fn in future._callbacks]
                 future._callbacks = []
             self.condition.notify_all()

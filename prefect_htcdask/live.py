@@ -19,28 +19,29 @@ from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-import distributed
 from distributed import Client
 from prefect.client.schemas.objects import State, StateType
 from prefect.states import Cancelled
 
 from prefect_htcdask.cancellation import end_cancelling
-from prefect_htcdask.decisions import Decisions
+from prefect_htcdask.decisions import Decisions, summary_line
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.final_account import CutShort, FinalAccount
 from prefect_htcdask.futures import Collector, HTCDaskFuture
 from prefect_htcdask.interruption import interrupt
 from prefect_htcdask.last_words import LastWords
 from prefect_htcdask.losses import JobFates
-from prefect_htcdask.nested import NestedRun
 from prefect_htcdask.preflight import check_versions
 from prefect_htcdask.recall import Recall
+from prefect_htcdask.reconnection import ResumingClient, Terms
 from prefect_htcdask.submission import Submission
 from prefect_htcdask.task_run_states import Ended, StateReporter
 from prefect_htcdask.worker_groups import OFFERS_METADATA, Offers
-from prefect_htcdask.worker_runtime import current_call, executing_keys
+from prefect_htcdask.worker_runtime import executing_keys
 
 WATCH_INTERVAL = 1.0
+VERDICT = 10.0
+"""Seconds for the supervisor process to say why its cluster does not answer, before a lost connection is the reason."""
 
 # In quotes, since Python 3.10 cannot subscript LoggerAdapter.
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
@@ -88,6 +89,8 @@ class LiveRun:
         self._context = contextvars.copy_context()
         self.recall = Recall(self.client, self.key, self._final_state, self.fates, self.log, self.last_words)
         self.decisions = Decisions(str(getattr(self.cluster, "name", None) or self.key), self._context)
+        if isinstance(self.client, ResumingClient):
+            self.client.resume_on(self._terms(self.client))
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
         self._watcher.start()
 
@@ -124,6 +127,18 @@ class LiveRun:
         if self.collector.failure is None:
             self.log("error", str(error))
         self.collector.fail(error)
+
+    def _terms(self, client: ResumingClient) -> Terms:
+        """How a lost connection is renewed: for as long as a cluster of this run's lives without its supervisor."""
+        return Terms(
+            patience=client.timeout if self.cluster is None else self.cluster.settings.lease.scheduler_duration,
+            verdict=0.0 if self.cluster is None else VERDICT,
+            goes_on=lambda: not self._closed and self.collector.failure is None,
+            in_hand=self._final_state,
+            results_in_hand=lambda: sum(one._final_state is not None for one in list(self._by_key.values())),
+            log=self.log,
+            fail=self.fail,
+        )
 
     def cancel(self) -> None:
         """Cancel every task run that has not ended, interrupt those that run, and tell Prefect of them."""
@@ -201,6 +216,8 @@ class LiveRun:
         self._stop.set()
         pending = self.unfinished()
         interrupted = error is not None or self._cancelled or self.collector.failure is not None
+        # Nobody comes back for what runs on while the connection is away.
+        interrupted = interrupted or self.client.status != "running"
         try:
             if pending and not interrupted:
                 self._settle(pending)
@@ -269,15 +286,8 @@ class LiveRun:
                 self._context.copy().run(end_cancelling, flow_run_id)
 
     def _summarise(self, summary: dict[str, Any]) -> None:
-        if not summary:
-            return
-        text = (
-            f"{summary['jobs']} HTCondor jobs on {len(summary['hosts'])} slots, "
-            f"{summary['worker_hours']:.2f} worker-hours, at most {summary['peak']} workers at once; "
-            f"{summary['held']} held, {summary['evicted']} evicted"
-        )
-        left = summary["left"]
-        self.log("info", f"{text}; {left} still leave the queue" if left else text)
+        if summary:
+            self.log("info", summary_line(summary))
 
     def _cut(self, why: str) -> CutShort:
         kind = StateType.CANCELLED if self._cancelled else StateType.CRASHED
@@ -366,18 +376,6 @@ def owned_by(owner: str, thread: int) -> list[LiveRun]:
     with _lock:
         runs = [slot.run for slot in _slots.values() if slot.run is not None]
     return [run for run in runs if run.owner == owner and run.thread == thread]
-
-
-def nested() -> NestedRun:
-    """How the task that runs here, on a Dask worker, submits further tasks."""
-    client = distributed.get_client()
-    scope = current_call.get(None)
-    if scope is None:
-        return NestedRun(client, client.id)
-    if scope.nested is None:
-        scope.nested = NestedRun(client, scope.envelope_key[0], scope.offers)
-    run: NestedRun = scope.nested
-    return run
 
 
 @atexit.register

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import distributed
 from distributed import Client
 
 from prefect_htcdask.futures import HTCDaskFuture, collector_of
 from prefect_htcdask.submission import Submission
 from prefect_htcdask.worker_groups import Offers
-from prefect_htcdask.worker_runtime import METADATA_ROOT
+from prefect_htcdask.worker_runtime import METADATA_ROOT, current_call
 
 
 class NestedRun:
@@ -38,3 +39,15 @@ class NestedRun:
         client = cast(Any, self.client)
         for key in self.submission.places():
             client.loop.add_callback(client.scheduler.set_metadata, keys=[METADATA_ROOT, *key], value=None)
+
+
+def nested_run() -> NestedRun:
+    """How the task that runs here, on a Dask worker, submits further tasks."""
+    client = distributed.get_client()
+    scope = current_call.get(None)
+    if scope is None:
+        return NestedRun(client, client.id)
+    if scope.nested is None:
+        scope.nested = NestedRun(client, scope.envelope_key[0], scope.offers)
+    run: NestedRun = scope.nested
+    return run

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import distributed
 from prefect.context import FlowRunContext, SettingsContext
 from prefect.logging.loggers import get_run_logger
-from prefect_dask.client import PrefectDaskClient
 
-from prefect_htcdask import lost_work, source_code
+from prefect_htcdask import kept_work, lost_work, source_code
 from prefect_htcdask.api_identity import current_api
 from prefect_htcdask.live import LiveRun, Logger
 from prefect_htcdask.preflight import check_api_reachable, warn_of_local_storage
+from prefect_htcdask.reconnection import ResumingClient
 
 if TYPE_CHECKING:
     from prefect_htcdask.task_runner import HTCDaskTaskRunner
@@ -46,10 +46,11 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
             undo.callback(cluster.close)
         if getattr(target, "security", None) is not None:
             options.setdefault("security", target.security)
-        client = undo.enter_context(PrefectDaskClient(target, **options))
+        client = undo.enter_context(ResumingClient(target, **options))
         flow = context.flow if context is not None else None
         _send_code(client, flow, with_package=cluster is None)
         lost_work.install(client)
+        kept_work.install(client)
         if client.dashboard_link:
             logger.info("The Dask dashboard is available at %s", client.dashboard_link)
         run = LiveRun(

@@ -76,7 +76,9 @@ class Recall:
     def _answer(self, question: dict[str, Any]) -> None:
         key, number, workers = question["key"], question["number"], [str(name) for name in question["workers"]]
         self._fates.lost_with(key, workers)
-        why = self._fates.describe(workers[-1]) if workers else "its worker"
+        why = self._fates.describe(workers[-1]) if workers else str(question.get("why") or "its worker")
+        if workers and getattr(self._client, "lost_lately", False):
+            why += " (the connection to the Dask scheduler was lost as well)"
         answer: dict[str, Any] = {"why": why}
         state = self._final_state(key)
         if state is not None:

@@ -71,7 +71,7 @@ def take_up(arguments: Mapping[str, Any], loss: Mapping[str, Any], run_key: str,
     answer = _ask(run_key, metadata_root, task_run_id, name, loss)
     if answer.get("state") is not None:
         return answer["state"]
-    why = answer.get("why") or f"worker {loss['workers'][-1]}"
+    why = answer.get("why") or (f"worker {loss['workers'][-1]}" if loss["workers"] else loss["why"])
     what = "its result, which is still needed, was lost" if loss["held"] or ended else "it was lost"
     return _go_on(arguments, known, loss, f"Runs again: {what} with {why}")
 
@@ -131,6 +131,7 @@ def _ask(run_key: str, metadata_root: str, task_run_id: UUID, name: str, loss: M
         "name": name,
         "workers": list(loss["workers"]),
         "held": loss["held"],
+        "why": loss.get("why"),
     }
     worker.log_event(f"{TOPIC}-{run_key}", question)
     deadline = time.monotonic() + ANSWER_TIMEOUT

@@ -20,17 +20,16 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import cloudpickle
-from dask._expr import LLGExpr
-from dask._task_spec import Alias, DataNode, List
-from dask._task_spec import Task as GraphTask
-from dask.utils import apply, key_split
+from dask._task_spec import DataNode
+from dask.base import get_annotations
+from dask.utils import key_split
 from distributed import Client, Future
 from distributed.protocol.pickle import dumps
-from distributed.utils import import_term
 from prefect._internal.uuid7 import uuid7
 from prefect.context import (
     AssetContext,
@@ -40,20 +39,20 @@ from prefect.context import (
     TaskRunContext,
     serialize_context,
 )
-from prefect.futures import PrefectDistributedFuture, PrefectFuture
 from prefect.tasks import MaterializingTask, Task
 from prefect.utilities.annotations import allow_failure, opaque, quote, unmapped
-from prefect.utilities.collections import StopVisiting, visit_collection
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
 from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.reconnection import ResumingClient
+from prefect_htcdask.resubmission import NO_OPTIONS, SendOptions, SharedData, Spec, expression
+from prefect_htcdask.upstreams import UpstreamFutures
 from prefect_htcdask.worker_groups import Offers
-from prefect_htcdask.worker_runtime import METADATA_ROOT, Call, Upstream
+from prefect_htcdask.worker_runtime import METADATA_ROOT, Call
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import State
+    pass
 
-RUN_CALL = "prefect_htcdask.worker_runtime.run_call"
 MAX_ENVELOPES = 64
 MAP_BATCH = 2000
 """Task runs of a `map` that go to the scheduler in one graph; more would hold back the first of them."""
@@ -91,11 +90,19 @@ for _annotation in (allow_failure, opaque, quote, unmapped):
 
 
 class Submitted(NamedTuple):
-    """A task run that was submitted: its id, Dask's future of its final state, and the futures that it needs."""
+    """A task run that was submitted.
+
+    Attributes:
+        task_run_id: its id.
+        future: Dask's future of its final state.
+        upstreams: the futures that it needs.
+        spec: what it takes to submit it again, where its client may have to.
+    """
 
     task_run_id: UUID
     future: Future[Any]
     upstreams: list[HTCDaskFuture[Any]]
+    spec: Spec | None
 
 
 class Submission:
@@ -114,6 +121,7 @@ class Submission:
         self.run_id = run_id
         self.api_url = api_url
         self.offers = offers
+        self._options = NO_OPTIONS
         self._lock = threading.Lock()
         self._envelopes: OrderedDict[tuple[Any, ...], tuple[tuple[str, ...], Any]] = OrderedDict()
         self._blobs: OrderedDict[str, tuple[str, ...]] = OrderedDict()
@@ -128,8 +136,8 @@ class Submission:
     ) -> Submitted:
         """Submit one task run that asks Dask for `resources`."""
         envelope = self.envelope(task)
-        task_run_id, key, node, needed = self._node(task, envelope, parameters, wait_for, dependencies or {})
-        return Submitted(task_run_id, self._send({key: node}, [key], resources)[0], needed)
+        task_run_id, spec, needed = self._describe_call(task, envelope, parameters, wait_for, dependencies or {})
+        return Submitted(task_run_id, self._send([spec], {}, resources)[0], needed, self._kept(spec))
 
     def submit_many(
         self,
@@ -149,7 +157,7 @@ class Submission:
         """
         envelope = self.envelope(task)
         shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
-        holder = _Futures(self.client)
+        holder = UpstreamFutures(self.client)
         shared = {name: holder.replace(value) for name, value in shared.items()}
         # Values with upstream states in them differ from plain ones in nothing but that Dask has to fill them.
         reference: Any = None
@@ -162,12 +170,11 @@ class Submission:
             own = shared
         submitted: list[Submitted] = []
         for start in range(0, len(calls), MAP_BATCH):
-            graph: dict[str, Any] = dict(extra)
-            keys: list[str] = []
+            specs: list[Spec] = []
             ids: list[UUID] = []
             needed: list[list[HTCDaskFuture[Any]]] = []
             for parameters in calls[start : start + MAP_BATCH]:
-                task_run_id, key, node, futures = self._node(
+                task_run_id, spec, futures = self._describe_call(
                     task,
                     envelope,
                     parameters,
@@ -178,15 +185,14 @@ class Submission:
                     shared_inputs=shared_inputs,
                     replaced=(own, holder.futures),
                 )
-                graph[key] = node
-                keys.append(key)
+                specs.append(spec)
                 ids.append(task_run_id)
                 needed.append(futures)
             # The key of the shared data comes last; later batches depend on what the first brought.
-            futures_ = self._send(graph, [*keys, *extra], resources)
+            futures_ = self._send(specs, extra, resources)
             if extra:
                 anchor, extra = futures_.pop(), {}
-            submitted += map(Submitted, ids, futures_, needed)
+            submitted += map(Submitted, ids, futures_, needed, map(self._kept, specs))
         del anchor
         return submitted
 
@@ -261,7 +267,7 @@ class Submission:
             cloudpickle.dumps({"context": context, "task": task, "client_key": (digest,), "offers": self.offers})
         )
 
-    def _node(
+    def _describe_call(
         self,
         task: Task[Any, Any],
         envelope: tuple[str, ...],
@@ -273,8 +279,8 @@ class Submission:
         shared_reference: Any = None,
         shared_inputs: Mapping[str, set[Any]] | None = None,
         replaced: tuple[dict[str, Any], list[HTCDaskFuture[Any]]] = ({}, []),
-    ) -> tuple[UUID, str, GraphTask, list[HTCDaskFuture[Any]]]:
-        """One task run as a node of a Dask graph, with the upstream futures that it needs."""
+    ) -> tuple[UUID, Spec, list[HTCDaskFuture[Any]]]:
+        """One task run as a Dask task, with the upstream futures that it needs."""
         task_run_id = uuid7()
         inputs = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
         inputs.update(shared_inputs or {})
@@ -282,7 +288,7 @@ class Submission:
             if more and name in inputs:
                 inputs[name] = inputs[name] | more
 
-        holder = _Futures(self.client, list(replaced[1]))
+        holder = UpstreamFutures(self.client, list(replaced[1]))
         sent = {name: holder.replace(value) for name, value in parameters.items()}
         sent.update(replaced[0])
         waited = holder.replace(list(wait_for)) if wait_for else None
@@ -296,19 +302,14 @@ class Submission:
             asset_context=_asset_context(task, task_run_id, inputs),
             upstreams=len(holder.futures),
         )
-        upstream: Any = List(*(Alias(future.wrapped_future.key) for future in holder.futures))
-        node = GraphTask(
-            key := f"{key_prefix(task.name)}-{task_run_id}",
-            apply,
-            GraphTask(None, import_term, RUN_CALL),
-            List(
-                envelope,
-                dumps(call),
-                shared_reference,
-                upstream if holder.futures else [],
-            ),
+        spec = Spec(
+            f"{key_prefix(task.name)}-{task_run_id}",
+            envelope,
+            dumps(call),
+            shared_reference,
+            tuple(future.spec or str(future.wrapped_future.key) for future in holder.futures),
         )
-        return task_run_id, key, node, holder.futures
+        return task_run_id, spec, holder.futures
 
     def _share(self, shared: dict[str, Any]) -> tuple[Any, dict[str, Any], Future[Any] | None]:
         """Bring shared parameters where workers find them: inline, at the scheduler, or as Dask data."""
@@ -326,48 +327,34 @@ class Submission:
                     self._blobs[digest] = known
             return known, {}, None
         key = f"shared_parameters-{uuid.uuid4()}"
-        return Alias(key), {key: DataNode(key, blob)}, None
+        return SharedData(key, blob), {key: DataNode(key, blob)}, None
 
-    def _send(self, graph: dict[str, Any], keys: list[str], resources: Mapping[str, float] | None) -> list[Future[Any]]:
-        # The token spares Dask hashing every argument; priority and the like are left to `dask.annotate`.
-        expression = LLGExpr(graph, _determ_token=uuid.uuid4().hex)
-        futures: list[Future[Any]] = self.client.get(
-            expression, keys, sync=False, fifo_timeout="100 ms", resources=resources
-        )
+    def _send(
+        self, specs: list[Spec], extra: dict[str, Any], resources: Mapping[str, float] | None
+    ) -> list[Future[Any]]:
+        """Send a graph with these tasks, and nodes in `extra` that they need; returns the futures of all, in order."""
+        options = SendOptions(get_annotations(), resources)
+        if options != self._options:
+            self._options = options
+        graph: dict[str, Any] = dict(extra)
+        for spec in specs:
+            spec.options = self._options
+            graph[spec.key] = spec.node()
+        keys = [*(spec.key for spec in specs), *extra]
+        with self._steady():
+            if isinstance(self.client, ResumingClient):
+                self.client.specs.update((spec.key, spec) for spec in specs)
+            # Priority and the like are left to `dask.annotate`.
+            futures: list[Future[Any]] = self.client.get(
+                expression(graph), keys, sync=False, fifo_timeout="100 ms", resources=resources
+            )
         return futures
 
+    def _steady(self) -> AbstractContextManager[None]:
+        return self.client.steady() if isinstance(self.client, ResumingClient) else nullcontext()
 
-class _Futures:
-    """Collects the upstream futures of a call, and puts `Upstream` in their places.
-
-    A future whose state this process has already is replaced by the state itself: it would make Dask run a finished
-    task again, if the worker that held the state is gone.
-    """
-
-    def __init__(self, client: Client, futures: list[HTCDaskFuture[Any]] | None = None) -> None:
-        self._client = client
-        self.futures: list[HTCDaskFuture[Any]] = futures or []
-        self._index: dict[int, int] = {id(future): i for i, future in enumerate(self.futures)}
-
-    def replace(self, value: Any) -> Any:
-        if type(value) in (int, float, str, bool, bytes, type(None)):
-            return value
-        return visit_collection(value, visit_fn=self._visit, return_data=True, context={})
-
-    def _visit(self, item: Any, context: dict[str, Any]) -> Any:
-        if isinstance(context.get("annotation"), quote):
-            raise StopVisiting()
-        if not isinstance(item, PrefectFuture) or isinstance(item, PrefectDistributedFuture):
-            return item
-        if isinstance(item, HTCDaskFuture) and item.is_on(self._client):
-            if id(item) not in self._index:
-                self._index[id(item)] = len(self.futures)
-                self.futures.append(item)
-            return Upstream(self._index[id(item)])
-        # In hand already, or another runner's: its state, by value.
-        item.wait()
-        state: State[Any] = item.state
-        return state
+    def _kept(self, spec: Spec) -> Spec | None:
+        return spec if isinstance(self.client, ResumingClient) else None
 
 
 def current_tags() -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from prefect_dask.task_runners import DaskTaskRunner
 from prefect_htcdask import live
 from prefect_htcdask.futures import HTCDaskFuture, HTCDaskFutureList
 from prefect_htcdask.mapping import expand_mapping
-from prefect_htcdask.nested import NestedRun
+from prefect_htcdask.nested import NestedRun, nested_run
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.submission import current_tags
 from prefect_htcdask.worker_groups import Offers, resources_of
@@ -199,7 +199,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         run.check()
         sent = run.submission.submit(task, parameters, wait_for, dependencies, resources)
         future: HTCDaskFuture[R] = HTCDaskFuture(
-            sent.task_run_id, sent.future, run.collector, task.name, task, sent.upstreams
+            sent.task_run_id, sent.future, run.collector, task.name, task, sent.upstreams, sent.spec
         )
         run.track([future])
         return future
@@ -228,7 +228,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         run.check()
         submitted = run.submission.submit_many(task, calls, shared, wait_for, inputs, resources)
         futures: list[HTCDaskFuture[R]] = [
-            HTCDaskFuture(sent.task_run_id, sent.future, run.collector, task.name, task, sent.upstreams)
+            HTCDaskFuture(sent.task_run_id, sent.future, run.collector, task.name, task, sent.upstreams, sent.spec)
             for sent in submitted
         ]
         run.track(futures)
@@ -267,7 +267,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
     def _run(self) -> live.LiveRun | NestedRun:
         """The live handles: the flow run's, opened when first asked for; on a worker, its own client."""
         if _on_worker():
-            return live.nested()
+            return nested_run()
         context = FlowRunContext.get()
         if self._live_key is None:
             flow_run = context.flow_run if context is not None else None
@@ -290,7 +290,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         """The Dask resources that a task asks for, by the worker group that it is for."""
         run: live.LiveRun | NestedRun | None = None
         if _on_worker():
-            run = live.nested()
+            run = nested_run()
         elif self._live_key is not None:
             run = live.find(self._live_key)
         if run is None and (self._cluster is not None or self.address is not None):

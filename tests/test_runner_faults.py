@@ -158,12 +158,15 @@ def test_the_scheduler_is_lost(tmp_path: Path) -> None:
 
         address = json.loads((tmp_path / "s.json").read_text())["address"]
 
-        @flow(task_runner=HTCDaskTaskRunner(address=address))
+        # Not the process itself: the flow travels to the workers.
+        lost = scheduler.pid
+
+        @flow(task_runner=HTCDaskTaskRunner(address=address, client_kwargs={"timeout": "8 s"}))
         def computing() -> None:
             sleeping = announce_and_sleep.submit(tmp_path / "pid", 60)
             queued = double.map([1, 2, 3])
             _pid_in(tmp_path / "pid")
-            scheduler.kill()
+            os.kill(lost, signal.SIGKILL)
             with pytest.raises(TaskRunLost):
                 sleeping.result(timeout=60)
             with pytest.raises(TaskRunLost):
@@ -172,6 +175,7 @@ def test_the_scheduler_is_lost(tmp_path: Path) -> None:
 
         state = computing(return_state=True)
         assert state.is_failed()
+        assert "connection to the Dask scheduler" in state.message and "within 8 s" in state.message
     finally:
         for process in (scheduler, worker):
             if process is not None:

@@ -75,7 +75,7 @@ def history(flow_run_id: Any, name: str, until: str = "Completed") -> tuple[Any,
         return of_task if [run.state_name for run in of_task] == [until] else None
 
     with get_client(sync_client=True) as client:
-        (run,) = wait_until(look, 20, f"{name} is {until}")
+        (run,) = wait_until(look, 60, f"{name} is {until}")
         answer = client._client.get("/task_run_states/", params={"task_run_id": str(run.id)}).json()
     states = sorted(answer, key=lambda state: state["timestamp"])
     return run, [(state["name"], state["message"] or "") for state in states]

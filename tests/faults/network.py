@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 HOST, WORKER = "10.213.77.1", "10.213.77.2"
 IDLE, INTERVAL, PROBES = 15, 15, 9
 """Seconds, seconds and count of TCP keepalive in Go's net package, which dask-gateway-proxy uses (net/dial.go)."""
@@ -84,15 +86,17 @@ def mend(name: str) -> None:
 
 
 class Relay:
-    """Takes connections at the host's end of the wire and passes them on to a port of loopback.
+    """Takes connections, by default at the host's end of the wire, and passes them on to a port of loopback.
 
     Args:
         port: of loopback.
+        host: address at which connections are taken.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = HOST) -> None:
         self._target = port
-        self._listener = socket.create_server((HOST, 0))
+        self._clients: dict[int, socket.socket] = {}
+        self._listener = socket.create_server((host, 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -103,10 +107,20 @@ class Relay:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
+    def cut(self, pid: int) -> int:
+        """Close the connections that one process has made; returns how many."""
+        ours = [one for one in psutil.Process(pid).net_connections("tcp") if one.raddr and one.raddr.port == self.port]
+        ends = [end for one in ours if (end := self._clients.pop(one.laddr.port, None)) is not None]
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        return len(ends)
+
     def _serve(self) -> None:
         with suppress(OSError):
             while True:
-                client, _ = self._listener.accept()
+                client, peer = self._listener.accept()
+                self._clients[peer[1]] = client
                 threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()
 
     def _pass_on(self, client: socket.socket) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
+from urllib.parse import urlparse
 
 import pytest
 
+from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults.arena import Arena, kill
 from tests.faults.flow_process import FlowProcess
+from tests.faults.network import Relay
 from tests.faults.row import Row, flow_message
 from tests.waiting import wait_until
 
@@ -52,11 +56,50 @@ def clear_end(arena: Arena, row: Row, flow: FlowProcess, again: int, *words: str
     row.check()
 
 
+def taken_up(flow: FlowProcess) -> str:
+    """What the flow's log says of the connection, once it is there again."""
+
+    def look() -> list[str]:
+        return [line for line in flow.log.read_text(errors="replace").splitlines() if "is there again after" in line]
+
+    return str(wait_until(look, 60, "the connection is there again")[-1].partition(" - ")[2])
+
+
 def test_proxy_lost(arena: Arena, row: Row, new_flow: NewFlow) -> None:
-    """gateway proxy killed and started again mid-flow: unfinished tasks run again, or a clear reason"""
+    """gateway proxy killed and started again mid-flow: the tasks of all workers, which were lost, run again"""
     flow = new_flow().start().compute()
     restart(arena, "proxy", signal.SIGKILL)
-    clear_end(arena, row, flow, 4, "gateway", "scheduler", "connection")
+    for task in ("g0", "g1"):
+        flow.runs(task, 2)
+    flow.let_go()
+    row.expect(flow.wait(120) == 0, f"the flow failed: {flow_message(arena, flow)}")
+    row.note = taken_up(flow)
+    row.gone(arena, flow.said("ended")["time"], 30, 30)
+    row.judge(arena, [flow], ["Completed"], again=2)
+    row.check()
+
+
+def test_connection_of_the_flow_alone_lost(arena: Arena, row: Row, new_flow: NewFlow) -> None:
+    """connections of the flow's process to the scheduler closed from outside: its tasks run on"""
+    proxy = int(urlparse(arena.endpoint.gateway_address).port or 0)
+    with closing(Relay(proxy, "127.0.0.1")) as relay:
+        flow = new_flow(
+            {
+                f"{ENV_PREFIX}GATEWAY_ADDRESS": arena.endpoint.gateway_address,
+                f"{ENV_PREFIX}GATEWAY_PROXY_ADDRESS": f"127.0.0.1:{relay.port}",
+                f"{ENV_PREFIX}GATEWAY_USERNAME": arena.endpoint.username,
+                f"{ENV_PREFIX}GATEWAY_PASSWORD": arena.endpoint.password,
+                f"{ENV_PREFIX}CONDOR_CONFIG_FILE": str(arena.endpoint.condor_config),
+            }
+        )
+        flow.start().compute()
+        row.expect(relay.cut(flow.pid) > 0, "there was no connection to cut")
+        row.note = taken_up(flow)
+        flow.let_go()
+        row.expect(flow.wait(120) == 0, f"the flow failed: {flow_message(arena, flow)}")
+        row.gone(arena, flow.said("ended")["time"], 20, 20)
+        row.judge(arena, [flow], ["Completed"], again=0)
+    row.check()
 
 
 @long

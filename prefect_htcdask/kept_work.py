@@ -1,0 +1,154 @@
+"""The plugin on the Dask scheduler that keeps the work of a client whose connection breaks, until it is back.
+
+Dask forgets what a client wanted as soon as its connection is closed, though the tasks run on and the client is about
+to connect again (distributed, `Scheduler.remove_client`). Here another client stands in for it meanwhile, one without a
+connection, as Dask's own queues and variables have them. A client asks for that, and takes its leave when it closes.
+
+What breaks a client's connection, such as the end of a gateway's proxy, may break those of all workers with it, one
+after the other. Then a task may be handed from one to the next, and be taken for what kills them (`KilledWorker`). So
+what a lost worker says against its tasks counts only once it is seen that no client was lost at the same time.
+
+It travels by value to the scheduler: it imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import cloudpickle
+from distributed import Client
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+KEEP, RESUME, LEAVE = "htcdask_keep", "htcdask_resume", "htcdask-leave"
+"""Names of the scheduler's handlers: two that are asked, and one of the stream from a client."""
+
+
+AT_ONCE = 1.0
+"""Seconds between the losses of connections that are taken to have the same cause."""
+
+
+class KeptWork(SchedulerPlugin):
+    """Holds what vanished clients wanted, each for the time that it asked for."""
+
+    name = "htcdask-kept-work"
+    idempotent = True
+
+    def __init__(self) -> None:
+        self.scheduler: Any = None
+        self.seconds: dict[str, float] = {}
+        self.timers: dict[str, Any] = {}
+        self.client_lost = -AT_ONCE
+        self.marked: dict[str, list[tuple[Any, int]]] = {}
+
+    async def start(self, scheduler: Any) -> None:
+        """Take requests."""
+        self.scheduler = scheduler
+        scheduler.handlers[KEEP] = self.keep
+        scheduler.handlers[RESUME] = self.resume
+        scheduler.stream_handlers[LEAVE] = self.leave
+
+    def keep(self, client: str, seconds: float) -> None:
+        """Keep a client's work for so many seconds, whenever it vanishes."""
+        self.seconds[client] = seconds
+
+    def leave(self, client: str) -> None:
+        """A client is about to close: what it wanted may be forgotten."""
+        self.seconds.pop(client, None)
+
+    def log_event(self, topic: str, msg: Any) -> None:
+        """Hear of losses, before the scheduler hands on what a worker had, or forgets what a client wanted."""
+        if topic != "all" or not isinstance(msg, dict):
+            return
+        if msg.get("action") == "remove-client":
+            self.client_vanishes(msg["client"])
+        elif msg.get("action") == "remove-worker" and not msg["expected"]:
+            tasks = [self.scheduler.tasks[key] for key in msg["processing-tasks"] if key in self.scheduler.tasks]
+            self.marked[msg["worker"]] = [(task, task.suspicious) for task in tasks]
+
+    def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
+        """Take the marks of a lost worker back for a moment, those that others have not taken back already."""
+        marked = [task for task, marks in self.marked.pop(worker, []) if 0 < task.suspicious == marks]
+        if marked:
+            add_marks(marked, -1)
+            asyncio.get_running_loop().call_later(AT_ONCE, self.judge, marked, time.monotonic())
+
+    def judge(self, marked: list[Any], lost_at: float) -> None:
+        """A lost worker's marks stay, unless a client was lost at the same time."""
+        if abs(self.client_lost - lost_at) > AT_ONCE:
+            add_marks((task for task in marked if self.scheduler.tasks.get(task.key) is task), 1)
+
+    def client_vanishes(self, client: str) -> None:
+        """Stand in for it."""
+        state = self.scheduler.clients.get(client)
+        if client not in self.seconds or state is None:
+            return
+        self.client_lost = time.monotonic()
+        keys = [task.key for task in state.wants_what]
+        self.scheduler.client_desires_keys(keys=keys, client=stand_in(client))
+        self.stop_timer(client)
+        self.timers[client] = asyncio.get_running_loop().call_later(self.seconds[client], self.give_up, client)
+
+    def give_up(self, client: str) -> None:
+        """A client did not come back in time."""
+        self.seconds.pop(client, None)
+        self.let_go(client)
+
+    def resume(self, client: str, keys: Iterable[str], seconds: float) -> list[str]:
+        """Give a client that is back what it still wants; returns the keys that there are. Others are let go of."""
+        tasks = self.scheduler.tasks
+        known = [key for key in keys if key in tasks]
+        # Those that are done are told of at once on its stream, the others as they end.
+        self.scheduler.client_desires_keys(keys=known, client=client)
+        # Nobody wanted these any more, though something that was made of them is still there.
+        released = {key: "waiting" for key in known if tasks[key].state == "released"}
+        self.scheduler.transitions(released, stimulus_id=f"htcdask-resume-{time.time()}")
+        self.seconds[client] = seconds
+        self.let_go(client)
+        return known
+
+    def let_go(self, client: str) -> None:
+        """End standing in for a client."""
+        self.stop_timer(client)
+        name = stand_in(client)
+        state = self.scheduler.clients.get(name)
+        if state is not None:
+            self.scheduler.client_releases_keys(keys=[task.key for task in state.wants_what], client=name)
+            del self.scheduler.clients[name]
+
+    def stop_timer(self, client: str) -> None:
+        """It is settled what becomes of a client's work."""
+        timer = self.timers.pop(client, None)
+        if timer is not None:
+            timer.cancel()
+
+
+def add_marks(tasks: Iterable[Any], number: int) -> None:
+    """Add to the number of workers that a task is suspected to have killed."""
+    for task in tasks:
+        task.suspicious += number
+        task.prefix.suspicious += number
+
+
+def stand_in(client: str) -> str:
+    """Name of the client that stands in for another."""
+    return f"htcdask-stand-in-for-{client}"
+
+
+_pickle_lock = threading.Lock()
+
+
+def install(client: Client) -> None:
+    """Have the scheduler of `client` keep the work of clients that ask for it."""
+    with _pickle_lock:
+        # The scheduler of a gateway has none of our modules.
+        module = sys.modules[__name__]
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            client.register_plugin(KeptWork())
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)

@@ -1,0 +1,443 @@
+"""The connection between the flow's process and the Dask scheduler breaks: what goes on, what is submitted again."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlparse
+
+import dask
+import distributed
+import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run as flow_run_runtime
+
+from prefect_htcdask import HTCDaskTaskRunner, kept_work, live, reconnection
+from prefect_htcdask.errors import HTCDaskError, TaskRunLost
+from tests.dask_cluster import dask_cluster, gate
+from tests.test_task_reruns import after, gated, history, marked, runs
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+PATIENCE = 90.0
+"""Seconds for anything that has to come about; short by far on an idle machine."""
+
+
+class Wire:
+    """Passes connections on to a scheduler, and can be cut: then both ends see theirs closed."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        url = urlparse(scheduler.address)
+        self._target = (url.hostname, url.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._whole, self._swallows = True, False
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # flows that mention it travel to workers
+
+    def has(self, future: Any) -> bool:
+        """Whether the scheduler knows the task of a future of ours."""
+        return future.wrapped_future.key in self.scheduler.tasks
+
+    def cut(self) -> None:
+        """Close all connections, and take no new ones until it is mended."""
+        self._whole = False
+        ends, self._ends = self._ends, []
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def swallow(self) -> None:
+        """Let nothing more of what is sent arrive, without a word, until it is cut."""
+        self._swallows = True
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self._whole, self._swallows = True, False
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self.cut()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                if not self._whole:
+                    near.close()
+                    continue
+                far = socket.create_connection(self._target)
+                self._ends += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(source, sink, sink is far), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, there: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if not (there and self._swallows):
+                    sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def pool() -> Iterator[distributed.LocalCluster]:
+    """Two workers of one thread, whose own connections to the scheduler nobody touches."""
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def wire(pool: distributed.LocalCluster) -> Iterator[Wire]:
+    """What lies between the flow's process and the scheduler."""
+    with closing(Wire(pool.scheduler)) as made:
+        yield made
+
+
+def client_of_this_flow() -> Any:
+    run = live.find(str(flow_run_runtime.id))
+    assert run is not None
+    return run.client
+
+
+def told(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if words in record.getMessage()]
+
+
+def test_tasks_run_on_while_the_connection_is_away(
+    wire: Wire, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is submitted again, since the scheduler has kept all of it; what ended meanwhile is heard of."""
+    ids: dict[str, Any] = {}
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> list[Any]:
+        ids["flow"] = flow_run_runtime.id
+        early = marked.submit(tmp_path, "early")
+        early.result(timeout=PATIENCE)
+        ended = marked.submit(tmp_path, "ended")
+        wait_until(lambda: ended.wrapped_future.status == "finished", PATIENCE, "one has ended, and is not collected")
+        first, second = gated.submit(tmp_path, "first"), gated.submit(tmp_path, "second")
+        queued = marked.submit(tmp_path, "queued", wait_for=[first])
+        called: list[Any] = []
+        second.add_done_callback(called.append)
+        wait_until(lambda: runs(tmp_path, "first") and runs(tmp_path, "second"), PATIENCE, "both run")
+        wire.cut()
+        wait_until(lambda: client_of_this_flow().status == "connecting", PATIENCE, "the loss is noticed")
+        assert first.is_pending() and not first.state.is_final()
+        (tmp_path / "second.go").touch()
+        threading.Timer(2, wire.mend).start()
+        # Waits for the connection.
+        late = marked.submit(tmp_path, "late", wait_for=[queued])
+        assert second.result(timeout=PATIENCE) == "second"
+        wait_until(lambda: called == [second], PATIENCE, "the callback was called")
+        (tmp_path / "first.go").touch()
+        late.result(timeout=PATIENCE)
+        return [first.result(timeout=PATIENCE), early.result()[0] > 0, ended.result(timeout=PATIENCE)[0] > 0]
+
+    assert computing() == ["first", True, True]
+    for name in ("early", "ended", "first", "second", "queued", "late"):
+        assert len(runs(tmp_path, name)) == 1, name
+    (line,) = told(caplog, "is there again")
+    assert "of 4 unfinished task runs the scheduler has kept 4, and 0 were submitted again; 1 results in hand" in line
+    assert _nothing_is_kept(wire.scheduler)
+
+
+def test_what_the_scheduler_never_got_is_submitted_again(
+    wire: Wire, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Graphs that were on their way as the connection broke, with upstream tasks here, there and nowhere."""
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> list[Any]:
+        in_hand = marked.submit(tmp_path, "in-hand")
+        gate = gated.submit(tmp_path, "gate")
+        # The scheduler has heard of this task before, as of each whose envelope it must have.
+        after.submit(1, tmp_path, "before").result(timeout=PATIENCE)
+        wait_until(lambda: runs(tmp_path, "gate"), PATIENCE, "the gate runs")
+        wire.swallow()
+        with dask.annotate(priority=7, colour="blue"):
+            of_kept = after.submit(gate, tmp_path, "of-kept")
+        nowhere = marked.submit(tmp_path, "nowhere")
+        of_nowhere = after.submit([nowhere, of_kept], tmp_path, "of-nowhere")
+        mapped = after.map([in_hand, nowhere, 3], tmp_path, [f"mapped-{n}" for n in range(3)])
+        del nowhere
+        wire.cut()
+        wait_until(lambda: client_of_this_flow().status == "connecting", PATIENCE, "the loss is noticed")
+        wire.mend()
+        key = of_kept.wrapped_future.key
+        annotations = wait_until(
+            lambda: key in (tasks := wire.scheduler.tasks) and tasks[key].annotations, PATIENCE, "sent"
+        )
+        (tmp_path / "gate.go").touch()
+        second, kept = of_nowhere.result(timeout=PATIENCE)
+        return [annotations["colour"], annotations["priority"], kept, second[0] > 0, mapped.result(timeout=PATIENCE)[2]]
+
+    assert computing() == ["blue", 7, "gate", True, 3]
+    for name in ("in-hand", "gate", "nowhere"):
+        assert len(runs(tmp_path, name)) == 1, name
+    (line,) = told(caplog, "is there again")
+    assert "of 8 unfinished task runs the scheduler has kept 2, and 6 were submitted again" in line
+
+
+def test_what_the_scheduler_forgot_is_submitted_again(
+    wire: Wire, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No one stood in for the client: what it had wanted is gone, results that only workers had among it."""
+    ids: dict[str, Any] = {}
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> list[Any]:
+        ids["flow"] = flow_run_runtime.id
+        gate = gated.submit(tmp_path, "gate")
+        wait_until(lambda: runs(tmp_path, "gate"), PATIENCE, "the gate runs")
+        in_hand = marked.submit(tmp_path, "in-hand")
+        late = after.submit([in_hand, gate], tmp_path, "late")
+        in_hand.result(timeout=PATIENCE)
+        wait_until(lambda: _run_counts(ids["flow"]).get("gated"), PATIENCE, "the API has heard that the gate runs")
+        _keep_nothing(wire)
+        wire.cut()
+        wait_until(lambda: client_of_this_flow().status == "connecting", PATIENCE, "the loss is noticed")
+        wait_until(
+            lambda: gate.wrapped_future.key not in wire.scheduler.tasks, PATIENCE, "the scheduler has forgotten it"
+        )
+        wire.mend()
+        wait_until(lambda: wire.has(gate), PATIENCE, "it has it again")
+        (tmp_path / "gate.go").touch()
+        return list(late.result(timeout=PATIENCE)[1:])
+
+    assert computing() == ["gate"]
+    assert len(runs(tmp_path, "in-hand")) == 1
+    (line,) = told(caplog, "is there again")
+    assert "of 2 unfinished task runs the scheduler has kept 0, and 2 were submitted again; 1 results in hand" in line
+
+
+def _run_counts(flow_run_id: Any) -> dict[str, int]:
+    with get_client(sync_client=True) as client:
+        found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
+    return {run.task_key.partition("-")[0]: run.run_count for run in found}
+
+
+def _keep_nothing(wire: Wire) -> None:
+    plugin: Any = wire.scheduler.plugins["htcdask-kept-work"]
+    wire.scheduler.loop.add_callback(plugin.seconds.clear)
+    wait_until(lambda: not plugin.seconds, PATIENCE, "the scheduler will keep nothing")
+
+
+def test_a_result_that_was_forgotten_is_computed_again(wire: Wire, tmp_path: Path) -> None:
+    """Prefect's history tells why."""
+    ids: dict[str, Any] = {}
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> int:
+        ids["flow"] = flow_run_runtime.id
+        future = marked.submit(tmp_path, "ended")
+        history(ids["flow"], "marked")
+        _keep_nothing(wire)
+        wire.cut()
+        wait_until(
+            lambda: future.wrapped_future.key not in wire.scheduler.tasks, PATIENCE, "the scheduler has forgotten it"
+        )
+        wire.mend()
+        return int(future.result(timeout=PATIENCE)[0])
+
+    assert computing() == runs(tmp_path, "ended")[1]
+    run, states = history(ids["flow"], "marked")
+    assert [name for name, _ in states] == ["Pending", "Running", "Completed", "AwaitingRetry", "Running", "Completed"]
+    assert "lost with the connection to the Dask scheduler" in dict(states)["AwaitingRetry"]
+    assert run.run_count == 2
+
+
+def test_a_connection_that_stays_away_fails_the_flow(wire: Wire, tmp_path: Path) -> None:
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address, client_kwargs={"timeout": "4 s"}))
+    def computing() -> None:
+        gate = gated.submit(tmp_path, "gate")
+        wait_until(lambda: runs(tmp_path, "gate"), PATIENCE, "the gate runs")
+        wire.cut()
+        with pytest.raises(TaskRunLost, match="could not be made again within 4 s"):
+            gate.result(timeout=PATIENCE)
+        with pytest.raises(HTCDaskError, match="could not be made again within 4 s"):
+            marked.submit(tmp_path, "more")
+        gate.result()
+
+    state = computing(return_state=True)
+    assert state.is_failed() and "connection to the Dask scheduler" in (state.message or "")
+    (tmp_path / "gate.go").touch()
+
+
+def test_a_connection_that_breaks_again_and_again_is_given_up(
+    wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconnection, "LOSSES", 2)
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> None:
+        gate = gated.submit(tmp_path, "gate")
+        wait_until(lambda: runs(tmp_path, "gate"), PATIENCE, "the gate runs")
+        client = client_of_this_flow()
+        for _ in range(2):
+            wire.cut()
+            wait_until(lambda: client.status == "connecting", PATIENCE, "the loss is noticed")
+            wire.mend()
+            wait_until(lambda: client.status == "running", PATIENCE, "it is there again")
+        wire.cut()
+        with pytest.raises(TaskRunLost, match="was lost 3 times within"):
+            gate.result(timeout=PATIENCE)
+        gate.result()
+
+    assert computing(return_state=True).is_failed()
+    (tmp_path / "gate.go").touch()
+
+
+def test_what_is_cancelled_while_the_connection_is_away_does_not_go_on(wire: Wire, tmp_path: Path) -> None:
+    keys: list[str] = []
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> None:
+        gate = gated.submit(tmp_path, "gate")
+        behind = marked.submit(tmp_path, "behind", wait_for=[gate])
+        keys.extend(str(future.wrapped_future.key) for future in (gate, behind))
+        wait_until(lambda: runs(tmp_path, "gate"), PATIENCE, "the gate runs")
+        wire.cut()
+        run = live.find(str(flow_run_runtime.id))
+        assert run is not None
+        wait_until(lambda: run.client.status == "connecting", PATIENCE, "the loss is noticed")
+        run.cancel()
+        wire.mend()
+        wait_until(lambda: run.client.status == "running", PATIENCE, "it is there again")
+        wait_until(lambda: not set(keys) & set(wire.scheduler.tasks), PATIENCE, "the scheduler has forgotten them")
+        behind.wait(timeout=10)
+        assert behind.state.is_cancelled()
+        raise ValueError("cancelled")
+
+    assert computing(return_state=True).is_failed()
+    assert not runs(tmp_path, "behind")
+
+
+def test_a_flow_that_ends_while_the_connection_is_away(wire: Wire, tmp_path: Path) -> None:
+    """Nothing is taken up again, and nobody waits for the connection."""
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> None:
+        gate = gated.submit(tmp_path, "gate")
+        wait_until(lambda: runs(tmp_path, "gate"), PATIENCE, "the gate runs")
+        wire.cut()
+        wait_until(lambda: client_of_this_flow().status == "connecting", PATIENCE, "the loss is noticed")
+        assert gate.is_pending()
+        raise ValueError("the end")
+
+    started = time.monotonic()
+    state: State[Any] = computing(return_state=True)
+    assert state.is_failed() and "the end" in (state.message or "")
+    assert time.monotonic() - started < 60
+    (tmp_path / "gate.go").touch()
+
+
+def test_work_is_kept_for_a_time_only_and_for_those_who_asked(pool: distributed.LocalCluster, tmp_path: Path) -> None:
+    """A flow's process that is killed leaves its tasks in a warm pool no longer than that."""
+    scheduler: Any = pool.scheduler
+
+    def future_of(client: distributed.Client) -> distributed.Future[Any]:
+        future = client.submit(max, [1, len(str(client.id))], pure=False)
+        future.result(timeout=20)
+        return future
+
+    def vanish(client: distributed.Client) -> None:
+        cast(Any, client).status = "closed"
+        cast(Any, client).loop.add_callback(cast(Any, client).scheduler_comm.abort)
+
+    with (
+        distributed.Client(pool, set_as_default=False) as asked,
+        distributed.Client(pool, set_as_default=False) as not_,
+    ):
+        kept_work.install(asked)
+        asked.sync(cast(Any, asked).scheduler.htcdask_keep, client=asked.id, seconds=2)
+        kept, gone = future_of(asked), future_of(not_)
+        since = time.monotonic()
+        vanish(asked)
+        vanish(not_)
+        wait_until(lambda: gone.key not in scheduler.tasks, PATIENCE, "nobody keeps this")
+        assert kept.key in scheduler.tasks or time.monotonic() - since > 2
+        wait_until(lambda: kept.key not in scheduler.tasks, PATIENCE, "nobody keeps that any more")
+        assert time.monotonic() - since >= 2
+    assert not scheduler.plugins[kept_work.KeptWork.name].seconds
+    assert _nothing_is_kept(scheduler)
+
+
+def _nothing_is_kept(scheduler: Any) -> bool:
+    clients = scheduler.clients
+    return bool(
+        wait_until(lambda: not [name for name in clients if "stand-in" in name], PATIENCE, "no stand-in is left")
+    )
+
+
+def wait_at_gate(number: int) -> int:
+    gate(0).wait(PATIENCE)
+    return number
+
+
+def test_tasks_are_not_blamed_for_workers_that_were_lost_with_the_client() -> None:
+    """A proxy's end takes the connections of all workers, one after the other: a task goes from one to the next."""
+
+    async def losing() -> list[tuple[str, int]]:
+        async with dask_cluster() as cluster:
+            scheduler: Any = cluster.scheduler
+            await scheduler.register_scheduler_plugin(kept_work.KeptWork(), idempotent=True)
+            with closing(Wire(scheduler)) as wire:
+                for number in range(16):
+                    cluster.workers.append(
+                        await distributed.Worker(wire.address, nthreads=1, dashboard=False, name=f"htcdask-{number}.0")
+                    )
+                client = distributed.Client(wire.address, asynchronous=True, set_as_default=False)
+                async with client:
+                    await cast(Any, client).scheduler.htcdask_keep(client=client.id, seconds=60)
+                    futures = [client.submit(wait_at_gate, n, key=f"wait{n}-{n}") for n in range(16)]
+                    await cluster.until(
+                        lambda: sum(len(ws.processing) for ws in scheduler.workers.values()) == 16, "all are at work"
+                    )
+                    wire.cut()
+                    await cluster.until(lambda: not scheduler.workers, "all workers are lost")
+                    await asyncio.sleep(2 * kept_work.AT_ONCE)
+                    found = [(task.state, task.suspicious) for task in scheduler.tasks.values()]
+                    gate(0).set()
+                    del futures
+                    return found
+
+    assert asyncio.run(losing()) == [("queued", 0)] * 16
+
+
+def test_tasks_are_blamed_for_a_worker_that_is_lost_alone() -> None:
+    async def losing() -> list[int]:
+        async with dask_cluster() as cluster:
+            scheduler: Any = cluster.scheduler
+            await scheduler.register_scheduler_plugin(kept_work.KeptWork(), idempotent=True)
+            worker = await cluster.add_worker()
+            future = cluster.client.submit(wait_at_gate, 1, key="wait-1")
+            await cluster.until(lambda: scheduler.workers[worker.address].processing, "it is at work")
+            scheduler.stream_comms[worker.address].abort()
+            await cluster.until(lambda: not scheduler.workers, "the worker is lost")
+            await cluster.until(lambda: scheduler.tasks["wait-1"].suspicious, "it is blamed")
+            await asyncio.sleep(kept_work.AT_ONCE)
+            gate(0).set()
+            assert future.key == "wait-1"
+            return [task.suspicious for task in scheduler.tasks.values()]
+
+    assert asyncio.run(losing()) == [1]
