@@ -43,6 +43,7 @@ bench: venv
 
 lint: venv
 	@$(VENV) -m ruff check .
+	@$(VENV) -m ruff format --check .
 	@$(VENV) -m mypy
 
 clean:

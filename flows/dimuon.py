@@ -1,5 +1,7 @@
 """The dimuon mass spectrum from CMS NanoAOD, read by Dask workers that are HTCondor jobs.
 
+Run it by::
+
     python flows/dimuon.py                                # a few real CMS events, fetched once
     python flows/dimuon.py 'data/*.root' root://host//store/file.root --workers 50
 """
@@ -145,9 +147,7 @@ def fill(source: Source, tree: str, dataset: str, start: int, stop: int, min_pt:
 
 def fill_histograms(muons: ak.Array, dataset: str, min_pt: float, max_eta: float) -> Result:
     """Spectrum and counts of events with the branches `BRANCHES`; `min_pt` in GeV."""
-    first, second = ak.unzip(
-        ak.combinations(ak.zip({name.removeprefix("Muon_"): muons[name] for name in BRANCHES}), 2)
-    )
+    first, second = ak.unzip(ak.combinations(ak.zip({name.removeprefix("Muon_"): muons[name] for name in BRANCHES}), 2))
     opposite = first.charge * second.charge < 0
     accepted = opposite
     for muon in (first, second):
@@ -174,9 +174,7 @@ def pair_mass(first: ak.Array, second: ak.Array) -> np.ndarray:
         for muon in (first, second)
         for value in (muon.pt, muon.eta, muon.phi)
     )
-    energy1, energy2 = (
-        np.sqrt(MUON_MASS**2 + (pt * np.cosh(eta)) ** 2) for pt, eta in ((pt1, eta1), (pt2, eta2))
-    )
+    energy1, energy2 = (np.sqrt(MUON_MASS**2 + (pt * np.cosh(eta)) ** 2) for pt, eta in ((pt1, eta1), (pt2, eta2)))
     momenta = pt1 * pt2 * (np.cos(phi1 - phi2) + np.sinh(eta1) * np.sinh(eta2))
     return np.sqrt(np.maximum(2 * MUON_MASS**2 + 2 * (energy1 * energy2 - momenta), 0.0))
 

@@ -131,9 +131,10 @@ def test_a_second_keeper_refuses_the_same_directory(
 
 
 def test_leaves_the_callers_process_alone(embedded: EmbeddedEndpoint) -> None:
-    code = START_FROM_ELSEWHERE.replace(
-        "print(", "import os\nbefore = dict(os.environ)\nprint(", 1
-    ) + "assert dict(os.environ) == before\nassert 'htcondor2' not in sys.modules\n"
+    code = (
+        START_FROM_ELSEWHERE.replace("print(", "import os\nbefore = dict(os.environ)\nprint(", 1)
+        + "assert dict(os.environ) == before\nassert 'htcondor2' not in sys.modules\n"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code, str(embedded.directory)], capture_output=True, text=True, timeout=60
     )
@@ -225,9 +226,7 @@ def test_root_needs_no_user_namespace(own: EmbeddedSettings, tmp_path: Path, mon
     run_private_job(ensure_running(own), tmp_path / "again")
 
 
-def test_root_who_can_be_nobody_else_is_told(
-    own: EmbeddedSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_who_can_be_nobody_else_is_told(own: EmbeddedSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAYS_FOR_ROOT", ())
     if os.geteuid() == 0:
         with pytest.raises(EmbeddedError, match=r"no jobs as root.*run as an ordinary user"):

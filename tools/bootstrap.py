@@ -65,8 +65,9 @@ def _use_supported_python() -> None:
         if found and _runs(found):
             os.execv(found, [found, *sys.argv])
     raise BootstrapError(
-        "Python {}.{} to {}.{} is needed; {} is {}.{}. Install one, or name it: make PYTHON=/path/to/python3"
-        "".format(*lowest, *highest, sys.executable, *sys.version_info[:2])
+        "Python {}.{} to {}.{} is needed; {} is {}.{}. Install one, or name it: make PYTHON=/path/to/python3".format(
+            *lowest, *highest, sys.executable, *sys.version_info[:2]
+        )
     )
 
 

@@ -1,5 +1,7 @@
 """The demo's flow: runs `flows/dimuon.py` as its user would, and says what it found and where it ran.
 
+It is started by::
+
     python -m tools.demo_flow PICTURE
 """
 

@@ -1,5 +1,7 @@
 """The keeper's guard: a command that waits for the end of its input, which the keeper holds, and then cleans up.
 
+It is started by::
+
     python -m prefect_htcdask.embedded.guard DIRECTORY
 """
 
