@@ -11,7 +11,19 @@ import typer
 
 from benchmarks.result import Result
 
-NAMES = ("submit", "start", "cleanup", "plugin", "adaptive-sim", "adaptive-pool")
+NAMES = (
+    "submit",
+    "start",
+    "cleanup",
+    "plugin",
+    "adaptive-sim",
+    "adaptive-pool",
+    "throughput",
+    "scaling",
+    "dag",
+    "postgres",
+    "soak",
+)
 """Each is a module or package here, with underscores for hyphens."""
 
 

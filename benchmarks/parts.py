@@ -50,11 +50,15 @@ def pool(**settings: Any) -> Iterator[EmbeddedEndpoint]:
 
 
 @contextmanager
-def server() -> Iterator[PrefectServer]:
-    """A Prefect server, used by this process and those it starts while the block lasts."""
+def server(database: str | None = None) -> Iterator[PrefectServer]:
+    """A Prefect server, used by this process and those it starts while the block lasts.
+
+    Args:
+        database: SQLAlchemy URL of its database; SQLite by default.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="htcdask-bench-prefect-") as directory,
-        prefect_server(Path(directory)) as running,
+        prefect_server(Path(directory), database=database) as running,
         environment(**running.environment),
     ):
         yield running

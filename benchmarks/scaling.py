@@ -1,0 +1,45 @@
+"""One map of 1,000, 10,000 and 50,000 no-op tasks: does the time for each stay, and does the flow's process grow?
+
+Memory is the USS of the flow's process: what it has for itself alone, and would free by ending. The growth of a map is
+its largest USS while it runs, over that before it, all its futures and results being kept.
+"""
+
+from __future__ import annotations
+
+import os
+
+from benchmarks.parts import server
+from benchmarks.result import Result
+from benchmarks.task_load import Spent, workers
+
+SIZES = tuple(int(size) for size in os.environ.get("BENCH_SCALING_TASKS", "1000,10000,50000").split(","))
+WORKERS = 2
+SPREAD_GOAL = 1.2
+GROWTH_GOAL = 8 * 1024
+
+
+def run() -> Result:
+    """Measure each size in a flow of its own; no peer is needed."""
+    with server(), workers(WORKERS) as on:
+        spent = {size: on.measure("ours", "map", size, memory=True) for size in SIZES}
+    seconds = {size: one.seconds / size for size, one in spent.items()}
+    grown = {size: growth(one) for size, one in spent.items()}
+    spread = max(seconds.values()) / min(seconds.values())
+    return Result(
+        "scaling",
+        metrics={
+            "workers": WORKERS,
+            "seconds_per_task": {str(size): round(each, 6) for size, each in seconds.items()},
+            "slowest_over_fastest": round(spread, 3),
+            "flow_bytes_per_task": {str(size): round(each) for size, each in grown.items()},
+            **{f"{size} tasks": one.figures() for size, one in spent.items()},
+        },
+        goal={"slowest_over_fastest_at_most": SPREAD_GOAL, "flow_bytes_per_task_at_most": GROWTH_GOAL},
+        checks={"seconds_per_task": spread <= SPREAD_GOAL, "flow_bytes": max(grown.values()) <= GROWTH_GOAL},
+    )
+
+
+def growth(spent: Spent) -> float:
+    """Bytes for each task by which the flow's process has grown at most."""
+    assert spent.most_bytes is not None and spent.first_bytes is not None
+    return (spent.most_bytes - spent.first_bytes) / spent.tasks

@@ -1,0 +1,71 @@
+"""No-op tasks each second: ours against DaskTaskRunner, on the same scheduler and the same HTCondor workers.
+
+Both runners get the address of one running cluster: that leaves out how each would come to its workers, which is not
+what is measured. It is the better half of the comparison for DaskTaskRunner, since the workers have already imported
+all that its tasks need. The floor is the engine alone, `run_task_sync` in a loop in one process.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from benchmarks.parts import server
+from benchmarks.result import Result
+from benchmarks.task_load import Spent, floor, workers
+
+TASKS = int(os.environ.get("BENCH_THROUGHPUT_TASKS", "2000"))
+PEER_TASKS = int(os.environ.get("BENCH_THROUGHPUT_PEER_TASKS", "500"))
+WORKERS = tuple(int(count) for count in os.environ.get("BENCH_THROUGHPUT_WORKERS", "2,8").split(","))
+SHAPES = ("map", "submit")
+
+TIMES_FASTER_GOAL = 10.0
+FLOW_CPU_GOAL = 3e-3
+WORKERS_OVER_FLOOR_GOAL = 2.0
+
+
+def run() -> Result:
+    """Measure both runners, by `map` and by `submit`, with each number of workers."""
+    ours: dict[str, Spent] = {}
+    peers: dict[str, Spent] = {}
+    floors: dict[int, float] = {}
+    for count in WORKERS:
+        with server(), workers(count) as on:
+            floors[count] = floor(PEER_TASKS)
+            for shape in SHAPES:
+                ours[f"{shape}, {count} workers"] = on.measure("ours", shape, TASKS)
+                peers[f"{shape}, {count} workers"] = on.measure("peer", shape, PEER_TASKS)
+    # DaskTaskRunner's time grows with the number of tasks, so that fewer do, scaled.
+    faster = {name: ours[name].rate / peers[name].rate for name in ours}
+    settled = {name: ours[name].settled_rate / peers[name].settled_rate for name in ours}
+    over_floor = {
+        f"{shape}, {count} workers": ours[f"{shape}, {count} workers"].workers_cpu_per_task / floors[count]
+        for count in WORKERS
+        for shape in SHAPES
+    }
+    return Result(
+        "throughput",
+        metrics={
+            "times_faster": rounded(faster),
+            "times_faster_until_the_api_shows_all": rounded(settled),
+            "workers_cpu_over_floor": rounded(over_floor),
+            "floor_cpu_seconds_per_task": {str(count): round(seconds, 6) for count, seconds in floors.items()},
+            **{name: spent.figures() for name, spent in ours.items()},
+        },
+        peers={"DaskTaskRunner": {name: spent.figures() for name, spent in peers.items()}},
+        goal={
+            "times_faster_at_least": TIMES_FASTER_GOAL,
+            "flow_cpu_seconds_per_task_at_most": FLOW_CPU_GOAL,
+            "workers_cpu_over_floor_at_most": WORKERS_OVER_FLOOR_GOAL,
+        },
+        checks={
+            "times_faster": min(faster.values()) >= TIMES_FASTER_GOAL,
+            "flow_cpu": max(spent.flow_cpu_per_task for spent in ours.values()) <= FLOW_CPU_GOAL,
+            "workers_cpu": max(over_floor.values()) <= WORKERS_OVER_FLOOR_GOAL,
+        },
+    )
+
+
+def rounded(figures: dict[str, float]) -> dict[str, Any]:
+    """The same, to three places."""
+    return {name: round(figure, 3) for name, figure in figures.items()}
