@@ -1,0 +1,155 @@
+"""Large arguments and results: how often do they cross the wire? Every connection passes a proxy that counts."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import distributed
+import numpy as np
+import pytest
+from prefect import flow, task
+from prefect.utilities.annotations import unmapped
+
+from prefect_htcdask import HTCDaskTaskRunner
+from tests.counting_proxy import Traffic, counting_proxy
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+MB = 1_000_000
+ARRAY = int(os.environ.get("HTCDASK_TEST_ARRAY_MB", "20")) * MB
+"""Bytes of the large argument; more than waits at the scheduler (`submission.METADATA_LIMIT`)."""
+TASKS = 40
+RESULT = 1 * MB
+
+
+@dataclass
+class Pool:
+    """A scheduler with two workers in processes of their own.
+
+    Attributes:
+        client: a client that passes by no proxy.
+        to_scheduler: what clients that connect to its address exchange with the scheduler.
+        of_workers: what the workers exchange with the scheduler.
+    """
+
+    client: distributed.Client
+    to_scheduler: Traffic
+    of_workers: Traffic
+
+    def from_workers(self) -> int:
+        """Bytes of data that workers have sent in all, to each other or as results, by Dask's own count."""
+        return sum(self.client.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total).values())
+
+
+@pytest.fixture(scope="module")
+def pool(prefect_server: Any) -> Iterator[Pool]:
+    with ExitStack() as stack:
+        scheduler = stack.enter_context(distributed.LocalCluster(n_workers=0, processes=True, dashboard_address=None))
+        of_workers = stack.enter_context(counting_proxy(scheduler.scheduler_address))
+        to_scheduler = stack.enter_context(counting_proxy(scheduler.scheduler_address))
+        client = stack.enter_context(distributed.Client(scheduler.scheduler_address, set_as_default=False))
+        options = ["--no-nanny", "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", "--memory-limit", "0"]
+        for _ in range(2):
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "dask", "worker", of_workers.address, *options],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            stack.callback(worker.wait, 20)
+            stack.callback(worker.terminate)
+        client.wait_for_workers(2, timeout=60)
+        made = Pool(client, to_scheduler, of_workers)
+        POOLS.append(made)
+        yield made
+        POOLS.remove(made)
+
+
+POOLS: list[Pool] = []
+
+
+def the_pool() -> Pool:
+    """The pool; by a function, since what a flow's own function names by itself travels with the flow."""
+    return POOLS[0]
+
+
+@functools.cache
+def the_array() -> Any:
+    """The large argument, likewise."""
+    return np.random.default_rng(1).integers(0, 256, ARRAY, dtype=np.uint8)
+
+
+@task
+def first_and_process(number: int, array: Any) -> tuple[int, int]:
+    import os
+    import time
+
+    time.sleep(0.05)  # long enough for the other worker to have its share
+    return int(array[number]), os.getpid()
+
+
+@task
+def large(number: int) -> bytes:
+    return bytes([number % 256]) * RESULT
+
+
+@task
+def length(value: bytes) -> int:
+    return len(value)
+
+
+@flow
+def one_map() -> dict[str, Any]:
+    pool, array = the_pool(), the_array()
+    first_and_process.map(range(2), array=unmapped(array[:10])).result()  # connected, and the code is there
+    client, workers, data = pool.to_scheduler.now(), pool.of_workers.now(), pool.from_workers()
+    answers = first_and_process.map(range(TASKS), array=unmapped(array)).result()
+    return {
+        "answers": answers,
+        "sent": pool.to_scheduler.since(client)[0],
+        "fetched": pool.of_workers.since(workers)[1] + pool.from_workers() - data,
+    }
+
+
+def test_a_large_shared_argument_is_sent_once_to_each_worker(pool: Pool) -> None:
+    seen = one_map.with_options(task_runner=HTCDaskTaskRunner(address=pool.to_scheduler.address))()
+    assert [value for value, _ in seen["answers"]] == [int(value) for value in the_array()[:TASKS]]
+    assert len({process for _, process in seen["answers"]}) == 2, "one worker alone had all the tasks"
+    assert ARRAY <= seen["sent"] < 1.1 * ARRAY
+    assert 2 * ARRAY <= seen["fetched"] < 2.1 * ARRAY
+
+
+@flow
+def many_results() -> dict[str, Any]:
+    traffic = the_pool().to_scheduler
+    large.map(range(2)).wait()
+    seen: dict[str, Any] = {}
+    before = traffic.now()
+    futures: Any = large.map(range(TASKS))
+    wait_until(lambda: not any(future.is_pending() for future in futures), 60, "every task run has ended")
+    # Others may use them where they are.
+    seen["lengths"] = length.map(futures).result()
+    seen["unasked"] = traffic.since(before)
+    seen["one"] = futures[3].result()
+    seen["of one"] = traffic.since(before)
+    seen["all"] = futures.result()
+    seen["of all"] = traffic.since(before)
+    return seen
+
+
+def test_large_results_stay_on_the_workers_until_they_are_asked_for(pool: Pool) -> None:
+    seen = many_results.with_options(task_runner=HTCDaskTaskRunner(address=pool.to_scheduler.address))()
+    assert seen["lengths"] == [RESULT] * TASKS
+    assert seen["all"] == [bytes([number % 256]) * RESULT for number in range(TASKS)]
+    assert seen["one"] == seen["all"][3]
+    assert seen["unasked"][1] < RESULT
+    assert RESULT <= seen["of one"][1] - seen["unasked"][1] < 2 * RESULT
+    assert TASKS * RESULT <= seen["of all"][1] < 1.1 * TASKS * RESULT
+    assert seen["of all"][0] < RESULT, "a result was sent back to be used"
