@@ -20,7 +20,7 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.worker_job import FlowRunTag, job_of_worker
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.worker_leave import HANDED_BACK
-from tests.cluster_fixtures import Stopwatch, texts
+from tests.cluster_fixtures import Stopwatch, jobs_of, texts
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.pool
@@ -402,3 +402,27 @@ def test_fast_evictions_and_removals_are_held_against_no_task(
         assert long.result(timeout=30) == "long"
         assert marks.counts() == {"long": 7}
     assert texts(messages, "failed") == ""
+
+
+def test_closing_does_not_wait_for_a_job_that_is_slow_to_leave(
+    new_cluster: NewCluster, queue: ScheddClient, marks: Marks
+) -> None:
+    """Its task keeps the worker from listening, until the guard ends it; the supervisor sees to that alone."""
+    cluster = new_cluster(n_workers=1)
+    with cluster.get_client() as client:
+        client.wait_for_workers(1, timeout=60)
+        future = client.submit(deaf, str(marks.directory), "deaf")
+        marks.begins("deaf", 1)
+        assert future.status == "pending"
+        assert cluster._supervisor is not None
+        supervisor = cluster._supervisor.pid
+    watch = Stopwatch()
+    cluster.close()
+    closed = watch()
+    assert psutil.pid_exists(supervisor) and cluster.summary["left"] == 1
+    assert closed < 10
+    wait_until(lambda: jobs_of(queue, cluster.name) == [], 60, "no job left")
+    # Not even a zombie of it.
+    wait_until(lambda: not psutil.pid_exists(supervisor), 30, "the supervisor ended and was reaped")
+    print(f"closed after {closed:.1f} s, all gone after {watch():.1f} s")
+    assert not (cluster.run_directory / "staging").exists()

@@ -291,7 +291,7 @@ def test_secrets_are_nowhere_to_be_read(
     for name in ("worker_secrets.json", "dask.pem"):
         assert (staging / "default" / name).stat().st_mode & 0o777 == 0o600
     cluster.close()
-    assert not staging.exists()
+    wait_until(lambda: not staging.exists(), 20, "the secrets are gone")
 
 
 def test_nothing_is_left_open_in_the_flow_s_process(new_cluster: NewCluster) -> None:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT = 60.0
 _MAX_RESTARTS = 5
+_AFTER_SUMMARY = 1.5  # seconds in which a supervisor that has told its summary mostly ends
 _LONG_LIFE = 600.0  # a supervisor that lived this long in seconds was no failed start
 # Names of environment variables whose values are nobody's business in a new process.
 _SECRET_WORDS = ("KEY", "AUTH_STRING", "PASSWORD", "TOKEN", "SECRET")
@@ -167,10 +168,13 @@ class SupervisorHandle:
             self._plan = self._plan.with_target(group, target_of({**arguments, "op": op}))
 
     def close(self, timeout: float = CLOSE_TIMEOUT) -> dict[str, Any]:
-        """Have it remove all jobs and stop the cluster, then reap it; idempotent, and quiet about a dead one.
+        """Have it remove all jobs and stop the cluster; idempotent, and quiet about a dead one.
+
+        The process is waited for a moment only once it has told its summary: it may wait for jobs that are slow to
+        leave. It goes on by itself, and the reading thread reaps it.
 
         Args:
-            timeout: seconds to wait at most; the process goes on cleaning up by itself after that.
+            timeout: seconds to wait at most for the summary.
 
         Returns:
             the summary, empty where the process was gone.
@@ -189,8 +193,9 @@ class SupervisorHandle:
                 # It has nothing to clean up, and a forked child may keep the pipe from ending.
                 self._close_stdin()
                 self._process.terminate()
-        if not self.ended.wait(max(0.1, deadline - time.monotonic())):
-            logger.warning("the supervisor (pid %d) still waits for the last jobs to leave", self._process.pid)
+        left = max(0.1, deadline - time.monotonic())
+        if not self.ended.wait(min(left, _AFTER_SUMMARY) if self.summary else left):
+            logger.info("the supervisor (pid %d) still waits for the last jobs to leave", self._process.pid)
         return self.summary
 
     def detach(self) -> None:
