@@ -289,6 +289,12 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
                 install(code)
 
         async def teardown(self, worker: Any) -> None:
+            from distributed.worker import WORKER_ANY_RUNNING
+
+            if worker.status in WORKER_ANY_RUNNING:
+                # Another flow run's plugin takes this one's place. The worker goes on, and the services that send
+                # Prefect's events and logs with it: once stopped, they are kept by Prefect for ever.
+                return
             from prefect_htcdask.worker_runtime import dask_teardown
 
             await dask_teardown(worker)

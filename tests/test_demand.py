@@ -250,7 +250,8 @@ async def test_a_worker_that_leaves_by_itself_is_left_to_do_so() -> None:
     async with dask_cluster() as cluster:
         leaving, _ = await cluster.add_worker(1), await cluster.add_worker(1)
         running = cluster.client.submit(wait, 1, workers=[leaving.address])
-        await cluster.until(lambda: cluster.scheduler.workers[leaving.address].processing, "in hand")
+        # One that it has been sent, but has not begun, it would not begin any more.
+        await cluster.until(lambda: leaving.state.executing, "at work")
         leaving.status = Status.closing_gracefully
         await cluster.until(lambda: len(cluster.scheduler.running) == 1, "word that it is leaving")
         assert await cluster.plugin.retire([leaving.name]) == []

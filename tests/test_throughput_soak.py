@@ -16,7 +16,7 @@ from prefect import flow, task
 from prefect_htcdask import HTCDaskTaskRunner, worker_runtime
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.usefixtures("prefect_api")
+pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.soak]
 
 FLOW_RUNS = 10
 TASKS_PER_FLOW_RUN = 10
@@ -71,11 +71,6 @@ def grown_table(looks: list[dict[str, dict[str, int]]]) -> str:
     return "\n".join(f"{number}: {worker}" for number, look in enumerate(looks) for worker in look.values())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="each flow run replaces the worker plugin, whose teardown stops Prefect's services; Prefect keeps those",
-)
 @pytest.mark.timeout(900)
 def test_a_worker_that_serves_many_flow_runs_does_not_grow(workers: distributed.LocalCluster) -> None:
     @flow(task_runner=HTCDaskTaskRunner(address=workers.scheduler_address))
