@@ -17,6 +17,11 @@ from uuid import UUID
 GRACE = 2.0
 """Seconds that the flow's engine has for its own last word: a flow run may still go from Cancelled to Failed."""
 
+ATTEMPTS = 4
+PAUSE = 3.0
+TIMEOUT = 5.0
+"""Seconds that a request may take: whoever cancelled waits for the process's end, though the API be away."""
+
 logger = logging.getLogger("prefect.task_runner.htcdask")
 
 
@@ -29,18 +34,28 @@ def end_cancelling(flow_run_id: UUID, grace: float = GRACE) -> threading.Thread:
 
 
 def _end(flow_run_id: UUID, grace: float) -> None:
+    for attempt in range(ATTEMPTS):
+        time.sleep(PAUSE if attempt else grace)
+        try:
+            return _end_now(flow_run_id)
+        except Exception as exc:
+            if attempt == ATTEMPTS - 1:
+                logger.warning("Flow run %s was cancelled, but Prefect could not be told: %s", flow_run_id, exc)
+
+
+def _end_now(flow_run_id: UUID) -> None:
     from prefect.client.orchestration import get_client
     from prefect.context import SyncClientContext
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
     from prefect.states import Cancelled
 
-    time.sleep(grace)
     # The flow's own client is closed by now.
     SyncClientContext.__var__.set(cast(Any, None))
-    try:
-        with get_client(sync_client=True) as client:
-            state = client.read_flow_run(flow_run_id).state
-            if state is not None and state.is_cancelling():
-                message = "Cancelled: its task runs were cancelled and its workers removed"
-                client.set_flow_run_state(flow_run_id, Cancelled(message=message), force=True)
-    except Exception as exc:
-        logger.warning("Flow run %s was cancelled, but Prefect could not be told: %s", flow_run_id, exc)
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(httpx_settings={"timeout": TIMEOUT}, sync_client=True) as client,
+    ):
+        state = client.read_flow_run(flow_run_id).state
+        if state is not None and state.is_cancelling():
+            message = "Cancelled: its task runs were cancelled and its workers removed"
+            client.set_flow_run_state(flow_run_id, Cancelled(message=message), force=True)

@@ -5,10 +5,11 @@ Where all went well, that is one request, which finds nothing to do.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from prefect.client.schemas.objects import StateType
@@ -27,14 +28,25 @@ AGE = 15.0
 
 _RETRY = 3.0
 
+# Not the flow run's own, where the API is away: a process waits for a minute at its end for each batch of such lines.
+logger = logging.getLogger("prefect.task_runner.htcdask")
+
 
 @dataclass(frozen=True)
 class CutShort:
-    """Task runs that the flow run's end cut short, the type of state that they get, and why, for the state."""
+    """Task runs that the flow run's end cut short.
+
+    Args:
+        task_run_ids: of task runs that had not ended.
+        kind: the type of state that they get.
+        why: for the state.
+        interrupted: whether the flow was interrupted. Then Prefect may have had it cancelled, and time is short.
+    """
 
     task_run_ids: frozenset[UUID]
     kind: StateType
     why: str
+    interrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,18 +65,14 @@ class FinalAccount:
     log: Callable[[str, str], None]
     workers_gone: bool
 
-    def settle(self, cut_short: CutShort, hurried: bool = False) -> None:
-        """Settle now; where the API is away, go on in a thread for which the process waits.
-
-        Args:
-            cut_short: what else has to be told.
-            hurried: whether the API is asked again for `HURRIED` seconds only, not for `PATIENCE`.
-        """
-        deadline = time.monotonic() + (HURRIED if hurried else PATIENCE)
+    def settle(self, cut_short: CutShort) -> None:
+        """Settle now; where the API is away, go on in a thread for which the process waits."""
+        patience = HURRIED if cut_short.interrupted else PATIENCE
+        deadline = time.monotonic() + patience
         try:
-            self._settle(cut_short, self.reporter.close(HURRIED / 2 if hurried else HURRIED), events=True)
+            self._settle(cut_short, self.reporter.close(min(patience / 2, 10.0)), events=True)
         except Exception as exc:
-            self.log("info", f"Prefect does not answer, task runs are settled with it when it does: {exc}")
+            logger.info("Prefect does not answer, task runs are settled with it when it does: %s", exc)
             threading.Thread(target=self._go_on, args=(cut_short, deadline), name="htcdask-account").start()
 
     def cut(self, cut_short: CutShort) -> None:
@@ -72,26 +80,29 @@ class FinalAccount:
         try:
             self._cut(cut_short)
         except Exception as exc:
-            self.log("warning", f"Task runs that were cut short could not be given a final state yet: {exc}")
+            logger.warning("Task runs that were cut short could not be given a final state yet: %s", exc)
 
     def _go_on(self, cut_short: CutShort, deadline: float) -> None:
         while True:
             time.sleep(_RETRY)
             try:
                 # The interpreter may be ending, and Prefect takes no more events then.
-                return self._settle(cut_short, self.reporter.close(), events=False)
+                return self._settle(cut_short, self.reporter.close(0.0), events=False)
             except Exception as exc:
                 if time.monotonic() >= deadline:
                     return self._give_up(exc)
 
     def _give_up(self, exc: Exception) -> None:
-        self.log(
-            "warning",
-            f"Prefect may not know how task runs ended ({type(exc).__name__}: {exc}); `prefect-htcdask sweep` "
-            "ends those that it has for unfinished",
+        logger.warning(
+            "Prefect may not know how task runs ended (%s: %s); `prefect-htcdask sweep` ends those that it has for "
+            "unfinished",
+            type(exc).__name__,
+            exc,
         )
 
     def _settle(self, cut_short: CutShort, untold: list[Ended], events: bool) -> None:
+        if cut_short.interrupted and cut_short.task_run_ids and self.reporter.is_cancelled():
+            cut_short = replace(cut_short, kind=StateType.CANCELLED)
         self._cut(cut_short)
         self.reporter.confirm([*self.last_words.unsure(), *untold], events=events)
         unfinished = self.reporter.unfinished()

@@ -280,8 +280,8 @@ class LiveRun:
             ended = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
             with self._lock:
                 self._cut_short.update(future._task_run_id for future in left)
-            cut_short = self._cut(f"The flow run ended while this task ran ({ended})")
-            self.account.settle(cut_short, hurried=error is not None or self._cancelled)
+            interrupted = error is not None or self._cancelled
+            self.account.settle(self._cut(f"The flow run ended while this task ran ({ended})", interrupted))
             if self._cancelling and (flow_run_id := self.flow_run_id) is not None:
                 self._context.copy().run(end_cancelling, flow_run_id)
 
@@ -289,10 +289,10 @@ class LiveRun:
         if summary:
             self.log("info", summary_line(summary))
 
-    def _cut(self, why: str) -> CutShort:
+    def _cut(self, why: str, interrupted: bool = False) -> CutShort:
         kind = StateType.CANCELLED if self._cancelled else StateType.CRASHED
         with self._lock:
-            return CutShort(frozenset(self._cut_short), kind, why)
+            return CutShort(frozenset(self._cut_short), kind, why, interrupted)
 
     def _final_state(self, key: str) -> State[Any] | None:
         """The state in which a task run ended, by its Dask key, where it was collected."""

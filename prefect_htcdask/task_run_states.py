@@ -164,8 +164,10 @@ class StateReporter:
     def end_unfinished(self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float = 2.0) -> int:
         """Give a final state to those of the task runs that the API still holds for unfinished.
 
+        What was cancelled is Cancelled: Prefect's engine says Crashed of a function that was interrupted for it.
+
         Args:
-            task_run_ids: the candidates; others of the flow run are left alone.
+            task_run_ids: the candidates, which had not ended; others of the flow run are left alone.
             state_type: CRASHED or CANCELLED.
             message: why, for the state.
             settle: seconds in which task runs that just ended may still report so.
@@ -185,6 +187,8 @@ class StateReporter:
                 if not unfinished or time.monotonic() >= deadline:
                     break
                 time.sleep(0.25)
+            if state_type is StateType.CANCELLED:
+                unfinished |= self._of_types(client, [StateType.CRASHED]) & task_run_ids
             for task_run_id in unfinished:
                 self._set_state(client, task_run_id, _new_state(state_type, message))
         return len(unfinished)
@@ -257,13 +261,25 @@ class StateReporter:
         task_run.state, task_run.state_type, task_run.state_name = state, state.type, state.name
         emit_task_run_state_change_event(task_run=task_run, initial_state=before, validated_state=state)
 
+    def is_cancelled(self) -> bool:
+        """Whether the flow run was cancelled, as far as the API knows; not outside a flow."""
+        return self.flow_run_id is not None and self._context.copy().run(self._ask_cancelled, self.flow_run_id)
+
+    def _ask_cancelled(self, flow_run_id: UUID) -> bool:
+        with self._client() as client:
+            state = client.read_flow_run(flow_run_id).state
+        return state is not None and (state.is_cancelling() or state.is_cancelled())
+
     def _unfinished(self, client: SyncPrefectClient) -> set[UUID]:
+        return self._of_types(client, UNFINISHED)
+
+    def _of_types(self, client: SyncPrefectClient, types: list[StateType]) -> set[UUID]:
         assert self.flow_run_id is not None
         found: set[UUID] = set()
         while True:
             page = client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[self.flow_run_id])),
-                task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=UNFINISHED))),
+                task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=types))),
                 limit=PAGE,
                 offset=len(found),
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from prefect.runtime import flow_run as flow_run_runtime
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed, Running
 
-from prefect_htcdask import HTCDaskTaskRunner, final_account
+from prefect_htcdask import HTCDaskTaskRunner, cancellation, final_account, task_run_states
 from prefect_htcdask.final_account import CutShort, FinalAccount
 from prefect_htcdask.last_words import REMEMBERED, LastWords
 from prefect_htcdask.task_run_states import Ended, StateReporter
@@ -28,7 +30,7 @@ from tests.prefect_fixtures import free_port
 from tests.waiting import wait_until
 from tools.prefect_server import prefect_server as running_server
 
-NOTHING_CUT = CutShort(frozenset(), StateType.CRASHED, "")
+NOTHING_CUT = CutShort(frozenset(), StateType.CRASHED, "", interrupted=True)
 
 
 @task
@@ -154,19 +156,49 @@ def test_an_api_that_is_away_at_the_end_is_told_when_it_is_back(tmp_path: Path) 
         known[1].id: ("Failed", "no luck"),
         known[2].id: ("Cancelled", "cut short"),
     }
-    assert [level for level, _ in said] == ["info", "info"], said
+    assert said == [("info", "1 task runs were cut short by the end of the flow run")]
 
 
-def test_an_api_that_stays_away_is_given_up_and_the_log_says_what_helps(tmp_path: Path) -> None:
+def test_an_api_that_stays_away_is_given_up_and_the_log_says_what_helps(caplog: pytest.LogCaptureFixture) -> None:
     said: list[tuple[str, str]] = []
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
         account = FinalAccount(StateReporter(uuid4()), LastWords(), lambda *words: said.append(words), True)
-        account.settle(NOTHING_CUT, hurried=True)
+        account.settle(NOTHING_CUT)
     for thread in threading.enumerate():
         if thread.name == "htcdask-account":
             thread.join(20)
-    assert [level for level, _ in said] == ["info", "warning"]
-    assert "prefect-htcdask sweep" in said[-1][1]
+    # The flow run's own log goes to the API.
+    assert said == []
+    assert "prefect-htcdask sweep" in caplog.text
+
+
+def test_an_api_that_does_not_answer_holds_a_cancelled_flow_up_for_seconds_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes connections and says nothing. Prefect's client would try for six minutes, at 60 s a request."""
+    for module in (task_run_states, cancellation):
+        monkeypatch.setattr(module, "TIMEOUT", 1.0)
+    said: list[tuple[str, str]] = []
+    flow_run_id = uuid4()
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{silent.getsockname()[1]}/api"}):
+            reporter = StateReporter(flow_run_id)
+            account = FinalAccount(reporter, LastWords(), lambda *words: said.append(words), True)
+            reporter.report(Ended(uuid4(), "one", unheard, Completed()))
+            cut_short = CutShort(frozenset([uuid4()]), StateType.CANCELLED, "cut short", interrupted=True)
+            since = time.monotonic()
+            account.settle(cut_short)
+            settled = time.monotonic() - since
+            ending = cancellation.end_cancelling(flow_run_id)
+        ending.join(60)
+        for thread in threading.enumerate():
+            if thread.name == "htcdask-account":
+                thread.join(60)
+        ended = time.monotonic() - since
+    print(f"settle returned after {settled:.1f} s, the last thread ended after {ended:.1f} s")
+    assert settled < final_account.HURRIED
+    assert ended < settled + final_account.HURRIED + 10
+    assert said == []
 
 
 def future(task_run_id: Any, state: State[Any] | None) -> Any:

@@ -18,7 +18,7 @@ import pytest
 from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults.arena import Arena, kill, kill_at_once
 from tests.faults.flow_process import FlowProcess
-from tests.faults.row import Row, flow_message
+from tests.faults.row import Row, flow_message, task_run_messages
 from tests.faults.test_together import jobs_of
 from tests.test_deployments import PREFECT, process_worker
 from tests.waiting import wait_until
@@ -42,6 +42,12 @@ def cancel(arena: Arena, flow: FlowProcess) -> float:
     answer = httpx.post(f"{arena.server.url}/flow_runs/{flow.flow_run_id}/set_state", json=state, timeout=30)
     assert answer.raise_for_status().json()["status"] == "ACCEPT", answer.text
     return time.time()
+
+
+def ends_of(arena: Arena, flow: FlowProcess, task: str) -> list[str]:
+    """Types of the states in which a task's runs are."""
+    told = task_run_messages(arena, flow)
+    return [message.partition(":")[0] for name, message in sorted(told.items()) if name.startswith(task)]
 
 
 @long
@@ -138,6 +144,7 @@ def test_cancelled_by_api(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     row.note = f"exit {flow.wait(60)} after {time.time() - since:.1f} s"
     row.gone(arena, since, 30, 30)
     row.judge(arena, [flow], ["Cancelled"], again=0)
+    row.expect(ends_of(arena, flow, "gated") == ["CANCELLED"] * 2, "what ran is not Cancelled")
     row.check()
 
 
@@ -201,6 +208,7 @@ def test_cancelled_under_a_process_worker(arena: Arena, row: Row, new_flow: NewF
         since = cancel(arena, flow)
         row.gone(arena, since, 60, 60)
         row.judge(arena, [flow], ["Cancelled"], again=0)
+    row.expect(ends_of(arena, flow, "gated") == ["CANCELLED"] * 2, "what ran is not Cancelled")
     row.check()
 
 
