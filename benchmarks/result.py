@@ -26,9 +26,9 @@ class Result:
     checks: dict[str, bool] = field(default_factory=dict)
 
     @property
-    def met(self) -> bool:
-        """Whether all bounds are kept; a benchmark without bounds only tells."""
-        return all(self.checks.values())
+    def met(self) -> bool | None:
+        """Whether all bounds are kept; `None` where there are none: such a benchmark only tells."""
+        return all(self.checks.values()) if self.checks else None
 
     def line(self) -> str:
         """The JSON line."""

@@ -39,7 +39,7 @@ class Spent:
     Attributes:
         tasks: task runs.
         seconds: from the first submit to the last result.
-        settled_seconds: from the first submit until the API shows every task run as completed.
+        settled_seconds: from the first submit until the API shows every task run as completed; `None`: not waited for.
         submitting_seconds: until the last submit returned.
         flow_cpu_per_task: CPU time of the flow's process, until the last result.
         workers_cpu_per_task: CPU time of all workers until the API is settled, less what they take when idle.
@@ -50,7 +50,7 @@ class Spent:
 
     tasks: int
     seconds: float
-    settled_seconds: float
+    settled_seconds: float | None
     submitting_seconds: float
     flow_cpu_per_task: float
     workers_cpu_per_task: float
@@ -68,13 +68,15 @@ class Spent:
     @property
     def settled_rate(self) -> float:
         """Task runs each second that the API shows as completed."""
+        assert self.settled_seconds is not None, "it was not waited for"
         return self.tasks / self.settled_seconds
 
     def figures(self) -> dict[str, Any]:
         """For the JSON line."""
         figures = {name: value for name, value in asdict(self).items() if value is not None}
         figures["tasks_per_second"] = self.rate
-        figures["settled_tasks_per_second"] = self.settled_rate
+        if self.settled_seconds is not None:
+            figures["settled_tasks_per_second"] = self.settled_rate
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in figures.items()}
 
 
@@ -101,13 +103,21 @@ class Workers:
         """The Prefect server, the scheduler, then the workers."""
         return [self.server, self.scheduler, *self.workers]
 
-    def measure(self, who: str, shape: str, tasks: int, *, memory: bool = False) -> Spent:
-        """Run one flow in a process of its own, on these workers."""
+    def measure(self, who: str, shape: str, tasks: int, *, memory: bool = False, settle: bool = True) -> Spent:
+        """Run one flow in a process of its own, on these workers.
+
+        Args:
+            who: whose runner.
+            shape: of the flow.
+            tasks: how many.
+            memory: whether to look at the flow's memory, too.
+            settle: whether to wait until the API shows all; if not, nothing is said of it.
+        """
         order = Order(who, shape, tasks, 10 * len(self.workers), self.address, self.security, memory)
         before = cpu_times(self.processes)
         began = time.time()
         figures = run_order(order)[0]
-        settled = wait_until_settled(figures["flow_run_id"], order.task_runs)
+        settled = wait_until_settled(figures["flow_run_id"], order.task_runs) if settle else None
         lasted = time.time() - began
         used = {
             pid: max(0.0, now - before[pid] - self.idle[pid] * lasted) for pid, now in cpu_times(self.processes).items()
@@ -117,7 +127,7 @@ class Workers:
         spent = Spent(
             tasks=tasks,
             seconds=figures["seconds"],
-            settled_seconds=settled - figures["started"],
+            settled_seconds=None if settled is None else settled - figures["started"],
             submitting_seconds=figures["submitting_seconds"],
             flow_cpu_per_task=figures["cpu_seconds"] / tasks,
             workers_cpu_per_task=sum(workers),
@@ -125,9 +135,9 @@ class Workers:
             server_cpu_per_task=server,
             **{name: figures[name] for name in ("first_bytes", "most_bytes", "last_bytes") if name in figures},
         )
+        api = "" if settled is None else f", API {spent.settled_rate:.1f}/s"
         print(
-            f"{who} {shape}, {len(self.workers)} workers, {tasks} tasks: {spent.rate:.1f}/s, "
-            f"API {spent.settled_rate:.1f}/s; "
+            f"{who} {shape}, {len(self.workers)} workers, {tasks} tasks: {spent.rate:.1f}/s{api}; "
             f"CPU per task: flow {1e3 * spent.flow_cpu_per_task:.2f} ms, workers "
             f"{1e3 * spent.workers_cpu_per_task:.2f} ms, scheduler {1e3 * spent.scheduler_cpu_per_task:.2f} ms, "
             f"server {1e3 * spent.server_cpu_per_task:.2f} ms",
@@ -138,14 +148,18 @@ class Workers:
 
 
 @contextmanager
-def workers(count: int) -> Iterator[Workers]:
+def workers(count: int, **environment: str) -> Iterator[Workers]:
     """`count` HTCondor workers of one thread each behind a gateway, all there, while the block lasts.
+
+    `environment` is for the workers.
 
     They are started by our cluster for both runners: both get its scheduler's address and connect to it themselves.
     """
     with (
         pool(slots=max(count, 4)),
-        HTCGatewayCluster(memory=MEMORY, disk=DISK, cpus=1, nthreads=1, n_workers=count) as cluster,
+        HTCGatewayCluster(
+            memory=MEMORY, disk=DISK, cpus=1, nthreads=1, n_workers=count, environment=environment
+        ) as cluster,
         cluster.get_client(set_as_default=False) as client,
     ):
         client.wait_for_workers(count, timeout=180)

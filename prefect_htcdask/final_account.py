@@ -15,7 +15,7 @@ from uuid import UUID
 from prefect.client.schemas.objects import StateType
 
 from prefect_htcdask.last_words import LastWords
-from prefect_htcdask.task_run_states import Ended, StateReporter
+from prefect_htcdask.task_run_states import Ended, Started, StateReporter
 
 PATIENCE = 60.0
 """Seconds for which an API that is away is asked again: so long Prefect's own engine tries to tell of a flow's end."""
@@ -41,12 +41,14 @@ class CutShort:
         kind: the type of state that they get.
         why: for the state.
         interrupted: whether the flow was interrupted. Then Prefect may have had it cancelled, and time is short.
+        started: those of them that had started.
     """
 
     task_run_ids: frozenset[UUID]
     kind: StateType
     why: str
     interrupted: bool = False
+    started: tuple[Started, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class FinalAccount:
         if cut_short.interrupted and cut_short.task_run_ids and self.reporter.is_cancelled():
             cut_short = replace(cut_short, kind=StateType.CANCELLED)
         self._cut(cut_short)
+        self.reporter.end_started(cut_short.started, cut_short.kind, cut_short.why, events=events)
         self.reporter.confirm([*self.last_words.unsure(), *untold], events=events)
         unfinished = self.reporter.unfinished()
         ended = self.last_words.how(unfinished, before=0.0 if self.workers_gone else AGE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
@@ -14,19 +13,18 @@ from typing import Any
 import cloudpickle
 from dask_gateway import GatewayCluster
 
+from .by_value import pickled_by_value
 from .condor.worker_job import FlowRunTag, WorkerSpec
 from .gateway_checks import local_versions
 from .gateway_comm import gateway_address
+from .report_settings import ReportSettings
 from .resolution import is_loopback
 from .run_files import prune, run_directory
 from .scaling import demand as demand_module
 from .scaling.policy import Target
 from .settings import HTCDaskSettings
 from .supervisor.handle import SupervisorHandle
-from .supervisor.protocol import GatewayAccess, GroupPlan, HandOff, Preflight, ScheddSettings
-
-# Pickling by value is registered for a whole process.
-_pickle_lock = threading.Lock()
+from .supervisor.protocol import GatewayAccess, GroupPlan, HandOff, Preflight, ReportPlan, ScheddSettings
 
 
 def start_supervisor(
@@ -68,15 +66,9 @@ def scheduler_plugin(
         scheduler_lease: seconds that the cluster lives without one; `lease` by default.
     """
     modules = [importlib.import_module(name) for name in demand_module.BY_VALUE_MODULES]
-    with _pickle_lock:
-        for module in modules:
-            cloudpickle.register_pickle_by_value(module)
-        try:
-            plugin: bytes = cloudpickle.dumps(demand_module.DemandPlugin(lease, offers, scheduler_lease))
-            return plugin
-        finally:
-            for module in modules:
-                cloudpickle.unregister_pickle_by_value(module)
+    with pickled_by_value(modules):
+        plugin: bytes = cloudpickle.dumps(demand_module.DemandPlugin(lease, offers, scheduler_lease))
+    return plugin
 
 
 def gateway_access(cluster: GatewayCluster) -> GatewayAccess:
@@ -151,4 +143,9 @@ def hand_off(
         max_idle_jobs=settings.adaptive.max_idle_jobs,
         max_failures=settings.adaptive.max_failures,
         detached=not cluster.shutdown_on_close,
+        report=_report_plan(settings.report) if flow_run else None,
     )
+
+
+def _report_plan(report: ReportSettings) -> ReportPlan | None:
+    return ReportPlan(report.interval, report.rows, report.picture) if report.enabled else None

@@ -14,14 +14,10 @@ It travels by value to the scheduler: it imports nothing of this package.
 from __future__ import annotations
 
 import asyncio
-import sys
-import threading
 import time
 from collections.abc import Iterable
 from typing import Any
 
-import cloudpickle
-from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 KEEP, RESUME, LEAVE = "htcdask_keep", "htcdask_resume", "htcdask-leave"
@@ -137,18 +133,3 @@ def add_marks(tasks: Iterable[Any], number: int) -> None:
 def stand_in(client: str) -> str:
     """Name of the client that stands in for another."""
     return f"htcdask-stand-in-for-{client}"
-
-
-_pickle_lock = threading.Lock()
-
-
-def install(client: Client) -> None:
-    """Have the scheduler of `client` keep the work of clients that ask for it."""
-    with _pickle_lock:
-        # The scheduler of a gateway has none of our modules.
-        module = sys.modules[__name__]
-        cloudpickle.register_pickle_by_value(module)
-        try:
-            client.register_plugin(KeptWork())
-        finally:
-            cloudpickle.unregister_pickle_by_value(module)

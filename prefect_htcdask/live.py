@@ -11,7 +11,6 @@ import contextvars
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -21,13 +20,15 @@ from weakref import WeakValueDictionary
 
 from distributed import Client
 from prefect.client.schemas.objects import State, StateType
-from prefect.states import Cancelled
 
+from prefect_htcdask.artifacts import start_artifacts
 from prefect_htcdask.cancellation import end_cancelling
-from prefect_htcdask.decisions import Decisions, summary_line
+from prefect_htcdask.collector import Collector
+from prefect_htcdask.decisions import scaling_line, summary_line
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.final_account import CutShort, FinalAccount
-from prefect_htcdask.futures import Collector, HTCDaskFuture
+from prefect_htcdask.flow_events import FlowEvents
+from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.interruption import interrupt
 from prefect_htcdask.last_words import LastWords
 from prefect_htcdask.losses import JobFates
@@ -35,11 +36,14 @@ from prefect_htcdask.preflight import check_versions
 from prefect_htcdask.recall import Recall
 from prefect_htcdask.reconnection import ResumingClient, Terms
 from prefect_htcdask.submission import Submission
-from prefect_htcdask.task_run_states import Ended, StateReporter
+from prefect_htcdask.task_run_states import Ended, Started, StateReporter
+from prefect_htcdask.unawaited import executing, settle
 from prefect_htcdask.worker_groups import OFFERS_METADATA, Offers
-from prefect_htcdask.worker_runtime import executing_keys
 
 WATCH_INTERVAL = 1.0
+ANSWER = 5.0
+"""Seconds for workers to say what they run, as an interrupted flow ends."""
+
 VERDICT = 10.0
 """Seconds for the supervisor process to say why its cluster does not answer, before a lost connection is the reason."""
 
@@ -84,11 +88,15 @@ class LiveRun:
         self._cancelled = False
         self._cancelling = False
         self._cut_short: set[UUID] = set()
+        self._started: dict[UUID, Started] = {}
         self._closed = False
         self._stop = threading.Event()
         self._context = contextvars.copy_context()
         self.recall = Recall(self.client, self.key, self._final_state, self.fates, self.log, self.last_words)
-        self.decisions = Decisions(str(getattr(self.cluster, "name", None) or self.key), self._context)
+        self.events = FlowEvents(str(getattr(self.cluster, "name", None) or self.key), self._context)
+        if self.cluster is not None:
+            self.events.created(self.client.dashboard_link or "", list(getattr(self.cluster, "worker_offers", ())))
+        self.artifacts = start_artifacts(self.cluster, self.client.dashboard_link, self._context, self.log)
         if isinstance(self.client, ResumingClient):
             self.client.resume_on(self._terms(self.client))
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
@@ -135,7 +143,7 @@ class LiveRun:
             verdict=0.0 if self.cluster is None else VERDICT,
             goes_on=lambda: not self._closed and self.collector.failure is None,
             in_hand=self._final_state,
-            results_in_hand=lambda: sum(one._final_state is not None for one in list(self._by_key.values())),
+            results_in_hand=lambda: sum(one.packed is not None for one in list(self._by_key.values())),
             log=self.log,
             fail=self.fail,
         )
@@ -150,9 +158,11 @@ class LiveRun:
             with suppress(Exception):
                 self.client.cancel([future.wrapped_future for future in futures], reason="the flow run was cancelled")
             # The flow's own code may go on for a long time yet.
-            threading.Thread(target=self._stop_cancelled, name="htcdask-cancel", daemon=True).start()
+            thread = threading.Thread(target=self._stop_cancelled, args=(futures,), name="htcdask-cancel", daemon=True)
+            thread.start()
 
-    def _stop_cancelled(self) -> None:
+    def _stop_cancelled(self, futures: list[HTCDaskFuture[Any]]) -> None:
+        self._note_started(futures)
         with suppress(Exception):
             self.client.run(interrupt, self.key, on_error="ignore")
         self.account.cut(self._cut("The flow run was cancelled while this task ran"))
@@ -170,7 +180,7 @@ class LiveRun:
         self.last_words.ended(ended)
         known = ("finished", "cancelled") if self._cancelled else ("finished",)
         for future in ended:
-            if future._final_state is None and future.wrapped_future.status not in known:
+            if future.packed is None and future.wrapped_future.status not in known:
                 # Nobody may be waiting for it, but the Prefect API still has to hear what became of it.
                 self.collector.ask(future)
         return pending
@@ -178,16 +188,19 @@ class LiveRun:
     def on_message(self, message: dict[str, Any]) -> None:
         """Take what the cluster's supervisor process says; see `HTCGatewayCluster`."""
         kind = message.get("kind")
-        if kind == "log":
+        if kind in ("log", "waiting"):
             self.log(str(message.get("level", "info")), str(message.get("text", "")))
         elif kind == "failed":
             self.fail(HTCDaskError(str(message.get("text", "the workers cannot be had"))))
         elif kind == "job":
             self.fates.take(message)
+            self.events.job(message)
         elif kind == "decision":
-            if line := self.decisions.line(message):
+            if line := scaling_line(message):
                 self.log("info", line)
-                self.decisions.emit(message)
+                self.events.scaled(message)
+        elif kind == "progress" and self.artifacts:
+            self.artifacts.take(message)
         elif kind == "flow_run_ended" and str(message.get("state", "")).startswith("CANCELL"):
             # Cancelled through the API, where no Prefect process stands beside this one to be told.
             self.log("warning", "The flow run was cancelled: its task runs are cancelled and its workers removed")
@@ -220,42 +233,21 @@ class LiveRun:
         interrupted = interrupted or self.client.status != "running"
         try:
             if pending and not interrupted:
-                self._settle(pending)
+                if isinstance(self.client, ResumingClient):
+                    self.client.empty_outbox()
+                settle(self.client, pending, lambda: self.collector.failure is None, self.log)
         except BaseException as exc:
             error = error or exc
             raise
         finally:
             self._end(pending, error)
 
-    def _settle(self, pending: list[HTCDaskFuture[Any]]) -> None:
-        """Cancel the task runs that have not started, and wait for those that run."""
-        answers = self.client.run(executing_keys, on_error="ignore")
-        executing = {key for keys in answers.values() if isinstance(keys, (list, tuple, set)) for key in keys}
-        waiting = [future for future in pending if future.wrapped_future.key not in executing]
-        running = [future for future in pending if future.wrapped_future.key in executing]
-        if waiting:
-            self.log(
-                "info",
-                f"The flow has ended: {len(waiting)} task runs that it did not wait for and that have not started are "
-                "cancelled",
-            )
-            self.client.cancel([future.wrapped_future for future in waiting], reason="the flow has ended")
-            for future in waiting:
-                future._final_state = Cancelled(message="The flow ended before the task run started")
-        if running:
-            self.log("info", f"Waiting for {len(running)} running task runs that the flow did not wait for")
-        while any(future.is_pending() for future in running):
-            if self.collector.failure is not None or self.client.status not in ("running", "connecting"):
-                return
-            time.sleep(0.05)
-
     def _end(self, pending: list[HTCDaskFuture[Any]], error: BaseException | None) -> None:
         """Close everything; each step is tried whatever became of the others."""
         self.unfinished()
-        left = [
-            future for future in pending if future._final_state is None and future.wrapped_future.status != "finished"
-        ]
+        left = [future for future in pending if future.packed is None and future.wrapped_future.status != "finished"]
         if left:
+            self._note_started(left)
             with suppress(Exception):
                 self.client.cancel([future.wrapped_future for future in left], reason="the flow run has ended")
         if self.cluster is None:
@@ -275,7 +267,8 @@ class LiveRun:
             if self.cluster is not None:
                 self.cluster.close()
                 self._summarise(self.cluster.summary)
-                self.decisions.flush()
+                self.events.closed(self.cluster.summary)
+                self.events.flush()
         finally:
             ended = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
             with self._lock:
@@ -284,22 +277,39 @@ class LiveRun:
             self.account.settle(self._cut(f"The flow run ended while this task ran ({ended})", interrupted))
             if self._cancelling and (flow_run_id := self.flow_run_id) is not None:
                 self._context.copy().run(end_cancelling, flow_run_id)
+            if self.artifacts:
+                self.artifacts.close()
 
     def _summarise(self, summary: dict[str, Any]) -> None:
         if summary:
             self.log("info", summary_line(summary))
+        if self.artifacts:
+            self.artifacts.finish(summary)
 
     def _cut(self, why: str, interrupted: bool = False) -> CutShort:
         kind = StateType.CANCELLED if self._cancelled else StateType.CRASHED
         with self._lock:
-            return CutShort(frozenset(self._cut_short), kind, why, interrupted)
+            return CutShort(frozenset(self._cut_short), kind, why, interrupted, tuple(self._started.values()))
+
+    def _note_started(self, futures: list[HTCDaskFuture[Any]]) -> None:
+        """Note which of these task runs have started: the Prefect API may not have heard of them yet."""
+        keys: frozenset[str] = frozenset()
+        if self.client.status == "running":
+            # Who interrupts a flow does not wait for a worker that does not answer.
+            with suppress(Exception):
+                keys = executing(self.client, ANSWER)
+        started = [future for future in futures if future.wrapped_future.key in keys]
+        with self._lock:
+            self._started.update(
+                (future._task_run_id, Started(future._task_run_id, future.task_name, future.task)) for future in started
+            )
 
     def _final_state(self, key: str) -> State[Any] | None:
         """The state in which a task run ended, by its Dask key, where it was collected."""
         with self._lock:
             future = self._by_key.get(key)
-        state = future._final_state if future is not None else None
-        return state if state is not None and (state.is_completed() or state.is_failed()) else None
+        packed = future.packed if future is not None else None
+        return packed.state if packed is not None and packed.type in (StateType.COMPLETED, StateType.FAILED) else None
 
     def _report_lost(self, future: HTCDaskFuture[Any], state: State[Any]) -> None:
         # When the whole cluster fails, task runs that never started need no record of their own.
@@ -313,6 +323,7 @@ class LiveRun:
         compared = self.cluster is not None
         while not self._stop.wait(WATCH_INTERVAL):
             try:
+                self.events.tick()
                 self.unfinished()
                 if not compared and self.client.status == "running" and self._has_workers():
                     compared = True

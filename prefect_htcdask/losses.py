@@ -36,8 +36,8 @@ class JobFates:
         self._lost_with: OrderedDict[str, list[str]] = OrderedDict()
 
     def take(self, message: dict[str, Any]) -> None:
-        """Take a message of the kind "job"; see `supervisor.job_news`."""
-        job, what, reason = (str(message.get(name) or "") for name in ("job", "what", "reason"))
+        """Take a message of the kind "job"; see `supervisor.job_message`."""
+        job, what, reason = (str(message.get(name) or "") for name in ("job_id", "what", "reason"))
         with self._lock:
             if message.get("host"):
                 _remember(self._hosts, job, str(message["host"]))

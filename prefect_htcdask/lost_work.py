@@ -10,12 +10,8 @@ It travels by value to the scheduler: it imports nothing of this package.
 
 from __future__ import annotations
 
-import sys
-import threading
 from typing import Any
 
-import cloudpickle
-from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 MARK = "htcdask-lost"
@@ -96,18 +92,3 @@ class LostWork(SchedulerPlugin):
                 "held": earlier["held"] or held,
             },
         }
-
-
-_pickle_lock = threading.Lock()
-
-
-def install(client: Client) -> None:
-    """Have the scheduler of `client` mark lost work; one that does so already is left alone."""
-    with _pickle_lock:
-        # The scheduler of a gateway has none of our modules.
-        module = sys.modules[__name__]
-        cloudpickle.register_pickle_by_value(module)
-        try:
-            client.register_plugin(LostWork())
-        finally:
-            cloudpickle.unregister_pickle_by_value(module)

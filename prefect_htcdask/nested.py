@@ -7,10 +7,12 @@ from typing import Any, cast
 import distributed
 from distributed import Client
 
-from prefect_htcdask.futures import HTCDaskFuture, collector_of
+from prefect_htcdask.collector import collector_of
+from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.scheduler_metadata import METADATA_ROOT
 from prefect_htcdask.submission import Submission
 from prefect_htcdask.worker_groups import Offers
-from prefect_htcdask.worker_runtime import METADATA_ROOT, current_call
+from prefect_htcdask.worker_runtime import current_call
 
 
 class NestedRun:

@@ -10,9 +10,13 @@ import distributed
 from prefect.context import FlowRunContext, SettingsContext
 from prefect.logging.loggers import get_run_logger
 
-from prefect_htcdask import kept_work, lost_work, source_code
+from prefect_htcdask import source_code
 from prefect_htcdask.api_identity import current_api
+from prefect_htcdask.by_value import install
+from prefect_htcdask.first_worker import FirstWorker, log_console
+from prefect_htcdask.kept_work import KeptWork
 from prefect_htcdask.live import LiveRun, Logger
+from prefect_htcdask.lost_work import LostWork
 from prefect_htcdask.preflight import check_api_reachable, warn_of_local_storage
 from prefect_htcdask.reconnection import ResumingClient
 
@@ -29,9 +33,12 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
     """
     logger = _logger(runner, context)
     api_url = _api_url(context)
-    relay = _Relay()
+    makes_cluster = runner._cluster is None and not runner.address
+    waiting = FirstWorker(log_console() if makes_cluster else None)
+    relay = _Relay(waiting)
     cluster: Any | None = None
     with ExitStack() as undo:
+        undo.callback(waiting.close)
         options = dict(runner.client_kwargs)
         if runner._cluster is not None:
             logger.info("Connecting to existing Dask cluster %s", runner._cluster)
@@ -42,15 +49,15 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
             logger.info("Connecting to an existing Dask cluster at %s", runner.address)
             target = runner.address
         else:
-            cluster = target = _make_cluster(runner, context, api_url, relay, logger)
+            cluster = target = _make_cluster(runner, context, api_url, relay, logger, waiting)
             undo.callback(cluster.close)
         if getattr(target, "security", None) is not None:
             options.setdefault("security", target.security)
         client = undo.enter_context(ResumingClient(target, **options))
         flow = context.flow if context is not None else None
         _send_code(client, flow, with_package=cluster is None)
-        lost_work.install(client)
-        kept_work.install(client)
+        install(client, LostWork())
+        install(client, KeptWork())
         if client.dashboard_link:
             logger.info("The Dask dashboard is available at %s", client.dashboard_link)
         run = LiveRun(
@@ -65,6 +72,7 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
         if runner.performance_report_path:
             run.stack.enter_context(distributed.Client.as_current(client))
             run.stack.enter_context(distributed.performance_report(runner.performance_report_path))
+        run.stack.callback(waiting.close)
         undo.pop_all()
     relay.connect(run)
     return run
@@ -73,11 +81,13 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
 class _Relay:
     """Holds what the cluster says before the live run exists."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: FirstWorker) -> None:
+        self._waiting = waiting
         self._early: list[dict[str, Any]] = []
         self._run: LiveRun | None = None
 
     def __call__(self, message: dict[str, Any]) -> None:
+        self._waiting.take(message)
         if self._run is not None:
             self._run.on_message(message)
         else:
@@ -95,17 +105,25 @@ def _make_cluster(
     api_url: str | None,
     relay: _Relay,
     logger: Logger,
+    waiting: FirstWorker,
 ) -> Any:
     from prefect_htcdask.condor.worker_job import FlowRunTag
+    from prefect_htcdask.embedded.progress import occasionally
     from prefect_htcdask.gateway import HTCGatewayCluster
     from prefect_htcdask.resolution import resolve_parts
 
     settings = runner.effective_settings()
     arguments = dict(runner.cluster_kwargs)
+    tell = occasionally(logger.info)
+
+    def progress(message: str) -> None:
+        tell(message)
+        waiting.say(message)
+
     parts = resolve_parts(
         settings,
         **{name: arguments.pop(name, None) for name in ("address", "proxy_address", "public_address", "auth")},
-        progress=logger.info,
+        progress=progress,
     )
     local = parts.workers_are_local
     if context is not None:
@@ -123,6 +141,7 @@ def _make_cluster(
         )
     cluster_class: Any = runner.resolved_cluster_class or HTCGatewayCluster
     logger.info("Creating a Dask cluster with HTCondor workers")
+    waiting.say("the gateway starts a Dask scheduler")
     cluster = cluster_class(
         **arguments,
         settings=settings,

@@ -20,7 +20,7 @@ from prefect_htcdask.last_words import LastWords
 from prefect_htcdask.losses import JobFates
 from prefect_htcdask.lost_work import WORKER_LOST
 from prefect_htcdask.rerun import TOPIC
-from prefect_htcdask.worker_runtime import METADATA_ROOT
+from prefect_htcdask.scheduler_metadata import METADATA_ROOT
 
 LIMIT = 1024**3
 """States larger than this, in bytes, are not given back; others pass the scheduler, as all that is collected does."""

@@ -23,9 +23,12 @@ from distributed import Future
 from prefect_dask.client import PrefectDaskClient
 
 from prefect_htcdask.errors import TaskRunLost
+from prefect_htcdask.graph_sending import send
+from prefect_htcdask.interruptible_client import InterruptibleClient
 from prefect_htcdask.kept_work import KEEP, LEAVE, RESUME
 from prefect_htcdask.lost_work import MARK
-from prefect_htcdask.resubmission import Spec, expression, graphs, needed_again
+from prefect_htcdask.outbox import Outbox, OutboxClient
+from prefect_htcdask.resubmission import Spec, graphs, needed_again
 
 ATTEMPT = 10.0
 """Seconds for one attempt to connect."""
@@ -68,8 +71,10 @@ class Terms:
     fail: Callable[[TaskRunLost], None]
 
 
-class ResumingClient(PrefectDaskClient):
+class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
     """A `distributed.Client` that takes its work up again after its connection was lost, once it has `Terms` for it."""
+
+    outbox: Outbox
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.specs: WeakValueDictionary[str, Spec] = WeakValueDictionary()
@@ -79,6 +84,7 @@ class ResumingClient(PrefectDaskClient):
         self._sending = threading.Lock()
         self._losses: deque[float] = deque(maxlen=LOSSES)
         self._given_up: TaskRunLost | None = None
+        self.outbox = Outbox(self)
         super().__init__(*args, **kwargs)
 
     def resume_on(self, terms: Terms) -> None:
@@ -263,16 +269,17 @@ class ResumingClient(PrefectDaskClient):
             return state is not None
 
         specs = needed_again(lost, known, in_hand)
+        for spec in specs:
+            spec.sent = True
         # Whether it had begun, the Prefect API will tell the worker that takes it up (`rerun`).
         why = "the connection to the Dask scheduler"
         mark = {"times": 1, "workers": [], "begun": False, "held": False, "why": why}
         wanted = {spec.key for spec in lost}
+        order = {spec.key: spec.number for spec in specs}
         held: list[Future[Any]] = []
         for nodes, keys, options in graphs(specs, states):
             with annotate(**{**options.annotations, MARK: mark}):
-                futures = self.get(
-                    expression(nodes), keys, sync=False, fifo_timeout="100 ms", resources=options.resources
-                )
+                futures = send(self, nodes, keys, order, options.resources)
             held += [future for future in futures if future.key not in wanted]
         return held
 

@@ -18,7 +18,7 @@ from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
 
 from .condor.worker_job import WorkerSpec
 from .scaling.groups import group_resource
-from .settings import GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings
+from .settings import CondorSettings, GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings
 from .supervisor.protocol import ScheddSettings
 
 
@@ -70,16 +70,22 @@ def resolve_parts(
     """Find the gateway and the schedd: arguments first, then settings, then Dask's configuration, then embedded.
 
     Raises:
-        SettingsError: nothing is configured and the embedded pool is disabled.
+        SettingsError: nothing is configured and the embedded pool is disabled, or credentials cannot be had.
         EmbeddedError: the embedded pool could not be started.
     """
     dask_address = dask.config.get("gateway.address", None)
     address = address or settings.gateway.address or dask_address
     condor = settings.condor
-    schedd = ScheddSettings(condor.collector, condor.schedd, condor.config_file, condor.token_file, condor.spool)
+    # Before anything is started: a block that there is not is found out here.
+    login = auth if isinstance(auth, GatewayAuth) else None
+    if address is not None and login is None:
+        login = gateway_auth(_with_block(settings.gateway), auth if isinstance(auth, str) else None)
+    schedd = ScheddSettings(
+        condor.collector, condor.schedd, condor.config_file, condor.token_file, condor.spool, _token(condor)
+    )
     pool_configured = any((condor.collector, condor.schedd, condor.config_file))
     if address is not None and (pool_configured or _condor_is_configured()):
-        return _configured(settings, address, proxy_address, public_address, auth, schedd)
+        return _configured(settings, address, proxy_address, public_address, login, schedd)
     if not settings.embedded.enabled:
         missing = "gateway.address" if address is None else "condor.config_file, condor.collector or condor.schedd"
         raise SettingsError(
@@ -93,9 +99,10 @@ def resolve_parts(
         schedd = ScheddSettings(
             config_file=str(endpoint.condor_config) if endpoint.condor_config else None,
             token_file=condor.token_file,
+            token=schedd.token,
         )
     if address is not None:
-        return _configured(settings, address, proxy_address, public_address, auth, schedd)
+        return _configured(settings, address, proxy_address, public_address, login, schedd)
     return Parts(
         address=endpoint.gateway_address,
         proxy_address=endpoint.proxy_address,
@@ -129,19 +136,42 @@ def _configured(
     address: str,
     proxy_address: str | int | None,
     public_address: str | None,
-    auth: str | GatewayAuth | None,
+    login: GatewayAuth | None,
     schedd: ScheddSettings,
 ) -> Parts:
+    assert login is not None
     if urlparse(address).scheme not in ("http", "https"):
         raise SettingsError(f"gateway.address = {address!r} is no URL; write http://host:port or https://host")
     return Parts(
         address=address,
         proxy_address=proxy_address or settings.gateway.proxy_address,
         public_address=public_address or settings.gateway.public_address,
-        auth=auth if isinstance(auth, GatewayAuth) else gateway_auth(settings.gateway, auth),
+        auth=login,
         schedd=schedd,
         embedded=False,
     )
+
+
+def _with_block(gateway: GatewaySettings) -> GatewaySettings:
+    """The settings, with what their credentials block holds. Prefect is asked only where they name one.
+
+    Raises:
+        SettingsError: there is no such block, or Prefect's API cannot be asked.
+    """
+    if gateway.credentials_block is None:
+        return gateway
+    from .credentials import gateway_login
+
+    return gateway_login(gateway)
+
+
+def _token(condor: CondorSettings) -> str | None:
+    """The IDTOKEN of the credentials block, if the settings name one; errors as in `_with_block`."""
+    if condor.credentials_block is None:
+        return None
+    from .credentials import condor_token
+
+    return condor_token(condor)
 
 
 def _condor_is_configured() -> bool:

@@ -8,12 +8,12 @@ has them still, this process has their states, or they are submitted again thems
 from __future__ import annotations
 
 import itertools
-import uuid
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import cloudpickle
-from dask._expr import LLGExpr
 from dask._task_spec import Alias, DataNode, List
 from dask._task_spec import Task as GraphTask
 from dask.utils import apply
@@ -25,7 +25,19 @@ BATCH = 2000
 """Tasks that are submitted again in one graph at most."""
 
 
-_numbers = itertools.count()
+_numbering = threading.Lock()
+_last_number = 0
+
+
+def next_number() -> int:
+    """The place of a submit in the order of all, in every process: it grows with each, and is near the time in ns.
+
+    Tasks that submit tasks do so from many processes, and their tasks share one queue.
+    """
+    global _last_number
+    with _numbering:
+        _last_number = max(_last_number + 1, time.time_ns())
+        return _last_number
 
 
 class SharedData(NamedTuple):
@@ -51,9 +63,14 @@ class Spec:
         payload: the pickled `worker_runtime.Call`.
         shared: the parameters that calls share: pickled, where the scheduler holds them, or a task of their own.
         upstreams: the tasks whose states it needs, in order; only the key of one that has no such description.
+
+    Attributes:
+        number: its place in the order in which tasks were submitted.
+        options: how it is sent.
+        sent: whether it has left this process, or never will.
     """
 
-    __slots__ = ("__weakref__", "envelope", "key", "number", "options", "payload", "shared", "upstreams")
+    __slots__ = ("__weakref__", "envelope", "key", "number", "options", "payload", "sent", "shared", "upstreams")
 
     def __init__(
         self,
@@ -63,13 +80,14 @@ class Spec:
         shared: bytes | tuple[str, ...] | SharedData | None,
         upstreams: tuple[Spec | str, ...],
     ) -> None:
-        self.number = next(_numbers)
+        self.number = next_number()
         self.key = key
         self.envelope = envelope
         self.payload = payload
         self.shared = shared
         self.upstreams = upstreams
         self.options = NO_OPTIONS
+        self.sent = False
 
     def upstream_keys(self) -> list[str]:
         """The keys of the tasks whose states it needs."""
@@ -161,11 +179,6 @@ def graphs(specs: Iterable[Spec], states: Mapping[str, Any], batch: int = BATCH)
                 nodes[spec.key] = spec.node(sent)
             tasks = [key for key in nodes if key not in helpers]
             yield Graph(nodes, [*tasks, *helpers], options)
-
-
-def expression(nodes: dict[str, Any]) -> LLGExpr:
-    """A graph as Dask sends it. The token spares Dask hashing every argument."""
-    return LLGExpr(nodes, _determ_token=uuid.uuid4().hex)
 
 
 def _loads(key: str, blob: bytes) -> GraphTask:

@@ -1,9 +1,8 @@
 """The flow's side of `worker_runtime`: a Prefect task becomes a Dask task.
 
-What many calls have in common travels once: the *envelope* (settings, flow run context, task) and, in a `map`, the
-parameters that every call shares. Both are left in the scheduler's task metadata, from where each worker process
-fetches what it has not seen, so they reach workers that join later, survive the loss of any worker, and are no Dask
-dependency that would draw all tasks to the worker which happens to hold it. A call itself is a few hundred bytes.
+What many calls have in common travels once: the context of the flow run, the task (`descriptions`) and, in a `map`,
+the parameters that every call shares. They are left in the scheduler's task metadata, from where each worker process
+fetches what it has not seen (`scheduler_metadata`). A call itself is a few hundred bytes.
 
 The Dask tasks name nothing but functions of Dask itself, since a gateway's scheduler unpickles the graph and has
 neither Prefect nor this package nor the user's modules.
@@ -11,57 +10,51 @@ neither Prefect nor this package nor the user's modules.
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import functools
-import hashlib
 import re
 import threading
 import uuid
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 from uuid import UUID
 
-import cloudpickle
+import dask
 from dask._task_spec import DataNode
 from dask.base import get_annotations
-from dask.utils import key_split
+from dask.utils import key_split, parse_bytes
 from distributed import Client, Future
 from distributed.protocol.pickle import dumps
 from prefect._internal.uuid7 import uuid7
 from prefect.context import (
     AssetContext,
     FlowRunContext,
-    SettingsContext,
     TagsContext,
-    TaskRunContext,
-    serialize_context,
 )
 from prefect.tasks import MaterializingTask, Task
 from prefect.utilities.annotations import allow_failure, opaque, quote, unmapped
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
+from prefect_htcdask.descriptions import Descriptions
 from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.graph_sending import send
 from prefect_htcdask.reconnection import ResumingClient
-from prefect_htcdask.resubmission import NO_OPTIONS, SendOptions, SharedData, Spec, expression
+from prefect_htcdask.resubmission import NO_OPTIONS, SendOptions, SharedData, Spec
+from prefect_htcdask.scheduler_metadata import Place
 from prefect_htcdask.upstreams import UpstreamFutures
 from prefect_htcdask.worker_groups import Offers
-from prefect_htcdask.worker_runtime import METADATA_ROOT, Call
+from prefect_htcdask.worker_runtime import Call
 
-if TYPE_CHECKING:
-    pass
-
-MAX_ENVELOPES = 64
 MAP_BATCH = 2000
 """Task runs of a `map` that go to the scheduler in one graph; more would hold back the first of them."""
 
-INLINE_LIMIT = 2 * 1024
 METADATA_LIMIT = 8 * 1024**2
 """Shared parameters up to this size, in bytes, wait at the scheduler; larger ones are Dask data, copied from worker to
 worker."""
 
+_THRESHOLD = "distributed.admin.large-graph-warning-threshold"
+_configuring = threading.Lock()
 _UNSAFE = re.compile(r"[^0-9A-Za-z]+")
 
 
@@ -118,13 +111,9 @@ class Submission:
 
     def __init__(self, client: Client, run_id: str, api_url: str | None, offers: Offers | None = None) -> None:
         self.client = client
-        self.run_id = run_id
-        self.api_url = api_url
         self.offers = offers
+        self._described = Descriptions(client, run_id, api_url)
         self._options = NO_OPTIONS
-        self._lock = threading.Lock()
-        self._envelopes: OrderedDict[tuple[Any, ...], tuple[tuple[str, ...], Any]] = OrderedDict()
-        self._blobs: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     def submit(
         self,
@@ -135,9 +124,14 @@ class Submission:
         resources: Mapping[str, float] | None = None,
     ) -> Submitted:
         """Submit one task run that asks Dask for `resources`."""
-        envelope = self.envelope(task)
+        envelope = self._described.envelope(task, self.offers)
         task_run_id, spec, needed = self._describe_call(task, envelope, parameters, wait_for, dependencies or {})
-        return Submitted(task_run_id, self._send([spec], {}, resources)[0], needed, self._kept(spec))
+        if isinstance(self.client, ResumingClient):
+            spec.options = self._send_options(resources)
+            future = self.client.outbox.put(spec, needed)
+        else:
+            future = self._send([spec], {}, resources)[0]
+        return Submitted(task_run_id, future, needed.futures, self._kept(spec))
 
     def submit_many(
         self,
@@ -155,7 +149,7 @@ class Submission:
         Returns:
             what was submitted, in the order of `calls`.
         """
-        envelope = self.envelope(task)
+        envelope = self._described.envelope(task, self.offers)
         shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
         holder = UpstreamFutures(self.client)
         shared = {name: holder.replace(value) for name, value in shared.items()}
@@ -172,9 +166,9 @@ class Submission:
         for start in range(0, len(calls), MAP_BATCH):
             specs: list[Spec] = []
             ids: list[UUID] = []
-            needed: list[list[HTCDaskFuture[Any]]] = []
+            needed: list[UpstreamFutures] = []
             for parameters in calls[start : start + MAP_BATCH]:
-                task_run_id, spec, futures = self._describe_call(
+                task_run_id, spec, upstreams = self._describe_call(
                     task,
                     envelope,
                     parameters,
@@ -187,90 +181,28 @@ class Submission:
                 )
                 specs.append(spec)
                 ids.append(task_run_id)
-                needed.append(futures)
+                needed.append(upstreams)
             # The key of the shared data comes last; later batches depend on what the first brought.
             futures_ = self._send(specs, extra, resources)
             if extra:
                 anchor, extra = futures_.pop(), {}
-            submitted += map(Submitted, ids, futures_, needed, map(self._kept, specs))
+            upstream_futures = (one.futures for one in needed)
+            submitted += map(Submitted, ids, futures_, upstream_futures, map(self._kept, specs))
         del anchor
         return submitted
 
-    def envelope(self, task: Task[Any, Any]) -> tuple[str, ...]:
-        """Make sure that the scheduler holds the envelope of `task` in the present context; return where."""
-        flow_run, settings, parent = FlowRunContext.get(), SettingsContext.get(), TaskRunContext.get()
-        # A task is an ordinary object that a flow may change between two submits; the identities of its attributes
-        # tell, as long as the attributes are kept alive beside them.
-        attributes = dict(vars(task))
-        kept = (task, flow_run, settings, parent, attributes)
-        identity = (
-            id(task),
-            id(flow_run),
-            id(settings),
-            id(parent),
-            tuple(id(value) for value in attributes.values()),
-        )
-        with self._lock:
-            if identity in self._envelopes:
-                self._envelopes.move_to_end(identity)
-                return self._envelopes[identity][0]
-        blob = self._describe(task)
-        key = (self.run_id, uuid.uuid4().hex)
-        self.client.set_metadata([METADATA_ROOT, *key], blob)
-        with self._lock:
-            self._envelopes[identity] = (key, kept)
-            while len(self._envelopes) > MAX_ENVELOPES:
-                # The scheduler keeps it: task runs that are still queued fetch it.
-                self._envelopes.popitem(last=False)
-        return key
-
-    def places(self) -> list[tuple[str, ...]]:
+    def places(self) -> list[Place]:
         """Where the scheduler holds what this object left there."""
-        with self._lock:
-            return [key for key, _ in self._envelopes.values()] + list(self._blobs.values())
+        return self._described.places()
 
     def forget(self) -> None:
         """Remove this run's envelopes and shared parameters from the scheduler."""
-        with self._lock:
-            self._envelopes.clear()
-            self._blobs.clear()
-        self.client.set_metadata([METADATA_ROOT, self.run_id], None)
-
-    def _describe(self, task: Task[Any, Any]) -> bytes:
-        context = serialize_context()
-        for varying in ("tags_context", "asset_context"):
-            context.pop(varying)
-        settings: dict[str, Any] = context["settings_context"].get("settings", {})
-        api = settings["api"] = dict(settings.get("api") or {})
-        if self.api_url:
-            # With an ephemeral server the flow's settings have no address, and every worker would start its own.
-            api["url"] = api.get("url") or self.api_url
-        flow_run = context["flow_run_context"]
-        if flow := flow_run.get("flow"):
-            flow_run["flow"] = _with_inert_runner(flow)
-        current = SettingsContext.get()
-        secrets: tuple[Any, ...] = ()
-        if current is not None:
-            values = current.settings
-            key, auth = values.api.key, values.api.auth_string
-            secrets = (
-                key.get_secret_value() if key else None,
-                auth.get_secret_value() if auth else None,
-                values.api.tls_insecure_skip_verify,
-                str(values.api.ssl_cert_file),
-                values.api.enable_http2,
-                values.api.request_timeout,
-                repr(values.client.model_dump()),
-            )
-        digest = hashlib.sha256(repr((api.get("url"), *secrets)).encode()).hexdigest()
-        return bytes(
-            cloudpickle.dumps({"context": context, "task": task, "client_key": (digest,), "offers": self.offers})
-        )
+        self._described.forget()
 
     def _describe_call(
         self,
         task: Task[Any, Any],
-        envelope: tuple[str, ...],
+        envelope: Place,
         parameters: dict[str, Any],
         wait_for: Iterable[Any] | None,
         dependencies: Mapping[str, set[Any]],
@@ -279,8 +211,8 @@ class Submission:
         shared_reference: Any = None,
         shared_inputs: Mapping[str, set[Any]] | None = None,
         replaced: tuple[dict[str, Any], list[HTCDaskFuture[Any]]] = ({}, []),
-    ) -> tuple[UUID, Spec, list[HTCDaskFuture[Any]]]:
-        """One task run as a Dask task, with the upstream futures that it needs."""
+    ) -> tuple[UUID, Spec, UpstreamFutures]:
+        """One task run as a Dask task, with the upstream futures that it needs; to be held until it is sent."""
         task_run_id = uuid7()
         inputs = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
         inputs.update(shared_inputs or {})
@@ -309,23 +241,13 @@ class Submission:
             shared_reference,
             tuple(future.spec or str(future.wrapped_future.key) for future in holder.futures),
         )
-        return task_run_id, spec, holder.futures
+        return task_run_id, spec, holder
 
     def _share(self, shared: dict[str, Any]) -> tuple[Any, dict[str, Any], Future[Any] | None]:
         """Bring shared parameters where workers find them: inline, at the scheduler, or as Dask data."""
         blob = dumps(shared)
-        if len(blob) <= INLINE_LIMIT:
-            return blob, {}, None
-        digest = hashlib.sha256(blob).hexdigest()
         if len(blob) <= METADATA_LIMIT:
-            with self._lock:
-                known = self._blobs.get(digest)
-            if known is None:
-                known = (self.run_id, digest)
-                self.client.set_metadata([METADATA_ROOT, *known], blob)
-                with self._lock:
-                    self._blobs[digest] = known
-            return known, {}, None
+            return self._described.put(blob), {}, None
         key = f"shared_parameters-{uuid.uuid4()}"
         return SharedData(key, blob), {key: DataNode(key, blob)}, None
 
@@ -333,28 +255,44 @@ class Submission:
         self, specs: list[Spec], extra: dict[str, Any], resources: Mapping[str, float] | None
     ) -> list[Future[Any]]:
         """Send a graph with these tasks, and nodes in `extra` that they need; returns the futures of all, in order."""
-        options = SendOptions(get_annotations(), resources)
-        if options != self._options:
-            self._options = options
+        options = self._send_options(resources)
         graph: dict[str, Any] = dict(extra)
         for spec in specs:
-            spec.options = self._options
+            spec.options, spec.sent = options, True
             graph[spec.key] = spec.node()
         keys = [*(spec.key for spec in specs), *extra]
-        with self._steady():
+        if isinstance(self.client, ResumingClient):
+            # What these depend on comes first.
+            self.client.outbox.flush()
+        with self._steady(), _sent_once(sum(len(node.value) for node in extra.values())):
             if isinstance(self.client, ResumingClient):
                 self.client.specs.update((spec.key, spec) for spec in specs)
             # Priority and the like are left to `dask.annotate`.
-            futures: list[Future[Any]] = self.client.get(
-                expression(graph), keys, sync=False, fifo_timeout="100 ms", resources=resources
-            )
-        return futures
+            return send(self.client, graph, keys, {spec.key: spec.number for spec in specs}, resources)
+
+    def _send_options(self, resources: Mapping[str, float] | None) -> SendOptions:
+        """How tasks are sent now; the same object for as long as that does not change."""
+        options = SendOptions(get_annotations(), resources)
+        if options != self._options:
+            self._options = options
+        return self._options
 
     def _steady(self) -> AbstractContextManager[None]:
         return self.client.steady() if isinstance(self.client, ResumingClient) else nullcontext()
 
     def _kept(self, spec: Spec) -> Spec | None:
         return spec if isinstance(self.client, ResumingClient) else None
+
+
+@contextmanager
+def _sent_once(size: int) -> Iterator[None]:
+    """Have Dask not warn for `size` bytes of a graph, which are sent once for many tasks, as its warning advises."""
+    if not size:
+        yield
+        return
+    # Dask's configuration is that of the process: two threads that raised it at once would leave it raised.
+    with _configuring, dask.config.set({_THRESHOLD: parse_bytes(dask.config.get(_THRESHOLD)) + size}):
+        yield
 
 
 def current_tags() -> tuple[str, ...]:
@@ -372,14 +310,3 @@ def _asset_context(task: Task[Any, Any], task_run_id: UUID, inputs: dict[str, se
     return AssetContext.from_task_and_inputs(
         task=task, task_run_id=task_run_id, task_inputs=inputs, copy_to_child_ctx=True
     ).serialize()
-
-
-def _with_inert_runner(flow: Any) -> Any:
-    """The flow as workers need it: its runner without settings, which may hold secrets, and without handles."""
-    from prefect_htcdask.task_runner import HTCDaskTaskRunner
-
-    if not isinstance(flow.task_runner, HTCDaskTaskRunner):
-        return flow
-    sent = copy.copy(flow)
-    sent.task_runner = flow.task_runner.inert()
-    return sent

@@ -64,6 +64,14 @@ class Ended(NamedTuple):
     state: State[Any] | None
 
 
+class Started(NamedTuple):
+    """A task run that has started: its id, its task's name, and the task."""
+
+    task_run_id: UUID
+    name: str
+    task: Task[Any, Any] | None
+
+
 class StateReporter:
     """Moves task runs to final states, in the background, in the context that it is made in.
 
@@ -178,6 +186,25 @@ class StateReporter:
         if self.flow_run_id is None or not task_run_ids:
             return 0
         return self._context.copy().run(self._end_unfinished, task_run_ids, state_type, message, settle)
+
+    def end_started(
+        self, started: Iterable[Started], state_type: StateType, message: str, settle: float = 2.0, events: bool = True
+    ) -> int:
+        """Give a final state to task runs that have none, though the API may not have heard of their start yet.
+
+        Word of the start that arrives later is older, and changes nothing then.
+
+        Args:
+            started: task runs that had started and are to have ended.
+            state_type: CRASHED or CANCELLED.
+            message: why, for the state.
+            settle: as in `confirm`.
+            events: as in `confirm`.
+
+        Returns:
+            of how many the API was told.
+        """
+        return self.confirm([Ended(*one, _new_state(state_type, message)) for one in started], settle, events)
 
     def _end_unfinished(self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float) -> int:
         deadline = time.monotonic() + settle

@@ -10,6 +10,7 @@ from prefect.utilities.annotations import quote
 from prefect.utilities.collections import StopVisiting, visit_collection
 
 from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.outbox import OutboxClient
 from prefect_htcdask.worker_runtime import Upstream
 
 if TYPE_CHECKING:
@@ -20,13 +21,15 @@ class UpstreamFutures:
     """Collects the upstream futures of a call, and puts `Upstream` in their places.
 
     A future whose state this process has already is replaced by the state itself: it would make Dask run a finished
-    task again, if the worker that held the state is gone.
+    task again, if the worker that held the state is gone. The others' results stay on the cluster for as long as this
+    object is held: until the graph that needs them is sent, another thread may collect them.
     """
 
     def __init__(self, client: Client, futures: list[HTCDaskFuture[Any]] | None = None) -> None:
         self._client = client
         self.futures: list[HTCDaskFuture[Any]] = futures or []
         self._index: dict[int, int] = {id(future): i for i, future in enumerate(self.futures)}
+        self._held: list[Any] = []
 
     def replace(self, value: Any) -> Any:
         if type(value) in (int, float, str, bool, bytes, type(None)):
@@ -38,11 +41,17 @@ class UpstreamFutures:
             raise StopVisiting()
         if not isinstance(item, PrefectFuture) or isinstance(item, PrefectDistributedFuture):
             return item
-        if isinstance(item, HTCDaskFuture) and item.is_on(self._client):
-            if id(item) not in self._index:
-                self._index[id(item)] = len(self.futures)
-                self.futures.append(item)
-            return Upstream(self._index[id(item)])
+        if isinstance(item, HTCDaskFuture):
+            wrapped = item.wrapped_future
+            if item.is_on(self._client):
+                if id(item) not in self._index:
+                    if wrapped.client is not self._client and isinstance(wrapped.client, OutboxClient):
+                        # Its task has to be there before those that need it.
+                        wrapped.client.empty_outbox()
+                    self._index[id(item)] = len(self.futures)
+                    self.futures.append(item)
+                    self._held.append(wrapped)
+                return Upstream(self._index[id(item)])
         # In hand already, or another runner's: its state, by value.
         item.wait()
         state: State[Any] = item.state

@@ -1,9 +1,7 @@
 """What runs on a Dask worker: a Prefect task run, in the context that the flow's process described.
 
-Preparing that context is what makes a stock prefect-dask task slow, so it is done once: the *envelope* of a task
-(settings, flow run, task; see `submission`) is fetched from the scheduler and hydrated once per worker process, an
-API client is kept open per thread, and a task run gets cheap copies, as fresh as `prefect.context.hydrated_context`
-would make them. The module is also a Dask preload (``--preload prefect_htcdask.worker_runtime``): its teardown sends
+Preparing that context is what makes a stock prefect-dask task slow, so it is done once for many task runs (`envelopes`,
+`worker_context`). The module is also a Dask preload (``--preload prefect_htcdask.worker_runtime``): its teardown sends
 off the events and logs that are still queued, so that none dies with the worker.
 """
 
@@ -12,29 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Coroutine, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
+from dataclasses import dataclass
 from typing import Any, cast
 from uuid import UUID
 
 import cloudpickle
 from distributed import Worker, get_worker
-from distributed.utils import sync
 
 from prefect_htcdask import rerun
+from prefect_htcdask.envelopes import contexts, envelopes
 from prefect_htcdask.interruption import interruptible
+from prefect_htcdask.scheduler_metadata import METADATA_ROOT, blobs
+from prefect_htcdask.worker_context import task_context
 
-METADATA_ROOT = "prefect_htcdask"
-"""Where the scheduler's task metadata holds the envelopes: ``[METADATA_ROOT, live run, envelope]``."""
-
-MAX_ENVELOPES = 64
-"""Hydrated envelopes that a worker process keeps; a dropped one is fetched again when it is needed."""
-
-MAX_CLIENTS_PER_THREAD = 4
 FLUSH_TIMEOUT = 15.0
 """Seconds that a leaving worker spends on its queued events and logs at most."""
 
@@ -67,21 +57,6 @@ class Call:
 
 
 @dataclass
-class Envelope:
-    """A hydrated envelope: prototypes that every task run copies."""
-
-    task: Any
-    settings: Any | None
-    flow_run: Any | None
-    parent: Any | None
-    deployment_id: UUID | None
-    deployment_parameters: dict[str, Any] | None
-    client_key: tuple[Any, ...]
-    offers: Any
-    _stack: ExitStack = field(default_factory=ExitStack)
-
-
-@dataclass
 class CallScope:
     """What belongs to one call while it runs: where its envelope is, and what it submits itself (`live.NestedRun`).
 
@@ -94,190 +69,6 @@ class CallScope:
 
 
 current_call: contextvars.ContextVar[CallScope] = contextvars.ContextVar("prefect_htcdask_call")
-
-
-class _EnvelopeCache:
-    """Least recently used envelopes, hydrated once however many threads ask at the same time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[str, ...], Envelope] = OrderedDict()
-        self._locks: dict[tuple[str, ...], threading.Lock] = {}
-
-    def get(self, key: tuple[str, ...]) -> Envelope:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key]
-            lock = self._locks.setdefault(key, threading.Lock())
-        with lock:
-            with self._lock:
-                if key in self._entries:
-                    return self._entries[key]
-            envelope = _hydrate(_fetch(key))
-            with self._lock:
-                self._entries[key] = envelope
-                self._locks.pop(key, None)
-                while len(self._entries) > MAX_ENVELOPES:
-                    self._entries.popitem(last=False)
-            return envelope
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
-
-
-class _BlobCache:
-    """Blobs shared by the calls of a `map`, as bytes, bounded by their total size."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[str, ...], bytes] = OrderedDict()
-
-    def get(self, key: tuple[str, ...]) -> bytes:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key]
-        blob = _fetch(key)
-        with self._lock:
-            self._entries[key] = blob
-            while len(self._entries) > 1 and sum(map(len, self._entries.values())) > self._limit:
-                self._entries.popitem(last=False)
-        return blob
-
-
-_envelopes = _EnvelopeCache()
-_blobs = _BlobCache(64 * 1024**2)
-_thread = threading.local()
-
-
-def _fetch(key: tuple[str, ...]) -> bytes:
-    """Get what the flow's process left at the scheduler under `key`.
-
-    Raises:
-        HTCDaskError: the scheduler no longer has it, since the flow run is over or the scheduler was restarted.
-    """
-    worker = get_worker()
-    blob = sync(worker.loop, worker.scheduler.get_metadata, keys=[METADATA_ROOT, *key], default=None)
-    if blob is None:
-        from prefect_htcdask.errors import HTCDaskError
-
-        raise HTCDaskError(
-            f"the scheduler has no description {'/'.join(key)} of this task any more: its flow run is over, or the "
-            "scheduler was restarted"
-        )
-    return bytes(blob)
-
-
-def _hydrate(blob: bytes) -> Envelope:
-    """Build the prototypes of `prefect.context.hydrated_context`, without entering any of them."""
-    from prefect._internal.result_records import ResultRecordMetadata
-    from prefect.context import FlowRunContext, SettingsContext, TaskRunContext
-    from prefect.flows import Flow
-    from prefect.logging.configuration import ensure_logging_setup
-    from prefect.tasks import Task
-
-    content: dict[str, Any] = cloudpickle.loads(blob)
-    context = content["context"]
-    types = {"Flow": Flow, "Task": Task, "ResultRecordMetadata": ResultRecordMetadata}
-    FlowRunContext.model_rebuild(_types_namespace=types)
-    TaskRunContext.model_rebuild(_types_namespace=types)
-    ensure_logging_setup()
-
-    deployment_id = context.get("deployment_id")
-    envelope = Envelope(
-        task=content["task"],
-        settings=SettingsContext(**context["settings_context"]) if context.get("settings_context") else None,
-        flow_run=None,
-        parent=None,
-        deployment_id=UUID(deployment_id) if deployment_id else None,
-        deployment_parameters=context.get("deployment_parameters"),
-        client_key=content["client_key"],
-        offers=content["offers"],
-    )
-    with _copy_of(envelope.settings), _open_client(envelope) as client:
-        if flow_run := context.get("flow_run_context"):
-            runner = envelope._stack.enter_context(flow_run["flow"].task_runner.duplicate())
-            envelope.flow_run = FlowRunContext(**flow_run, client=client, task_runner=runner, detached=True)
-        if parent := context.get("task_run_context"):
-            envelope.parent = TaskRunContext(**parent, client=client)
-    return envelope
-
-
-@contextmanager
-def _copy_of(context: Any | None, **update: Any) -> Iterator[Any | None]:
-    """Enter a copy of a context model, since one object cannot be entered by two threads."""
-    if context is None:
-        yield None
-    else:
-        with context.model_copy(update=update) as entered:
-            yield entered
-
-
-@contextmanager
-def _open_client(envelope: Envelope) -> Iterator[Any]:
-    """Put this thread's open API client, for the envelope's API, into the context."""
-    from prefect.context import SyncClientContext
-
-    clients: OrderedDict[tuple[Any, ...], Any] = _thread.__dict__.setdefault("clients", OrderedDict())
-    context = clients.get(envelope.client_key)
-    if context is None:
-        context = SyncClientContext()
-        context.client.__enter__()
-        context.client.raise_for_api_version_mismatch_once()
-        clients[envelope.client_key] = context
-        while len(clients) > MAX_CLIENTS_PER_THREAD:
-            _, oldest = clients.popitem(last=False)
-            with suppress(Exception):
-                oldest.client.__exit__(None, None, None)
-    clients.move_to_end(envelope.client_key)
-    token = SyncClientContext.__var__.set(context)
-    try:
-        yield context.client
-    finally:
-        SyncClientContext.__var__.reset(token)
-
-
-@contextmanager
-def _task_context(envelope: Envelope, call: Call) -> Iterator[None]:
-    """The context of `prefect.context.hydrated_context`, from the envelope's prototypes.
-
-    Whatever a task run may change is new for each: the links from results to states, which Prefect keys by `id`, must
-    not outlive the task run, or a later object at the same address would inherit them.
-    """
-    from prefect._flow_run_suspension import FlowRunSuspensionRequest
-    from prefect.context import AssetContext, _deployment_id, _deployment_parameters, tags
-    from prefect.results import default_cache
-
-    with ExitStack() as stack:
-        stack.enter_context(_copy_of(envelope.settings))
-        client = stack.enter_context(_open_client(envelope))
-        if envelope.flow_run is not None:
-            store = envelope.flow_run.result_store.model_copy(update={"cache": default_cache()})
-            stack.enter_context(
-                _copy_of(
-                    envelope.flow_run,
-                    client=client,
-                    result_store=store,
-                    run_results={},
-                    task_run_assets={},
-                    task_run_dynamic_keys={},
-                    observed_flow_pauses={},
-                    flow_run_suspension_request=FlowRunSuspensionRequest(),
-                )
-            )
-        stack.enter_context(_copy_of(envelope.parent, client=client))
-        if call.tags:
-            stack.enter_context(tags(*call.tags))
-        if call.asset_context:
-            stack.enter_context(AssetContext(**call.asset_context))
-        if envelope.deployment_id is not None:
-            stack.callback(_deployment_id.reset, _deployment_id.set(envelope.deployment_id))
-        if envelope.deployment_parameters:
-            stack.callback(_deployment_parameters.reset, _deployment_parameters.set(envelope.deployment_parameters))
-        yield
 
 
 def _fill(value: Any, states: list[Any]) -> Any:
@@ -342,12 +133,13 @@ def _run_call(
     from prefect.task_engine import run_task_async, run_task_sync
 
     current_call.set(scope)
-    envelope = _envelopes.get(scope.envelope_key)
-    scope.offers = envelope.offers
+    envelope = envelopes.get(scope.envelope_key)
+    context = contexts.get(envelope.context)
+    scope.offers = context.offers
     call: Call = cloudpickle.loads(payload)
     parameters = call.parameters
     if shared is not None:
-        blob = _blobs.get(tuple(shared)) if isinstance(shared, (tuple, list)) else shared
+        blob = blobs.get(tuple(shared)) if isinstance(shared, (tuple, list)) else shared
         # Unpickled for each call, so that a task which changes its argument does not change its neighbours'.
         values = {**cloudpickle.loads(blob), **parameters}
         parameters = {name: values[name] for name in call.order}
@@ -364,7 +156,7 @@ def _run_call(
         "dependencies": call.dependencies,
     }
     loss = rerun.loss_of_this_task()
-    with _task_context(envelope, call):
+    with task_context(context, call):
         try:
             if loss is not None:
                 found = rerun.take_up(arguments, loss, scope.envelope_key[0], METADATA_ROOT)
@@ -417,9 +209,12 @@ async def dask_setup(worker: Worker) -> None:
     """Dask preload: import Prefect before the first task run has to wait for it, and have events outlast an outage."""
     import prefect.task_engine  # noqa: F401
 
+    from prefect_htcdask.flow_run_log import relay
     from prefect_htcdask.worker_events import keep_trying
 
     keep_trying()
+    if flow_run_id := getattr(worker, "flow_run_id", None):
+        relay(worker, flow_run_id)
 
 
 async def dask_teardown(worker: Worker) -> None:

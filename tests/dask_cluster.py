@@ -19,10 +19,22 @@ from prefect_htcdask.scaling.groups import group_for
 GATES: dict[int, threading.Event] = {}
 """What tasks wait for: workers are threads of this process, so that a test opens a gate and the task goes on."""
 
+OFFERS = {
+    "cpu": {"htcdask-group-cpu": 2},
+    "gpu": {"htcdask-group-gpu": 4, "GPU": 1},
+}
+"""What two worker groups offer."""
+
 
 def gate(number: int) -> threading.Event:
     """The gate of this number."""
     return GATES.setdefault(number, threading.Event())
+
+
+def wait(number: int, *inputs: Any) -> int:
+    """Waits for its gate."""
+    assert gate(number).wait(30)
+    return number
 
 
 _CONFIG = {
@@ -70,11 +82,27 @@ class Cluster:
         assert answer["status"] == "ok"
         return answer
 
+    def tasks_told(self) -> str:
+        """State, worker and recent history of each unfinished task, at the scheduler and on its worker."""
+        lines = []
+        for task in self.scheduler.tasks.values():
+            if task.state in ("memory", "erred", "released", "forgotten"):
+                continue
+            address = task.processing_on.address if task.processing_on else None
+            lines.append(f"{task.key}: {task.state} on {address}, waiting on {task.waiting_on}")
+            lines += [f"    scheduler: {event}" for event in self.scheduler.story(task.key)[-6:]]
+            for worker in self.workers:
+                if task.key in worker.state.tasks:
+                    lines.append(f"    {worker.address} ({worker.status.name}): {worker.state.tasks[task.key]}")
+                    lines += [f"        {event}" for event in worker.state.story(task.key)[-6:]]
+        return "\n".join(lines)
+
     async def until(self, condition: Callable[[], Any], what: str) -> None:
-        """Let things go on until a condition holds; fails after 20 s."""
+        """Let things go on until a condition holds; fails after 20 s, and tells of the tasks that there are."""
         deadline = asyncio.get_running_loop().time() + 20
         while not condition():
-            assert asyncio.get_running_loop().time() < deadline, f"not within 20 s: {what}"
+            if asyncio.get_running_loop().time() > deadline:
+                raise AssertionError(f"not within 20 s: {what}\n{self.tasks_told()}")
             await asyncio.sleep(0.01)
 
 

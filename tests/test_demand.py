@@ -1,4 +1,4 @@
-"""What the scheduler's plugin answers, and how it retires workers: on a real scheduler with workers in this process."""
+"""What the scheduler's plugin answers: on a real scheduler with workers in this process."""
 
 from __future__ import annotations
 
@@ -10,24 +10,11 @@ from typing import Any
 import msgpack
 import pytest
 from distributed import secede
-from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
 from prefect_htcdask.scaling import kinds
 from prefect_htcdask.scaling.counting import BUCKET
-from prefect_htcdask.scaling.demand import DRAIN, PLUGIN_NAME, DemandPlugin
-from tests.dask_cluster import counted, dask_cluster, gate, recount
-
-OFFERS = {
-    "cpu": {"htcdask-group-cpu": 2},
-    "gpu": {"htcdask-group-gpu": 4, "GPU": 1},
-}
-
-
-def wait(number: int, *inputs: Any) -> int:
-    """Waits for its gate."""
-    assert gate(number).wait(30)
-    return number
+from tests.dask_cluster import OFFERS, counted, dask_cluster, gate, recount, wait
 
 
 def leave_thread(number: int) -> int:
@@ -39,6 +26,12 @@ def leave_thread(number: int) -> int:
 def last(seconds: float, *inputs: Any) -> None:
     """Takes its time."""
     time.sleep(seconds)
+
+
+def fail(seconds: float) -> None:
+    """Takes its time, and fails."""
+    time.sleep(seconds)
+    raise ZeroDivisionError
 
 
 async def test_tasks_without_a_worker_by_group() -> None:
@@ -86,6 +79,33 @@ async def test_work_is_told_by_the_mean_of_each_name() -> None:
         answer = await cluster.demand()
         assert answer["groups"]["default"]["work"] == 0
         assert set(answer["durations"]) == {"last", "wait"}
+
+
+async def test_the_time_that_ended_tasks_took_is_told() -> None:
+    async with dask_cluster(OFFERS) as cluster:
+        await cluster.add_worker(1, OFFERS["cpu"])
+        await cluster.add_worker(1, OFFERS["gpu"])
+        client = cluster.client
+        good = client.map(last, [0.2, 0.1], pure=False)
+        bad = client.submit(fail, 0.3, pure=False, resources={"GPU": 1})
+        late = client.submit(last, 0.0, client.submit(wait, 1))
+        await client.gather(good)
+        with pytest.raises(ZeroDivisionError):
+            await bad
+        await cluster.until(lambda: len(cluster.plugin.counter._in_hand) == 1, "the gated task alone in hand")
+        answer = await cluster.demand()
+        cpu, gpu = answer["groups"]["cpu"], answer["groups"]["gpu"]
+        assert (cpu["done"], gpu["done"], answer["unfinished"]) == (2, 1, 2)
+        assert 0.3 <= cpu["spent"] < 1.3 and 0.3 <= gpu["spent"] < 1.3
+        assert gpu["task_seconds"] == 0, "what failed teaches nothing of how long its like takes"
+        gate(1).set()
+        await late
+        answer = await cluster.demand()
+        assert (answer["groups"]["cpu"]["done"], answer["unfinished"]) == (4, 0)
+        # Results that are let go of, and counting anew, take nothing of it back.
+        del good, late
+        cluster.plugin.counter.count()
+        assert (await cluster.demand())["groups"]["cpu"]["done"] == 4
 
 
 async def test_waiting_tasks_are_forecast_when_all_that_they_need_is_in_hand() -> None:
@@ -201,103 +221,6 @@ async def test_idle_holding_and_closing_workers() -> None:
         assert set(cluster.plugin.counter.last_busy) == set(cluster.scheduler.workers)
 
 
-async def test_retirement_moves_results_and_leaves_a_busy_worker_alone() -> None:
-    async with dask_cluster() as cluster:
-        holder, busy, empty = [await cluster.add_worker(1) for _ in range(3)]
-        client = cluster.client
-        gate(1).set()
-        kept = client.submit(wait, 1, workers=[holder.address])
-        await kept
-        running = client.submit(wait, 2, workers=[busy.address], allow_other_workers=True)
-        await cluster.until(lambda: cluster.scheduler.workers[busy.address].processing, "in hand")
-        names = [holder.name, busy.name, empty.name, "htcdask-99.0"]
-        assert sorted(await cluster.plugin.retire(names, idle_only=True)) == [holder.name, empty.name]
-        assert [ws.name for ws in cluster.scheduler.workers.values()] == [busy.name]
-        assert cluster.scheduler.workers[busy.address].status is Status.running
-        assert await client.gather(kept) == 1
-        assert [ts.state for ts in cluster.scheduler.tasks.values()].count("memory") == 1
-        # Told to go all the same, it ends its task first, and gets no other.
-        told: list[Any] = []
-        busy.stream_handlers[DRAIN] = lambda **message: told.append(message)
-        await cluster.add_worker(1)
-        assert await cluster.plugin.retire([busy.name]) == [busy.name]
-        later = client.map(wait, [1] * 3, pure=False)
-        await client.gather(later)
-        assert told and busy.name in (await cluster.demand())["closing"]
-        assert await cluster.plugin.retire([busy.name]) == [], "it is leaving already"
-        del later
-        gate(2).set()
-        assert await client.gather([kept, running]) == [1, 2]
-        assert cluster.scheduler.tasks[running.key].who_has == {cluster.scheduler.workers[busy.address]}
-
-
-async def test_a_worker_whose_results_find_no_place_stays_and_works_on() -> None:
-    async with dask_cluster() as cluster:
-        workers = [await cluster.add_worker(1) for _ in range(2)]
-        client = cluster.client
-        gate(1).set()
-        kept = [client.submit(wait, 1, workers=[worker.address], pure=False) for worker in workers]
-        await client.gather(kept)
-        runs = cluster.scheduler.transition_counter
-        assert await cluster.plugin.retire([worker.name for worker in workers], idle_only=True) == []
-        await cluster.until(lambda: len(cluster.scheduler.running) == 2, "both take tasks again")
-        assert len(cluster.scheduler.workers) == 2 and cluster.scheduler.transition_counter == runs
-        assert sorted((await cluster.demand())["holding"]) == [worker.name for worker in workers]
-        assert await client.submit(wait, 1, pure=False) == 1
-
-
-async def test_a_worker_that_leaves_by_itself_is_left_to_do_so() -> None:
-    async with dask_cluster() as cluster:
-        leaving, _ = await cluster.add_worker(1), await cluster.add_worker(1)
-        running = cluster.client.submit(wait, 1, workers=[leaving.address])
-        # One that it has been sent, but has not begun, it would not begin any more.
-        await cluster.until(lambda: leaving.state.executing, "at work")
-        leaving.status = Status.closing_gracefully
-        await cluster.until(lambda: len(cluster.scheduler.running) == 1, "word that it is leaving")
-        assert await cluster.plugin.retire([leaving.name]) == []
-        gate(1).set()
-        assert await running == 1
-
-
-async def test_a_worker_that_gets_a_task_while_others_are_retired_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Scheduler.retire_workers` waits for a lock before it stops workers from taking tasks."""
-    async with dask_cluster() as cluster:
-        worker = await cluster.add_worker(1)
-        scheduler = cluster.scheduler
-        async with scheduler._replica_lock("something else"):
-            retiring = asyncio.ensure_future(cluster.plugin.retire([worker.name], idle_only=True))
-            await asyncio.sleep(0)
-            running = cluster.client.submit(wait, 1)
-            await cluster.until(lambda: scheduler.workers[worker.address].processing, "in hand")
-        assert await retiring == []
-        await cluster.until(lambda: scheduler.running, "it takes tasks again")
-        gate(1).set()
-        assert await running == 1
-        assert scheduler.tasks[running.key].suspicious == 0
-        assert [entry[1:3] for entry in scheduler.transition_log if entry[0] == running.key][-2:] == [
-            ("waiting", "processing"),
-            ("processing", "memory"),
-        ]
-
-
-async def test_a_worker_that_is_lost_while_others_are_retired_takes_none_with_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with dask_cluster() as cluster:
-        lost, *others = [await cluster.add_worker(1) for _ in range(4)]
-        scheduler = cluster.scheduler
-
-        def send(*messages: Any) -> None:
-            raise CommClosedError("its connection has just broken")
-
-        monkeypatch.setattr(scheduler.stream_comms[lost.address], "send", send)
-        assert await cluster.plugin.retire([worker.name for worker in (lost, *others)], idle_only=True) == []
-        await cluster.until(lambda: len(scheduler.running) == 3, "the others take tasks again")
-        await cluster.until(lambda: lost.address not in scheduler.workers, "the lost one is removed")
-        names = [worker.name for worker in others]
-        assert sorted(await cluster.plugin.retire(names, idle_only=True)) == names
-
-
 async def test_an_input_too_large_for_any_worker_is_counted_out() -> None:
     """The scheduler then reports a task as leaving a worker that it never reported as going there."""
     async with dask_cluster(config={"distributed.scheduler.worker-saturation": math.inf}) as cluster:
@@ -347,87 +270,3 @@ async def test_names_are_told_up_to_a_number(monkeypatch: pytest.MonkeyPatch) ->
         assert len(answer["durations"]) == 5 and set(answer["durations"]) <= {f"name{letter}" for letter in letters}
         assert len(answer["unmatched"]) == 5
         del wants
-
-
-async def test_one_supervisor_owns_the_cluster() -> None:
-    async with dask_cluster() as cluster:
-        plugin = cluster.plugin
-        plugin.lease, plugin.expires = 60.0, time.monotonic() + 60
-        assert await plugin.claim("other") == {"granted": False, "owner": "test", "epoch": 1}
-        plugin.expires = time.monotonic() - 1
-        assert await plugin.claim("other") == {"granted": True, "owner": "other", "epoch": 2}
-        assert await plugin.demand("test", 1) == {"status": "superseded", "owner": "other", "epoch": 2}
-        plugin.expires = time.monotonic() - 1
-        assert (await plugin.claim("test"))["epoch"] == 3
-        tasks = cluster.client.map(wait, range(3), resources={"GPU": 1})
-        await cluster.until(lambda: len(cluster.scheduler.unrunnable) == 3, "three tasks")
-        assert set((await cluster.demand())["groups"]) == {"default"}
-        # A new owner may have other groups; tasks are counted by those at once.
-        assert (await plugin.claim("test", offers=OFFERS))["granted"]
-        counter = plugin.counter
-        assert (await cluster.demand())["groups"]["gpu"]["queued"] == 3
-        assert (await plugin.claim("test", offers=OFFERS))["granted"] and plugin.counter is counter
-        assert (await plugin.claim("test"))["granted"] and plugin.counter is counter
-        del tasks
-
-
-async def test_a_cluster_outlives_the_lease_of_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner's host may be asleep; only a cluster that nobody comes back to ends."""
-    async with dask_cluster() as cluster:
-        plugin = DemandPlugin(0.2, scheduler_lease=1.2)
-        ended: list[float] = []
-
-        async def end(why: str) -> None:
-            ended.append(time.monotonic())
-
-        monkeypatch.setattr(plugin, "end", end)
-        with pytest.warns(UserWarning, match="overwriting"):
-            await cluster.scheduler.register_scheduler_plugin(plugin, name=PLUGIN_NAME, idempotent=False)
-        assert (await plugin.claim("test"))["granted"]
-        await asyncio.sleep(0.5)  # the owner is asleep
-        assert plugin.expires < time.monotonic() and not ended
-        assert await cluster.demand(), "it is its owner's still"
-        renewed = time.monotonic()
-        assert not (await plugin.claim("other"))["granted"]
-        await cluster.until(lambda: ended, "the cluster's end")
-        assert ended[0] - renewed > 1.2
-
-
-async def test_wishes_stand_beside_each_other_by_group() -> None:
-    async with dask_cluster(OFFERS) as cluster:
-        plugin = cluster.plugin
-        assert (await cluster.demand())["requests"] == []
-        await plugin.scale({"op": "scale", "n": 3, "group": "cpu"})
-        await plugin.scale({"op": "adapt", "minimum": 0, "maximum": 9})
-        await plugin.scale({"op": "scale", "n": 1, "group": "gpu"})
-        assert (await plugin.scale({"op": "scale", "n": 4, "group": "cpu"}))["number"] == 4
-        answer = await cluster.demand()
-        assert answer["requests"] == [
-            {"op": "adapt", "minimum": 0, "maximum": 9, "number": 2},
-            {"op": "scale", "n": 1, "group": "gpu", "number": 3},
-            {"op": "scale", "n": 4, "group": "cpu", "number": 4},
-        ]
-
-
-async def test_a_new_plugin_takes_over_from_the_one_before() -> None:
-    async with dask_cluster() as cluster:
-        before = cluster.plugin
-        await before.scale({"op": "scale", "n": 3})
-        await cluster.add_worker(1)
-        tasks = cluster.client.map(wait, range(6))
-        await cluster.until(lambda: len(cluster.scheduler.queued) == 4, "queued tasks")
-        with pytest.warns(UserWarning, match="overwriting"):
-            await cluster.scheduler.register_scheduler_plugin(
-                DemandPlugin(0, OFFERS), name=PLUGIN_NAME, idempotent=False
-            )
-        await asyncio.sleep(0)
-        assert before.task.cancelled()
-        answer = await cluster.demand()
-        assert (cluster.plugin.owner, cluster.plugin.epoch) == ("test", 1)
-        assert answer["requests"][0]["n"] == 3
-        assert answer["groups"]["cpu"]["queued"] == 4 and answer["in_hand"] == {"htcdask-1.0": 2}
-        assert counted(cluster.plugin.counter) == recount(cluster.scheduler, OFFERS)
-        # Installed once more as a client connects, the one that is there stays.
-        await cluster.scheduler.register_scheduler_plugin(DemandPlugin(0), idempotent=True)
-        assert set((await cluster.demand())["groups"]) == set(OFFERS)
-        del tasks

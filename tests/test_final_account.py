@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,16 +18,18 @@ import pytest
 from prefect import flow, get_client, task
 from prefect.client.base import PrefectHttpxSyncClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import State, StateDetails, StateType
 from prefect.runtime import flow_run as flow_run_runtime
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed, Running
+from prefect.utilities.engine import emit_task_run_state_change_event
 
 from prefect_htcdask import HTCDaskTaskRunner, cancellation, final_account, task_run_states
+from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.final_account import CutShort, FinalAccount
 from prefect_htcdask.last_words import REMEMBERED, LastWords
+from prefect_htcdask.packed_states import PackedState
 from prefect_htcdask.task_run_states import Ended, StateReporter
-from tests.prefect_fixtures import free_port
 from tests.waiting import wait_until
 from tools.prefect_server import prefect_server as running_server
 
@@ -205,7 +208,7 @@ def future(task_run_id: Any, state: State[Any] | None) -> Any:
     """What `LastWords` looks at in a future."""
     return SimpleNamespace(
         _task_run_id=task_run_id,
-        _final_state=state,
+        packed=PackedState(state) if state is not None else None,
         wrapped_future=SimpleNamespace(status="finished"),
         task_name="unheard",
         task=unheard,
@@ -244,3 +247,49 @@ def test_what_has_just_ended_is_given_time() -> None:
     words.ended([future(one, Completed())])
     assert words.how([one], before=10.0) == []
     assert [ended.task_run_id for ended in words.how([one])] == [one]
+
+
+@task
+def sleeps(marker: Path) -> None:
+    marker.touch()
+    time.sleep(60)
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_task_run_of_whose_start_the_api_hears_only_after_the_flow_is_not_running_for_ever(
+    pool: distributed.LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted flow, and a backlog of events: the worker's word of the task's start comes last."""
+    monkeypatch.setattr(final_account, "AGE", 0.0)  # so that the one that fell silent is ended as well
+    started: list[Any] = []
+
+    @flow(task_runner=HTCDaskTaskRunner(cluster=pool))
+    def interrupted() -> None:
+        fall_silent.submit().wait()
+        futures = [sleeps.submit(tmp_path / name) for name in ("runs", "waits")]
+        wait_until((tmp_path / "runs").exists, 60, "the first runs")
+        started.append((flow_run_runtime.id, futures[0].task_run_id))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    ((flow_run_id, task_run_id),) = started
+
+    def known() -> list[Any]:
+        return task_runs(flow_run_id).get("sleeps", [])
+
+    (run,) = wait_until(known, 20, "the API has heard of the one that started, and of no other")
+    assert (run.id, run.state_name) == (task_run_id, "Crashed") and "ended while this task ran" in run.state.message
+    late = Running(timestamp=run.start_time or run.state.timestamp - timedelta(seconds=5))
+    late.state_details = StateDetails(task_run_id=task_run_id, flow_run_id=flow_run_id)
+    word = run.model_copy(update={"state": late, "state_type": late.type, "state_name": late.name})
+    emit_task_run_state_change_event(task_run=word, initial_state=None, validated_state=late)
+
+    def states() -> set[str]:
+        with get_client(sync_client=True) as client:
+            return {state.name for state in client.read_task_run_states(task_run_id)}
+
+    wait_until(lambda: "Running" in states(), 30, "the word of the start has arrived")
+    (run,) = known()
+    assert run.state_name == "Crashed"
+    assert all(run.state.is_final() for run in task_runs(flow_run_id).get("fall_silent", []))

@@ -21,6 +21,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as flow_run_runtime
 
 from prefect_htcdask import HTCDaskTaskRunner, kept_work, live, reconnection
+from prefect_htcdask.by_value import install
 from prefect_htcdask.errors import HTCDaskError, TaskRunLost
 from tests.dask_cluster import dask_cluster, gate
 from tests.test_task_reruns import after, gated, history, marked, runs
@@ -368,7 +369,7 @@ def test_work_is_kept_for_a_time_only_and_for_those_who_asked(pool: distributed.
         distributed.Client(pool, set_as_default=False) as asked,
         distributed.Client(pool, set_as_default=False) as not_,
     ):
-        kept_work.install(asked)
+        install(asked, kept_work.KeptWork())
         asked.sync(cast(Any, asked).scheduler.htcdask_keep, client=asked.id, seconds=2)
         kept, gone = future_of(asked), future_of(not_)
         since = time.monotonic()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +18,8 @@ from prefect.runtime import flow_run as flow_run_runtime
 from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from prefect_htcdask import HTCDaskTaskRunner
+from prefect_htcdask import HTCDaskTaskRunner, live
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -59,6 +62,13 @@ def never_awaits_slow_tasks() -> str:
         nap.submit(2.5)
     time.sleep(1.5)
     return "done"
+
+
+@task
+def keeps_the_lock(seconds: int, begun: Path) -> int:
+    begun.touch()
+    # PyDLL keeps the interpreter's lock: this worker answers nobody meanwhile.
+    return int(ctypes.PyDLL(None).sleep(seconds))
 
 
 def leaves_tasks_queued() -> str:
@@ -159,3 +169,18 @@ def test_the_flow_run_ends_as_with_threads(
     ours = outcome(body, HTCDaskTaskRunner(cluster=local_pool))
     assert ours == judge
     assert not {"Running", "Pending", "none"} & set(ours[2])
+
+
+def test_a_running_task_that_keeps_the_interpreter_s_lock_is_waited_for(
+    outcome: Callable[..., tuple[Any, ...]], local_pool: distributed.LocalCluster, tmp_path: Path
+) -> None:
+    """Its worker cannot say that it runs; the flow's end waits for that answer, and does not take it for a no."""
+
+    def leaves_it() -> str:
+        double.map([1, 2]).wait()  # the workers have imported Prefect
+        keeps_the_lock.submit(int(live.ANSWER) + 3, tmp_path / "begun")
+        wait_until((tmp_path / "begun").exists, 30, "the task has begun")
+        return "done"
+
+    ended = outcome(leaves_it, HTCDaskTaskRunner(cluster=local_pool))
+    assert ended == ("COMPLETED", "Completed", Counter(Completed=3))

@@ -90,7 +90,7 @@ def named_pool(tmp_path: Path) -> Iterator[str]:
 
 def job(what: str, job_id: str, reason: str, host: str | None = "slot1@node7") -> dict[str, Any]:
     """A message as the supervisor sends it."""
-    return {"kind": "job", "what": what, "job": job_id, "host": host, "reason": reason}
+    return {"kind": "job", "what": what, "job_id": job_id, "host": host, "reason": reason}
 
 
 def test_a_task_run_lost_too_often_names_the_jobs_and_what_became_of_them(named_pool: str, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A worker that serves many flow runs does not grow: what it caches is bounded, and nothing of a task run stays.
 
-The 20,000 task runs of the benchmark `soak` take minutes; here are fewer, of more tasks than a worker keeps envelopes.
+The 20,000 task runs of the benchmark `soak` take minutes; here are fewer, of more tasks and flow runs than a worker
+keeps envelopes and contexts. Dask's own profiler is off: it keeps a tree of call stacks for each of the last 1,000
+seconds (`distributed.admin.low-level-log-length`), 0.16 MB for a busy one as measured here.
 """
 
 from __future__ import annotations
@@ -9,20 +11,22 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+import dask
 import distributed
 import pytest
 from prefect import flow, task
 
-from prefect_htcdask import HTCDaskTaskRunner, worker_runtime
+from prefect_htcdask import HTCDaskTaskRunner, envelopes, worker_context
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.soak]
 
-FLOW_RUNS = 10
-TASKS_PER_FLOW_RUN = 10
-CALLS = 6
-ALLOWANCE = 2_000_000
-"""Bytes by which a worker may grow with a flow run once its caches are full, as allocators do."""
+FLOW_RUNS = envelopes.MAX_CONTEXTS + 12
+TASKS_PER_FLOW_RUN = 20
+CALLS = 3
+ALLOWANCE = 300_000
+"""Bytes by which a worker may grow with a flow run once its caches are full: Prefect keeps the last events that it has
+sent, 700 at most, until the server has confirmed them, and allocators keep some."""
 
 
 def one(x: int) -> list[int]:
@@ -32,7 +36,10 @@ def one(x: int) -> list[int]:
 @pytest.fixture(scope="module")
 def workers(prefect_server: Any) -> Iterator[distributed.LocalCluster]:
     """Workers that no other test has used."""
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with (
+        dask.config.set({"distributed.worker.profile.enabled": False}),
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+    ):
         yield cluster
 
 
@@ -44,17 +51,20 @@ def held(dask_worker: distributed.Worker) -> dict[str, int]:
     import psutil
     from prefect.context import FlowRunContext
 
-    from prefect_htcdask import worker_runtime
+    from prefect_htcdask import envelopes
 
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed is not held
     names = [type(thing).__name__ for thing in gc.get_objects()]
     return {
         "bytes": psutil.Process().memory_full_info().uss,
-        "envelopes": len(worker_runtime._envelopes._entries),
-        "locks": len(worker_runtime._envelopes._locks),
+        "envelopes": len(envelopes.envelopes),
+        "contexts": len(envelopes.contexts),
+        "locks": len(envelopes.envelopes._locks) + len(envelopes.contexts._locks),
         "clients": names.count("SyncPrefectClient"),
         "flow_contexts": names.count(FlowRunContext.__name__),
+        "events": names.count("Event"),
+        "objects": len(names),
         "engines": names.count("SyncTaskRunEngine"),
         "services": names.count("EventsWorker") + names.count("APILogWorker"),
         "dask_tasks": len(dask_worker.state.tasks),
@@ -86,20 +96,22 @@ def test_a_worker_that_serves_many_flow_runs_does_not_grow(workers: distributed.
             looks.append(
                 wait_until(lambda: let_go(client.run(held)), 60, "no data of the flow run left on the workers")
             )
-    assert FLOW_RUNS * TASKS_PER_FLOW_RUN > worker_runtime.MAX_ENVELOPES, "the bound is never reached"
+    assert FLOW_RUNS * TASKS_PER_FLOW_RUN > envelopes.MAX_ENVELOPES, "the bound is never reached"
     print(grown_table(looks))
     last = looks[-1]
     for worker in last.values():
-        assert worker["envelopes"] == worker_runtime.MAX_ENVELOPES
-        assert worker["flow_contexts"] <= worker_runtime.MAX_ENVELOPES + 1
+        assert worker["envelopes"] == envelopes.MAX_ENVELOPES
+        assert worker["contexts"] == envelopes.MAX_CONTEXTS
+        # The last task run's is not yet forgotten.
+        assert worker["flow_contexts"] <= envelopes.MAX_CONTEXTS + 1
         assert worker["services"] <= 2
-        assert worker["clients"] <= worker_runtime.MAX_CLIENTS_PER_THREAD
+        assert worker["clients"] <= worker_context.MAX_CLIENTS_PER_THREAD
         assert worker["locks"] == worker["engines"] == 0
     full = next(
         number
         for number, look in enumerate(looks)
-        if min(worker["envelopes"] for worker in look.values()) == worker_runtime.MAX_ENVELOPES
+        if min(worker["contexts"] for worker in look.values()) == envelopes.MAX_CONTEXTS
     )
-    assert full < FLOW_RUNS - 2
+    assert full < FLOW_RUNS - 5
     grown = {name: (last[name]["bytes"] - looks[full][name]["bytes"]) / (FLOW_RUNS - 1 - full) for name in last}
     assert statistics.mean(grown.values()) < ALLOWANCE, grown

@@ -179,8 +179,16 @@ class DemandCounter:
                 kind.took(duration)
                 if self._waiting:
                     self._ends(self.tasks[key])
-            elif self._waiting:
-                self._fails(self.tasks[key])
+            else:
+                if finish == "erred":
+                    seconds = 0.0
+                    for span in startstops:
+                        if span["action"] == "compute":
+                            seconds += span["stop"] - span["start"]
+                    group.failed += 1
+                    group.failed_total += int(seconds * 1e6)
+                if self._waiting:
+                    self._fails(self.tasks[key])
         elif finish == "queued" or finish == "no-worker":
             if self._waiting:
                 self._waits_no_more(key)
@@ -311,9 +319,15 @@ class DemandCounter:
                 "work": (group.work + group.unknown * mean) / 1e6,
                 "unknown": group.unknown,
                 "task_seconds": group.total / group.finished / 1e6 if group.finished else 0.0,
+                "done": group.finished + group.failed,
+                "spent": (group.total + group.failed_total) / 1e6,
             }
             for name, group in self.kinds.groups.items()
         }
+
+    def unfinished(self) -> int:
+        """Tasks that have not ended, as far as the scheduler has heard of them."""
+        return len(self._ready) + len(self._in_hand) + len(self._waiting)
 
     def stacked_on(self, ws: Any, stacked: dict[str, int]) -> None:
         """Add the tasks that a worker has beyond what it can run at once, by group.

@@ -155,7 +155,9 @@ class DemandPlugin(SchedulerPlugin):
             - `groups`: for each, `queued` (ready tasks without a worker), `stacked` (tasks that a worker has beyond
               what it can run at once), `coming` (tasks whose missing inputs are all in hand, by seconds from now),
               `work` (expected seconds of what is queued and in hand), `unknown` (how many of these are of a kind of
-              which none has ended) and `task_seconds` (mean of a finished task);
+              which none has ended), `task_seconds` (mean of a finished task), `done` (tasks that ended, well or with an
+              error) and `spent` (seconds that these took);
+            - `unfinished`: tasks that have not ended;
             - `unmatched`: ready tasks that no group can run, by what they ask for;
             - `durations`: mean seconds by task name, at most `kinds.MOST_NAMES`;
             - `in_hand`: for each busy worker its tasks that have or want a thread, at least 1;
@@ -193,6 +195,7 @@ class DemandPlugin(SchedulerPlugin):
         return {
             "status": "ok",
             "groups": counter.told(stacked, now),
+            "unfinished": counter.unfinished(),
             "unmatched": counter.kinds.unserved(),
             "durations": counter.kinds.durations(),
             "in_hand": in_hand,

@@ -30,13 +30,14 @@ class Group:
         unknown: how many of those have names of which none has ended yet.
         coming: waiting tasks all of whose missing inputs are in hand, by the bucket of the time they will be ready.
         finished, total: tasks that ended well, and their microseconds.
+        failed, failed_total: tasks that ended with an error, and theirs.
     """
 
-    __slots__ = ("coming", "finished", "name", "queued", "total", "unknown", "work")
+    __slots__ = ("coming", "failed", "failed_total", "finished", "name", "queued", "total", "unknown", "work")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.finished = self.total = 0
+        self.finished = self.total = self.failed = self.failed_total = 0
         self.clear()
 
     def clear(self) -> None:

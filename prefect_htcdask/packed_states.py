@@ -1,0 +1,102 @@
+"""Final states that take little memory: what a process keeps of each task run that has ended.
+
+Prefect's `State` is a model of models, about 8 KiB of memory; its pickle is an eighth of that. So the pickle is kept,
+with the user's data beside it, as the very object that arrived.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from prefect._internal.result_records import ResultRecord
+from prefect.client.schemas.objects import State, StateType
+from pydantic import BaseModel
+
+from prefect_htcdask.task_run_states import without_data
+
+_lock = threading.Lock()
+
+
+class PackedState:
+    """A final state, packed.
+
+    Attributes:
+        type: the state's type.
+        name: the state's name.
+        data: the user's data in it: the result, where it came in a record, else whatever the state's own data is.
+        has_result: whether `data` is the result of a completed task run.
+    """
+
+    __slots__ = ("_pickle", "_state", "data", "has_result", "name", "type")
+
+    def __init__(self, state: State[Any]) -> None:
+        self.type: StateType = state.type
+        self.name = sys.intern(str(state.name or ""))
+        data: Any = state.data
+        record = isinstance(data, ResultRecord)
+        self.data: Any = data.result if record else data
+        self.has_result = record and state.is_completed()
+        self._pickle = b""
+        self._state: Callable[[], State[Any] | None] = _nobody
+        try:
+            self._pickle = _pack(state, self.data)
+        except Exception:
+            # A result's serializer of the user's own may be unlike anything that pickle takes.
+            self._state = lambda: state
+
+    @property
+    def state(self) -> State[Any]:
+        """The state itself; the same object for as long as somebody holds it."""
+        state = self._state()
+        if state is None:
+            unpacked = _unpack(self._pickle, self.data)
+            with _lock:
+                state = self._state()
+                if state is None:
+                    self._state, state = weakref.ref(unpacked), unpacked
+        return state
+
+    def without_data(self) -> PackedState:
+        """The same state with nothing in the place of the user's data, which may be large."""
+        if not self._pickle:
+            return PackedState(without_data(self.state))
+        light = PackedState.__new__(PackedState)
+        light.type, light.name, light.data, light.has_result = self.type, self.name, None, False
+        light._pickle, light._state = self._pickle, _nobody
+        return light
+
+
+def _nobody() -> None:
+    return None
+
+
+def _pack(state: State[Any], data: Any) -> bytes:
+    """Pickle a state with nothing in the place of the user's data; the state itself is left alone."""
+    light = copy.copy(state)
+    if isinstance(light.data, ResultRecord):
+        record = copy.copy(light.data)
+        _put(record, "result", None)
+        _put(light, "data", record)
+    elif data is not None:
+        _put(light, "data", None)
+    return pickle.dumps(light, pickle.HIGHEST_PROTOCOL)
+
+
+def _unpack(packed: bytes, data: Any) -> State[Any]:
+    state: State[Any] = pickle.loads(packed)
+    if isinstance(state.data, ResultRecord):
+        _put(state.data, "result", data)
+    else:
+        _put(state, "data", data)
+    return state
+
+
+def _put(model: BaseModel, field: str, value: Any) -> None:
+    # As it is: no validation, and no note that the field was set.
+    model.__dict__[field] = value

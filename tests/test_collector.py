@@ -1,0 +1,184 @@
+"""How final states come home: many in one round trip, and none held back that somebody waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+import distributed
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prefect import flow, task
+from prefect.runtime import flow_run as flow_run_runtime
+from prefect.states import Completed
+
+from prefect_htcdask import HTCDaskTaskRunner, collector, live
+from prefect_htcdask.collector import FEW, INTERVAL, MAX_BATCH, held_back
+from prefect_htcdask.futures import CollectedFuture, HTCDaskFuture, _rebuild
+from prefect_htcdask.upstreams import UpstreamFutures
+from prefect_htcdask.worker_runtime import Upstream
+from tests.waiting import wait_until
+
+counts = st.integers(0, 10 * MAX_BATCH)
+seconds = st.floats(0, 10)
+
+
+@given(ready=counts, asked=counts, since=seconds)
+def test_nothing_waits_that_somebody_blocks_on(ready: int, asked: int, since: float) -> None:
+    assert held_back(ready, asked, True, since) == 0
+
+
+@given(ready=counts, asked=st.integers(0, FEW), awaited=st.booleans(), since=seconds)
+def test_few_never_wait(ready: int, asked: int, awaited: bool, since: float) -> None:
+    assert held_back(ready, asked, awaited, since) == 0
+
+
+@given(ready=counts, asked=st.integers(FEW + 1), since=seconds)
+def test_of_many_each_waits_until_the_interval_is_over_or_a_batch_is_full(ready: int, asked: int, since: float) -> None:
+    pause = held_back(ready, asked, False, since)
+    assert 0 <= pause <= INTERVAL
+    assert (pause == 0) == (ready >= MAX_BATCH or since >= INTERVAL)
+    assert since + pause >= INTERVAL or ready >= MAX_BATCH
+
+
+@pytest.fixture
+def runner(local_pool: distributed.LocalCluster) -> HTCDaskTaskRunner:
+    return HTCDaskTaskRunner(cluster=local_pool)
+
+
+@task
+def nothing(x: int) -> int:
+    return x
+
+
+def collector_of_this_flow() -> collector.Collector:
+    run = live.find(str(flow_run_runtime.id))
+    assert run is not None
+    return run.collector
+
+
+@contextmanager
+def gathers() -> Iterator[list[int]]:
+    """The sizes of the batches that this flow run gathers meanwhile."""
+    its, sizes = collector_of_this_flow(), []
+    gather = its._gather
+
+    async def noted(batch: Any) -> None:
+        sizes.append(len(batch))
+        await gather(batch)
+
+    its._gather = noted  # type: ignore[method-assign]
+    try:
+        yield sizes
+    finally:
+        its._gather = gather  # type: ignore[method-assign]
+
+
+def all_finished(futures: Any) -> bool:
+    return all(future.wrapped_future.status == "finished" for future in futures)
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("how", ["result", "wait"])
+def test_the_states_of_a_list_come_in_few_round_trips(runner: HTCDaskTaskRunner, how: str) -> None:
+    count = 80
+
+    @flow(task_runner=runner)
+    def computing() -> tuple[list[int], list[int]]:
+        futures = nothing.map(range(count))
+        wait_until(lambda: all_finished(futures), 120, "all have ended", pause=0.5)
+        with gathers() as sizes:
+            getattr(futures, how)()
+        return sizes, futures.result()
+
+    sizes, found = computing()
+    print(f"gathered {sizes}")
+    assert found == list(range(count)) and sum(sizes) == count
+    assert len(sizes) <= 20 and max(sizes) <= MAX_BATCH
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_who_blocks_on_one_of_many_does_not_wait_for_the_others(
+    runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collector, "INTERVAL", 3600.0)
+
+    @flow(task_runner=runner)
+    def computing() -> None:
+        futures = nothing.map(range(3 * FEW))
+        wait_until(lambda: all_finished(futures), 60, "all have ended")
+        its = collector_of_this_flow()
+        its._began = time.monotonic()
+        heard: list[Any] = []
+        for future in futures:
+            future.add_done_callback(heard.append)
+        wait_until(lambda: its._timer or its._looking, 20, "what is ready is looked at")
+        # The first few came at once; the rest would for an hour not.
+        held = [future for future in futures if future.packed is None]
+        assert len(held) > 1
+        assert held[-1].result(timeout=20) == 3 * FEW - 1
+        # What was ready came with it.
+        wait_until(lambda: len(heard) == len(futures), 20, "all have come")
+
+    computing()
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_dask_lets_go_of_what_was_collected(runner: HTCDaskTaskRunner) -> None:
+    @flow(task_runner=runner)
+    def computing() -> None:
+        client = collector_of_this_flow_of(first := nothing.submit(1)).client
+        assert isinstance(first.wrapped_future, distributed.Future)
+        whole = first.wrapped_future.result()
+        assert whole.is_completed() and whole.data.result == 1
+        del whole
+        assert first.result() == 1
+        kept: Any = first.wrapped_future
+        assert isinstance(kept, CollectedFuture) and kept.client is client
+        assert (kept.status, kept.done(), kept.cancelled()) == ("finished", True, False)
+        state = first.state
+        assert kept.result() is state and first._final_state is state
+        wait_until(lambda: kept.key not in client.futures, 20, "the client has forgotten the Dask future")
+        # Its state still serves what comes after it.
+        assert nothing.submit(first).result() == 1
+
+    computing()
+
+
+def collector_of_this_flow_of(future: Any) -> collector.Collector:
+    its = collector_of_this_flow()
+    assert future.collector is its
+    return its
+
+
+def test_a_future_that_has_its_state_needs_no_collector() -> None:
+    future = _rebuild(HTCDaskFuture, uuid4(), None, Completed(data=1), "one")
+    heard: list[Any] = []
+    future.add_done_callback(heard.append)
+    assert heard == [future]
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_what_a_submit_needs_stays_on_the_cluster_until_it_is_sent(runner: HTCDaskTaskRunner) -> None:
+    """Another thread may collect it meanwhile: here, between the two."""
+
+    @flow(task_runner=runner)
+    def computing() -> None:
+        first = nothing.submit(1)
+        its = collector_of_this_flow_of(first)
+        key = first.wrapped_future.key
+        needs = UpstreamFutures(its.client)
+        assert isinstance(needs.replace(first), Upstream)
+        assert first.result() == 1 and isinstance(first.wrapped_future, CollectedFuture)
+        second = nothing.submit(2)
+        assert second.result() == 2
+        # Whatever was to be released before that has been.
+        assert key in its.client.futures
+        del needs
+        wait_until(lambda: key not in its.client.futures, 20, "nobody needs it any more")
+
+    computing()
