@@ -31,7 +31,7 @@ async def ask_for_options(gateway: Gateway) -> Any:
         if exc.status in (401, 403):
             raise GatewayUnreachable(
                 f"{named} does not accept our login ({exc.status}); check gateway.username and gateway.password, or "
-                "gateway.token"
+                "gateway.token, or the block that gateway.credentials_block names"
             ) from exc
         raise GatewayUnreachable(f"{named} answers with status {exc.status}: {exc.message}") from exc
     except ValueError as exc:

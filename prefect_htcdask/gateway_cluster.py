@@ -16,6 +16,7 @@ from .collection import PrivateGateway, close_when_collected, forget_loop
 from .condor.worker_job import FlowRunTag
 from .gateway_checks import ask_for_options, check_scheduler_versions
 from .hand_off import gateway_access, hand_off, scheduler_plugin, start_supervisor
+from .interruptible_client import InterruptibleClient
 from .resolution import Parts, resolve_parts, worker_offers, worker_specs
 from .run_files import record_cluster, run_directory
 from .scaling.demand import PLUGIN_NAME
@@ -38,11 +39,15 @@ class HTCGatewayCluster(GatewayCluster):
     """A gateway cluster whose workers are HTCondor jobs; drop-in for `dask_gateway.GatewayCluster`.
 
     Args:
-        address, proxy_address, public_address, auth: the gateway, as in `HTCGateway`.
+        address: URL of the gateway, as in `HTCGateway`.
+        proxy_address: where its proxy takes scheduler connections.
+        public_address: its URL for browsers.
+        auth: how to log in to it.
         cluster_options: options of the gateway (`Gateway.cluster_options`).
         shutdown_on_close: whether closing stops the cluster and removes its workers. If False, both live on after
             this process until they are shut down, or until the gateway's idle timeout.
-        asynchronous, loop: as in dask_gateway.
+        asynchronous: whether methods return awaitables, as in dask_gateway.
+        loop: the IOLoop to use, as in dask_gateway.
         settings: prefect_htcdask's settings; read from the environment by default.
         flow_run: the flow run that the workers belong to.
         worker_secrets: environment variables for the worker processes alone: never in an ad.
@@ -85,11 +90,7 @@ class HTCGatewayCluster(GatewayCluster):
         if n_workers is not None:
             self._fixed = worker_count(n_workers)
         self.parts = parts or resolve_parts(
-            self.settings,
-            address=address,
-            proxy_address=proxy_address,
-            public_address=public_address,
-            auth=auth,
+            self.settings, address=address, proxy_address=proxy_address, public_address=public_address, auth=auth
         )
         super().__init__(
             **self.parts.gateway_arguments,
@@ -159,11 +160,7 @@ class HTCGatewayCluster(GatewayCluster):
         self._prepare(settings, None, None, None, worker, workers)
         self._connected = True
         self.parts = parts or resolve_parts(
-            self.settings,
-            address=address,
-            proxy_address=proxy_address,
-            public_address=public_address,
-            auth=auth,
+            self.settings, address=address, proxy_address=proxy_address, public_address=public_address, auth=auth
         )
         self._init_internal(
             **self.parts.gateway_arguments,
@@ -271,10 +268,23 @@ class HTCGatewayCluster(GatewayCluster):
     def _take_message(self, message: dict[str, Any]) -> None:
         if self._on_message is not None:
             self._on_message(message)
-        elif message["kind"] == "log":
+        elif message["kind"] in ("log", "waiting"):
             logger.log(logging.getLevelName(message["level"].upper()), message["text"])
         elif message["kind"] == "failed":
             logger.error(message["text"])
+
+    def get_client(self, set_as_default: bool = True) -> Any:
+        """A `distributed.Client` of this cluster, as `dask_gateway.GatewayCluster.get_client`."""
+        client = InterruptibleClient(
+            self,
+            security=self.security,
+            set_as_default=set_as_default,
+            asynchronous=self.asynchronous,
+            loop=self.loop,
+        )
+        if not self.asynchronous:
+            self._clients.add(client)
+        return client
 
     # Scaling
 

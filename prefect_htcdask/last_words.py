@@ -11,15 +11,16 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from prefect.client.schemas.objects import State, StateType
 
-from prefect_htcdask.task_run_states import Ended, without_data
+from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.task_run_states import Ended
 
 if TYPE_CHECKING:
-    from typing import Any
+    from prefect.tasks import Task
 
     from prefect_htcdask.futures import HTCDaskFuture
 
@@ -33,16 +34,30 @@ _KINDS = 50  # names of states that are told apart; a flow may give every state 
 _Kind = tuple[StateType, str] | None
 
 
+class _End(NamedTuple):
+    """How a task run ended, as it is remembered; `when` is the time of `time.monotonic` at which it was heard of."""
+
+    when: float
+    task_run_id: UUID
+    name: str
+    task: Task[Any, Any] | None
+    state: PackedState | None
+
+    def told(self) -> Ended:
+        return Ended(self.task_run_id, self.name, self.task, self.state.state if self.state is not None else None)
+
+
 class LastWords:
     """Remembers how task runs ended, and which of them may have been cut off by the loss of a worker.
 
-    The latest are held whole. Of all others 8 bytes are kept: half of the id, filed under the kind of the end.
+    The latest are held whole, but for their results. Of all others 8 bytes are kept: half of the id, filed under the
+    kind of the end.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recent: OrderedDict[UUID, tuple[float, Ended]] = OrderedDict()
-        self._unsure: dict[UUID, Ended] = {}
+        self._recent: OrderedDict[UUID, _End] = OrderedDict()
+        self._unsure: dict[UUID, _End] = {}
         self._earlier: dict[_Kind, array[int]] = {}
 
     def ended(self, futures: Iterable[HTCDaskFuture[Any]]) -> None:
@@ -50,27 +65,27 @@ class LastWords:
         now = time.monotonic()
         with self._lock:
             for future in futures:
-                state = future._final_state
+                state = future.packed
                 if state is None and (
                     future._task_run_id in self._recent or future.wrapped_future.status != "finished"
                 ):
                     continue
-                light = without_data(state) if state is not None else None
                 # One that was cancelled before it started has no record with the API, and needs none.
-                task = future.task if state is None or not state.is_cancelled() else None
-                ended = Ended(future._task_run_id, future.task_name, task, light)
+                task = future.task if state is None or state.type is not StateType.CANCELLED else None
+                light = state.without_data() if state is not None else None
+                ended = _End(now, future._task_run_id, future.task_name, task, light)
                 if future._task_run_id in self._unsure:
                     self._unsure[future._task_run_id] = ended
-                self._recent[future._task_run_id] = (now, ended)
+                self._recent[future._task_run_id] = ended
                 self._recent.move_to_end(future._task_run_id)
             while len(self._recent) > REMEMBERED:
-                _, (_, ended) = self._recent.popitem(last=False)
+                _, ended = self._recent.popitem(last=False)
                 self._file(ended)
 
-    def _file(self, ended: Ended) -> None:
+    def _file(self, ended: _End) -> None:
         kind: _Kind = None
         if ended.state is not None:
-            kind = ended.state.type, ended.state.name or ""
+            kind = ended.state.type, ended.state.name
             if kind not in self._earlier and len(self._earlier) >= _KINDS:
                 kind = ended.state.type, ended.state.type.value.capitalize()
         self._earlier.setdefault(kind, array("Q")).append(_half(ended.task_run_id))
@@ -79,17 +94,19 @@ class LastWords:
         """A worker has vanished: which task runs it had is not known, so all that ended lately are unsure."""
         since = time.monotonic() - WITHIN
         with self._lock:
-            self._unsure.update((one.task_run_id, one) for when, one in self._recent.values() if when >= since)
+            self._unsure.update((one.task_run_id, one) for one in self._recent.values() if one.when >= since)
 
     def unsure(self) -> list[Ended]:
         """Those of whose end the Prefect API may not have heard."""
         with self._lock:
-            return list(self._unsure.values())
+            unsure = list(self._unsure.values())
+        return [one.told() for one in unsure]
 
     def latest(self) -> list[Ended]:
         """All that is remembered whole."""
         with self._lock:
-            return [one for _, one in self._recent.values()]
+            latest = list(self._recent.values())
+        return [one.told() for one in latest]
 
     def how(self, task_run_ids: Iterable[UUID], before: float = 0.0) -> list[Ended]:
         """How those of these task runs ended that have.
@@ -105,8 +122,8 @@ class LastWords:
             for task_run_id in task_run_ids:
                 if task_run_id not in self._recent:
                     wanted[_half(task_run_id)] = task_run_id
-                elif self._recent[task_run_id][0] <= until:
-                    found.append(self._recent[task_run_id][1])
+                elif self._recent[task_run_id].when <= until:
+                    found.append(self._recent[task_run_id].told())
             # Whose state was known only later stands in both places: what is known comes first.
             for kind in sorted(self._earlier, key=lambda kind: kind is None) if wanted else ():
                 state: State[Any] | None = State(type=kind[0], name=kind[1]) if kind is not None else None

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import psutil
 
+from .condor.staging import FAILURES_FILE
 from .condor.worker_job import FlowRunTag
 from .settings import HTCDaskSettings
 
@@ -157,6 +159,16 @@ def _read_record(directory: Path) -> ClusterRecord | None:
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return record if record.cluster == directory.name else None
+
+
+def failures_in(directory: Path) -> list[dict[str, Any]]:
+    """What the supervisor of a cluster wrote down of its jobs that failed; see `condor.staging.RunDirectory`."""
+    found = []
+    with suppress(OSError):
+        for line in (directory / FAILURES_FILE).read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return [told for told in found if isinstance(told, dict) and "job_id" in told]
 
 
 def _this_host() -> str:

@@ -47,7 +47,13 @@ Say = Callable[[str], None]
 
 
 class LeavingWorker(Worker):
-    """A Dask worker that does not wait for the threads of its tasks when it closes: its process ends anyway."""
+    """A Dask worker that does not wait for the threads of its tasks when it closes: its process ends anyway.
+
+    Attributes:
+        flow_run_id: the flow run that its job belongs to, if any.
+    """
+
+    flow_run_id: str | None = None
 
     async def close(  # type: ignore[override]
         self,

@@ -149,7 +149,7 @@ def ends(cluster: HTCGatewayCluster) -> Counter[str]:
 
 def evicted(messages: Messages) -> list[str]:
     """Jobs of which the supervisor said that they were evicted, in order."""
-    return [message["job"] for message in messages if message["kind"] == "job" and message["what"] == "evicted"]
+    return [message["job_id"] for message in messages if message["kind"] == "job" and message["what"] == "evicted"]
 
 
 def stderr_of(cluster: HTCGatewayCluster) -> str:

@@ -53,7 +53,7 @@ def describe(**changes: Any) -> dict[str, str]:
         "lease_expires": 1234,
         "lost_schedd_lease": 600.0,
     }
-    return submit_description(spec, FILES, **{**arguments, **changes})
+    return submit_description(spec, changes.pop("files", FILES), **{**arguments, **changes})
 
 
 def expected(name: str) -> str:
@@ -297,3 +297,8 @@ def test_worker_names_tell_their_job(cluster: int, proc: int, starts: int) -> No
 )
 def test_other_workers_have_no_job(name: object) -> None:
     assert job_of_worker(name) is None
+
+
+def test_stderr_comes_as_it_is_written_where_the_schedd_sees_this_host() -> None:
+    assert describe()["stream_error"] == "true"
+    assert "stream_error" not in describe(files=JobFiles("/tmp", "start.py", (), (), None))

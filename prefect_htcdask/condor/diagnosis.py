@@ -7,13 +7,16 @@ Hold codes: HTCondor manual, job ClassAd attributes, HoldReasonCode.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 
 class Category(str, enum.Enum):
-    """What kind of fault keeps a worker from running."""
+    """What kind of fault keeps a worker from running. Automations match on the values: none is ever renamed.
+
+    Each has a section in docs/troubleshooting.md, in this order.
+    """
 
     HELD_BY_USER = "held_by_user"
     HELD_TRANSFER = "held_transfer"
@@ -25,11 +28,20 @@ class Category(str, enum.Enum):
     POOL_FULL = "pool_full"
     POOL_EMPTY = "pool_empty"
     NO_SLOT_LARGE_ENOUGH = "no_slot_large_enough"
+    NO_SLOT_MATCHES = "no_slot_matches"
+    SLOTS_REFUSE = "slots_refuse"
+    LOW_PRIORITY = "low_priority"
+    LIMIT_REACHED = "limit_reached"
     WAITING = "waiting"
+    NEVER_JOINED = "never_joined"
+    CANNOT_JOIN = "cannot_join"
     DIED_AT_START = "died_at_start"
+    DIED = "died"
     OUT_OF_MEMORY = "out_of_memory"
+    DISK_FULL = "disk_full"
     VERSIONS_DIFFER = "versions_differ"
     PACKAGE_MISSING = "package_missing"
+    PYTHON_MISSING = "python_missing"
     EVICTED = "evicted"
     REMOVED = "removed"
 
@@ -46,17 +58,20 @@ class Diagnosis:
         return f"{self.summary} ({self.remedy})" if self.remedy else self.summary
 
 
-_HOLD_CATEGORIES: dict[int, tuple[Category, str]] = {
+# `{worker}` stands for where the job's settings are.
+_HOLDS: dict[int, tuple[Category, str]] = {
     1: (Category.HELD_BY_USER, "someone held it: condor_release lets it go on"),
     3: (
         Category.HELD_POLICY,
-        "its own PERIODIC_HOLD or a site policy held it: ask the site, or change worker.extra_submit",
+        "its own PERIODIC_HOLD or a site policy held it: ask the site, or change {worker}.extra_submit",
     ),
+    5: (Category.HELD_POLICY, "a policy of its own cannot be evaluated: change {worker}.extra_submit"),
     6: (
         Category.HELD_EXECUTABLE,
-        "the execute host could not start it: check worker.python and worker.container_image",
+        "the execute host could not start it: check {worker}.python and {worker}.container_image",
     ),
     7: (Category.HELD_TRANSFER, "output files did not come back: is there room on this host?"),
+    8: (Category.HELD_TRANSFER, "its input cannot be opened: is condor.directory readable by the schedd?"),
     12: (
         Category.HELD_TRANSFER,
         "files could not be brought back: is this host's staging directory writable by the schedd?",
@@ -67,97 +82,135 @@ _HOLD_CATEGORIES: dict[int, tuple[Category, str]] = {
     ),
     14: (Category.HELD_TRANSFER, "its initial directory does not exist on the schedd: set condor.spool"),
     16: (Category.HELD_TRANSFER, "its input is still being spooled"),
+    19: (Category.HELD_POLICY, "a hook of the execute host held it: ask the site"),
     21: (
         Category.HELD_POLICY,
         "the execute host's WANT_HOLD policy held it: ask the site, or ask for more resources",
     ),
+    22: (Category.HELD_TRANSFER, "its event log cannot be written: is condor.directory writable by the schedd?"),
     26: (Category.HELD_POLICY, "a system policy held it: ask the site, or ask for more resources"),
-    34: (Category.HELD_MEMORY, "it used more memory than it asked for: raise worker.memory"),
-    35: (Category.HELD_CONTAINER, "the container image could not be run: check worker.container_image"),
-    46: (Category.HELD_POLICY, "it ran longer than allowed: set worker.lifetime below the pool's limit"),
-    47: (Category.HELD_POLICY, "it ran longer than allowed: set worker.lifetime below the pool's limit"),
+    27: (Category.HELD_POLICY, "a system policy cannot be evaluated: ask the site"),
+    32: (Category.HELD_TRANSFER, "its input is larger than the pool allows: ask the site"),
+    33: (Category.HELD_TRANSFER, "its output is larger than the pool allows: ask the site"),
+    34: (Category.HELD_MEMORY, "it used more memory than it asked for: raise {worker}.memory"),
+    35: (Category.HELD_CONTAINER, "the container image could not be run: check {worker}.container_image"),
+    45: (Category.HELD_CONTAINER, "the execute host's container test failed: check {worker}.container_image"),
+    46: (Category.HELD_POLICY, "it ran longer than allowed: set {worker}.lifetime below the pool's limit"),
+    47: (Category.HELD_POLICY, "it ran longer than allowed: set {worker}.lifetime below the pool's limit"),
+    48: (Category.HELD_POLICY, "a hook of the schedd held it: ask the site"),
 }
 
 
-def diagnose_hold(code: int, subcode: int, reason: str) -> Diagnosis:
-    """What a hold means, from its code, subcode and text."""
-    category, remedy = _HOLD_CATEGORIES.get(
+def diagnose_hold(code: int, subcode: int, reason: str, settings: str = "worker") -> Diagnosis:
+    """What a hold means.
+
+    Args:
+        code: HoldReasonCode.
+        subcode: HoldReasonSubCode.
+        reason: HoldReason.
+        settings: where this worker's settings are.
+    """
+    category, remedy = _HOLDS.get(
         code, (Category.HELD_OTHER, "condor_q -hold and the site's documentation may tell more")
     )
     return Diagnosis(
-        category, f"held by HTCondor: {reason.strip() or 'no reason given'} (code {code}.{subcode})", remedy
+        category,
+        f"held by HTCondor: {reason.strip() or 'no reason given'} (code {code}.{subcode})",
+        remedy.replace("{worker}", settings),
     )
 
 
-def diagnose_exit(exit_code: int | None, signal: int | None, stderr: Sequence[str]) -> Diagnosis:
-    """Why a worker that ended by itself did so, from its exit status and the last lines of its stderr."""
+def diagnose_never_joined(running: int) -> Diagnosis:
+    """What it means that jobs run without their workers joining the scheduler.
+
+    Args:
+        running: how many there are.
+    """
+    jobs = "1 worker job runs, but its worker has"
+    if running != 1:
+        jobs = f"{running:,} worker jobs run, but their workers have"
+    return Diagnosis(
+        Category.NEVER_JOINED,
+        f"{jobs} not joined the scheduler",
+        "can the execute hosts reach the gateway's proxy (gateway.proxy_address)? A large image takes its time as well",
+    )
+
+
+def diagnose_eviction(host: str | None, reason: str) -> Diagnosis:
+    """What an eviction means: HTCondor starts the job again, and the worker has handed its tasks back."""
+    where = f" from {host}" if host else ""
+    return Diagnosis(Category.EVICTED, f"evicted{where}: {reason.strip() or 'no reason given'}", "")
+
+
+def diagnose_removal(reason: str) -> Diagnosis:
+    """What a removal means."""
+    return Diagnosis(Category.REMOVED, f"removed: {reason.strip() or 'no reason given'}", "")
+
+
+EXIT_PROGRAM_MISSING = 127
+"""What env(1), which starts the worker's interpreter, ends with where it does not find it."""
+
+_SETTING = re.compile(r"\bworker\.(?=(memory|python|container_image)\b)")
+
+# What is looked for in a worker's last words, what it means, and what to do. `{worker}` as above.
+_LAST_WORDS: tuple[tuple[str, Category, str], ...] = (
+    (
+        "could not join the scheduler",
+        Category.CANNOT_JOIN,
+        "can the execute host reach the gateway's proxy (gateway.proxy_address)?",
+    ),
+    ("No space left on device", Category.DISK_FULL, "raise {worker}.disk, or keep less data in each worker"),
+    ("MemoryError", Category.OUT_OF_MEMORY, "raise {worker}.memory, or give it fewer threads"),
+    (
+        "ModuleNotFoundError",
+        Category.PACKAGE_MISSING,
+        "install it in the worker's environment: {worker}.container_image and {worker}.python choose that",
+    ),
+)
+
+
+def diagnose_exit(
+    exit_code: int | None,
+    signal: int | None,
+    stderr: Sequence[str],
+    *,
+    joined: bool = False,
+    settings: str = "worker",
+) -> Diagnosis:
+    """Why a worker that ended by itself did so.
+
+    Args:
+        exit_code: its exit status, or `None` where a signal ended it.
+        signal: that signal.
+        stderr: the last lines of its stderr.
+        joined: whether it had joined the scheduler before.
+        settings: where this worker's settings are.
+    """
     ours = [line.removeprefix("htcdask: ") for line in stderr if line.startswith("htcdask: ")]
     # The carets of a traceback say nothing in one line.
     telling = [line.strip() for line in stderr if line.strip(" ~^")]
     last = " | ".join(ours[-1:] or telling[-3:]) or "it left no word on stderr"
-    if exit_code == 75:
-        return Diagnosis(Category.OUT_OF_MEMORY, last, "")
-    if exit_code == 64:
-        return Diagnosis(Category.VERSIONS_DIFFER, last, "")
-    if exit_code == 69:
-        return Diagnosis(Category.PACKAGE_MISSING, last, "")
+    # Its own words name the settings as they are where there is one kind of worker.
+    spoken = {
+        75: Category.OUT_OF_MEMORY,
+        64: Category.VERSIONS_DIFFER,
+        69: Category.PACKAGE_MISSING,
+    }
+    if exit_code in spoken:
+        return Diagnosis(spoken[exit_code], _SETTING.sub(f"{settings}.", last), "")
     ended = f"signal {signal}" if signal is not None else f"exit status {exit_code}"
+    summary = f"worker ended with {ended}: {last}"
+    if exit_code == EXIT_PROGRAM_MISSING and not joined:
+        return Diagnosis(
+            Category.PYTHON_MISSING,
+            summary,
+            f"the execute host has no such interpreter: check {settings}.python and {settings}.container_image",
+        )
+    for words, category, remedy in _LAST_WORDS:
+        if any(words in line for line in (*ours[-1:], *telling[-3:])):
+            return Diagnosis(category, summary, remedy.replace("{worker}", settings))
     return Diagnosis(
-        Category.DIED_AT_START,
-        f"worker ended with {ended}: {last}",
+        Category.DIED if joined else Category.DIED_AT_START,
+        summary,
         "its stderr is kept with the worker logs",
-    )
-
-
-def diagnose_waiting(
-    slots: Sequence[Mapping[str, Any]], *, cpus: int, memory: int, gpus: int, waiting: int, settings: str = "worker"
-) -> Diagnosis:
-    """Why idle jobs do not start, from the pool's slots.
-
-    Args:
-        slots: slot ads with TotalSlotCpus, TotalSlotMemory (MiB), Cpus, Memory (MiB), State, SlotType.
-        cpus: cores that a worker asks for.
-        memory: bytes that it asks for.
-        gpus: GPUs that it asks for.
-        waiting: number of idle worker jobs.
-        settings: where these workers' settings are.
-    """
-    jobs = f"{waiting} worker job{'s' if waiting != 1 else ''} wait{'s' if waiting == 1 else ''}"
-    machines = [slot for slot in slots if slot.get("SlotType") != "Dynamic"]
-    if not machines:
-        return Diagnosis(Category.POOL_EMPTY, f"{jobs}: the pool has no slot at all", "is a startd running there?")
-    memory_mib = memory / 2**20
-
-    def large_enough(slot: Mapping[str, Any]) -> bool:
-        total_cpus = slot.get("TotalSlotCpus") or slot.get("Cpus") or 0
-        total_memory = slot.get("TotalSlotMemory") or slot.get("Memory") or 0
-        return bool(total_cpus >= cpus and total_memory >= memory_mib and (slot.get("Gpus") or 0) >= gpus)
-
-    fitting = [slot for slot in machines if large_enough(slot)]
-    if not fitting:
-        wanted = f"{cpus} cpus, {memory_mib:.0f} MiB" + (f" and {gpus} GPUs" if gpus else "")
-        return Diagnosis(
-            Category.NO_SLOT_LARGE_ENOUGH,
-            f"{jobs}: 0 of {len(machines)} slots have {wanted}",
-            f"lower {settings}.cpus, {settings}.memory or {settings}.gpus",
-        )
-    free = [
-        slot
-        for slot in fitting
-        if (slot.get("Cpus") or 0) >= cpus
-        and (slot.get("Memory") or 0) >= memory_mib
-        and (slot.get("SlotType") == "Partitionable" or slot.get("State") == "Unclaimed")
-    ]
-    if not free:
-        claimed = sum(1 for slot in slots if slot.get("State") == "Claimed")
-        return Diagnosis(
-            Category.POOL_FULL,
-            f"{jobs}: the pool is full ({claimed} slots claimed, none of the {len(fitting)} large enough has room)",
-            f"wait, ask for less, or raise {settings}.start_timeout",
-        )
-    return Diagnosis(
-        Category.WAITING,
-        f"{jobs}: {len(free)} slots have room, the negotiator has not matched them yet",
-        f"your priority, accounting group or {settings}.requirements may stand in the way: condor_q -better-analyze "
-        "tells",
     )

@@ -29,13 +29,18 @@ class JobState(str, enum.Enum):
 
 @dataclass
 class JobRecord:
-    """What is known of one worker job. Times are Unix times in seconds."""
+    """What is known of one worker job. Times are Unix times in seconds.
+
+    `started` is that of a run which lasts; `last_start` stays when it is over, and `ended` is when the job left the
+    queue. `memory_mib` is the most memory that it was seen to use.
+    """
 
     job_id: str
     state: JobState = JobState.IDLE
     group: str = ""
     submitted: float = 0.0
     started: float | None = None
+    last_start: float | None = None
     ended: float | None = None
     host: str | None = None
     starts: int = 0
@@ -62,7 +67,7 @@ class JobChange:
     job_id: str
     before: JobState | None
     after: JobState
-    what: str  # submitted, started, evicted, held, released, removed, exited, disconnected
+    what: str  # submitted, started, memory, evicted, held, released, removed, exited
     reason: str = ""
 
 
@@ -126,7 +131,8 @@ def apply(table: JobTable, event: str, job_id: str, when: float, data: Mapping[s
         record.submitted = record.submitted or when
         return JobChange(job_id, None if new else before, record.state, "submitted")
     if event == "EXECUTE":
-        record.state, record.started, record.starts = JobState.RUNNING, when, record.starts + 1
+        record.state, record.starts = JobState.RUNNING, record.starts + 1
+        record.started = record.last_start = when
         record.host = str(data.get("SlotName") or data.get("ExecuteHost") or "")
         return JobChange(job_id, before, record.state, "started", record.host)
     if event in ("JOB_EVICTED", "SHADOW_EXCEPTION", "JOB_RECONNECT_FAILED"):
@@ -147,6 +153,7 @@ def apply(table: JobTable, event: str, job_id: str, when: float, data: Mapping[s
         record.state = JobState.IDLE
         return JobChange(job_id, before, record.state, "released", str(data.get("Reason") or ""))
     if event == "JOB_TERMINATED":
+        _saw_memory(record, data)
         record.state, record.ended = JobState.EXITED, when
         if data.get("TerminatedNormally", True):
             record.exit_code = int(data.get("ReturnValue") or 0)
@@ -157,10 +164,22 @@ def apply(table: JobTable, event: str, job_id: str, when: float, data: Mapping[s
         record.state, record.ended = JobState.REMOVED, when
         record.reason = str(data.get("Reason") or "")
         return JobChange(job_id, before, record.state, "removed", record.reason)
-    if event == "IMAGE_SIZE":
-        used = data.get("MemoryUsage") or (data.get("ResidentSetSize") or 0) / 1024
-        record.memory_mib = max(record.memory_mib or 0.0, float(used)) or None
+    if event == "IMAGE_SIZE" and _saw_memory(record, data):
+        return JobChange(job_id, before, record.state, "memory")
     return None
+
+
+def _saw_memory(record: JobRecord, data: Mapping[str, Any]) -> bool:
+    """Take in what an event tells of a job's memory, in MiB, or KiB of its resident set; whether it is a new peak."""
+    used, resident = (
+        float(value) if isinstance(value := data.get(name), (int, float)) else 0.0
+        for name in ("MemoryUsage", "ResidentSetSize")
+    )
+    used = used or resident / 1024
+    if used <= (record.memory_mib or 0.0):
+        return False
+    record.memory_mib = used
+    return True
 
 
 class JobReader(Protocol):
@@ -225,6 +244,7 @@ _PROJECTION = [
     "NumJobStarts",
     "HTCDaskWorkerGroup",
     "MemoryUsage",
+    "ResidentSetSize",
     "ExitCode",
     "ExitSignal",
     "ExitBySignal",
@@ -242,6 +262,8 @@ def events_of_ad(record: JobRecord | None, ad: Mapping[str, Any]) -> Iterable[tu
     if record is None:
         yield "SUBMIT", float(ad.get("QDate") or when), {}
         state = JobState.IDLE
+    if ad.get("MemoryUsage") or ad.get("ResidentSetSize"):
+        yield "IMAGE_SIZE", when, dict(ad)
     if name == "EXECUTE" and state is not JobState.RUNNING:
         yield "EXECUTE", float(ad.get("JobCurrentStartDate") or when), {"SlotName": ad.get("RemoteHost")}
     elif name == "JOB_HELD" and state is not JobState.HELD:

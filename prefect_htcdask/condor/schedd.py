@@ -7,18 +7,17 @@ only, never in the flow's own.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import classad2
 import htcondor2
 
-from .worker_job import LEASE_ATTRIBUTE
+from .token import TokenDirectory
+from .worker_job import LEASE_ATTRIBUTE, string_literal
 
 
 class ScheddError(RuntimeError):
@@ -35,6 +34,7 @@ class ScheddAddress:
         config_file: CONDOR_CONFIG, or `None` for HTCondor's own search.
         token_file: file with an IDTOKEN, or `None`.
         spool: whether input files are spooled to the schedd.
+        token: an IDTOKEN's text in place of a file, or `None`.
     """
 
     collector: str | None = None
@@ -42,6 +42,7 @@ class ScheddAddress:
     config_file: str | None = None
     token_file: str | None = None
     spool: bool = False
+    token: str | None = field(default=None, repr=False)
 
     @property
     def is_local(self) -> bool:
@@ -74,7 +75,7 @@ class ScheddClient:
     def __init__(self, address: ScheddAddress) -> None:
         self.address = address
         self._schedd: Any = None
-        self._token_directory: str | None = None
+        self._token: TokenDirectory | None = None
         if address.config_file:
             if not os.access(address.config_file, os.R_OK):
                 raise ScheddError(
@@ -82,29 +83,22 @@ class ScheddClient:
                 )
             os.environ["CONDOR_CONFIG"] = address.config_file
             htcondor2.reload_config()
-        if address.token_file:
-            self._use_token(Path(address.token_file))
+        if address.token is not None:
+            self._use_token(address.token)
+        elif address.token_file:
+            self._use_token(_token_in(Path(address.token_file)))
         if "SEC_FS_ENFORCE_CHANNEL_BINDING" not in htcondor2.param:
             # 25.x refuses FS authentication with 23.x daemons otherwise.
             htcondor2.param["SEC_FS_ENFORCE_CHANNEL_BINDING"] = "FALSE"
 
-    def _use_token(self, path: Path) -> None:
-        try:
-            token = path.read_text()
-        except OSError as exc:
-            raise ScheddError(f"condor.token_file = {str(path)!r} cannot be read: {exc.strerror}") from exc
-        # HTCondor reads all tokens of a directory; this one shall be the only one offered.
-        self._token_directory = tempfile.mkdtemp(prefix="htcdask-token-")
-        copy = Path(self._token_directory) / "token"
-        descriptor = os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(token)
-        htcondor2.param["SEC_TOKEN_DIRECTORY"] = self._token_directory
+    def _use_token(self, token: str) -> None:
+        self._token = TokenDirectory(token)
+        htcondor2.param["SEC_TOKEN_DIRECTORY"] = str(self._token.path)
 
     def close(self) -> None:
         """Forget the token's copy."""
-        if self._token_directory:
-            shutil.rmtree(self._token_directory, ignore_errors=True)
+        if self._token is not None:
+            self._token.close()
 
     def locate(self) -> Any:
         """The schedd, located through the collector where one is named.
@@ -143,6 +137,11 @@ class ScheddClient:
 
     def _unreachable(self, where: str, exc: Exception) -> str:
         named = f"condor.schedd = {self.address.schedd!r}" if self.address.schedd else "the schedd"
+        if "authenticat" in str(exc).lower():
+            return (
+                f"{named} does not accept our login (collector: {where}): {exc}. Check condor.token_file or "
+                "condor.credentials_block, and the authentication methods of condor.config_file"
+            )
         return (
             f"{named} cannot be reached (collector: {where}): {exc}. Check that HTCondor runs there, and "
             "condor.collector, condor.schedd and condor.config_file"
@@ -150,7 +149,13 @@ class ScheddClient:
 
     def _call(self, what: str, function: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return getattr(self.locate(), function)(*args, **kwargs)
+            schedd = self.locate()
+            if self._token is not None:
+                # A schedd of release 23.9 ends the connection of a client that begins a session with a question for the
+                # queue and has only a token. It takes one who begins with WRITE, and then the question in that session,
+                # which lasts a minute.
+                htcondor2.ping(schedd._addr, "WRITE")
+            return getattr(schedd, function)(*args, **kwargs)
         except ScheddError:
             raise
         except Exception as exc:
@@ -170,14 +175,14 @@ class ScheddClient:
             answer = htcondor2.ping(location, "WRITE")
         except Exception as exc:
             raise ScheddError(
-                f"the schedd at {location} does not let us in: {exc}. Check condor.token_file, and that the schedd "
-                "accepts this user (ALLOW_WRITE)"
+                f"the schedd at {location} does not let us in: {exc}. Check condor.token_file or "
+                "condor.credentials_block, and that the schedd accepts this user (ALLOW_WRITE)"
             ) from exc
         user = str(answer.get("MyRemoteUserName") or "us")
         if not answer.get("AuthorizationSucceeded", True):
             raise ScheddError(
-                f"the schedd at {location} refuses {user}: not authorized to submit (WRITE). Check condor.token_file, "
-                "or ask for access to the pool"
+                f"the schedd at {location} refuses {user}: not authorized to submit (WRITE). Check condor.token_file "
+                "or condor.credentials_block, or ask for access to the pool"
             )
         return user
 
@@ -242,28 +247,57 @@ class ScheddClient:
         ads = self._call("the history could not be read", "history", constraint, list(projection), limit)
         return [_plain_ad(ad) for ad in ads]
 
-    def slots(self) -> list[dict[str, Any]]:
-        """Slots of the pool, as far as the collector tells."""
+    def waiting_job(self, constraint: str) -> classad2.ClassAd | None:
+        """The ad of an idle job that meets a constraint, with its expressions as they are; `None` if there is none."""
+        idle = f"({constraint}) && JobStatus == 1"
+        ads = self._call("the queue could not be read", "query", idle, [], limit=1)
+        return ads[0] if ads else None
+
+    def slots(self, attributes: Sequence[str]) -> list[classad2.ClassAd]:
+        """The pool's slots, with their expressions as they are.
+
+        Args:
+            attributes: what is asked for of each.
+
+        Raises:
+            ScheddError: the collector cannot be asked.
+        """
+        return self._ask_collector("slots", htcondor2.AdType.Slot, None, attributes)
+
+    def machines(self) -> set[str]:
+        """Names of the pool's machines.
+
+        Raises:
+            ScheddError: the collector cannot be asked.
+        """
+        return {str(slot.get("Machine")) for slot in self.slots(["Machine"])}
+
+    def accounting(self, submitter: str) -> list[dict[str, Any]]:
+        """Who uses the pool, with what priority; `submitter` in any case, if the negotiator knows them.
+
+        Raises:
+            ScheddError: the collector cannot be asked.
+        """
+        constraint = f"ResourcesUsed > 0 || Name == {string_literal(submitter)}"
+        attributes = ["Name", "Priority", "ResourcesUsed", "IsAccountingGroup"]
+        found = self._ask_collector("its accounting", htcondor2.AdType.Accounting, constraint, attributes)
+        return [_plain_ad(ad) for ad in found]
+
+    def _ask_collector(
+        self, what: str, kind: htcondor2.AdType, constraint: str | None, attributes: Sequence[str]
+    ) -> list[classad2.ClassAd]:
         try:
             collector = htcondor2.Collector(self.address.collector) if self.address.collector else htcondor2.Collector()
-            ads = collector.query(
-                htcondor2.AdType.Startd,
-                projection=[
-                    "Name",
-                    "Machine",
-                    "State",
-                    "SlotType",
-                    "Cpus",
-                    "Memory",
-                    "Disk",
-                    "Gpus",
-                    "TotalSlotCpus",
-                    "TotalSlotMemory",
-                ],
-            )
-        except Exception as exc:
-            raise ScheddError(f"the collector could not be asked for slots: {exc}") from exc
-        return [_plain_ad(ad) for ad in ads]
+            return list(collector.query(kind, constraint, list(attributes)))
+        except Exception as exc:  # the bindings raise many kinds for one fault
+            raise ScheddError(f"the collector could not be asked for {what}: {exc}") from exc
+
+
+def _token_in(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as exc:
+        raise ScheddError(f"condor.token_file = {str(path)!r} cannot be read: {exc.strerror}") from exc
 
 
 def _plain_ad(ad: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +16,10 @@ from . import worker_start
 from .worker_job import JobFiles
 
 _START_SCRIPT = "htcdask_worker.py"
+FAILURES_FILE = "failures.jsonl"
+_MAX_FAILURES = 2**20
+"""Bytes of failures that are written down at most."""
+
 _SECRET_FILES = (worker_start.SECRETS_FILE, worker_start.KEY_FILE)
 
 
@@ -94,6 +99,31 @@ class RunDirectory:
     def clear_staging(self) -> None:
         """Delete what the jobs took with them, secrets first of all; the logs stay."""
         shutil.rmtree(self.staging, ignore_errors=True)
+
+    def note_failure(self, told: Mapping[str, Any]) -> None:
+        """Write down that a job failed, for those who ask later; neither a full disk nor many failures matter.
+
+        Args:
+            told: what is known of it, for JSON.
+        """
+        path = self.path / FAILURES_FILE
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+            with os.fdopen(descriptor, "a") as stream:
+                if stream.tell() < _MAX_FAILURES:
+                    stream.write(json.dumps({"time": time.time(), **told}) + "\n")
+
+    def keep_stderr(self, job_id: str, start: int) -> None:
+        """Keep the stderr of a run that has ended, which the job's next start overwrites.
+
+        Args:
+            job_id: ``cluster.proc``.
+            start: which start of the job it was.
+        """
+        log = self.logs / f"worker.{job_id}.err"
+        with suppress(OSError):
+            if log.stat().st_size:
+                shutil.copyfile(log, self.logs / f"worker.{job_id}.{start}.err")
 
     def stderr_tail(self, job_id: str, lines: int = 20) -> list[str]:
         """Last lines of a worker's stderr, as far as they came back."""

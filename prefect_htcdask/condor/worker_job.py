@@ -18,6 +18,7 @@ MIB = 1024**2
 KIB = 1024
 
 CLUSTER_ATTRIBUTE = "HTCDaskClusterName"
+GROUP_ATTRIBUTE = "HTCDaskWorkerGroup"
 LEASE_ATTRIBUTE = "HTCDaskLeaseExpires"
 FLOW_RUN_ATTRIBUTE = "PrefectFlowRunId"
 API_ATTRIBUTE = "PrefectAPI"
@@ -37,8 +38,8 @@ RESERVED_COMMANDS = frozenset([
     "jobbatchname", "jobleaseduration", "jobmaxvacatetime", "jobprio", "jobuniverse", "killsig", "leaveinqueue",
     "leavejobinqueue", "log", "maxidle", "maxmaterialize", "out", "output", "periodicremove",
     "periodicremovereason", "priority", "queue", "requestcpus", "requestdisk", "requestgpus", "requestmemory",
-    "requirements", "shouldtransferfiles", "transferexecutable", "transferinput", "transferinputfiles",
-    "transferoutput", "transferoutputfiles", "universe", "userlog", "wantgracefulremoval",
+    "requirements", "shouldtransferfiles", "streamerr", "streamerror", "transferexecutable", "transferinput",
+    "transferinputfiles", "transferoutput", "transferoutputfiles", "universe", "userlog", "wantgracefulremoval",
     "whentotransferoutput",
 ])
 # fmt: on
@@ -170,12 +171,14 @@ def submit_description(
         "kill_sig": "SIGTERM",
         "job_max_vacate_time": str(max(1, round(spec.vacate_time))),
         f"My.{CLUSTER_ATTRIBUTE}": quote(cluster_name),
-        "My.HTCDaskWorkerGroup": quote(group),
+        f"My.{GROUP_ATTRIBUTE}": quote(group),
         "My.HTCDaskAttempt": str(flow_run.attempt if flow_run else 1),
         "My.JobBatchName": quote(flow_run.name if flow_run else cluster_name),
     }
     if files.event_log:
         commands["log"] = _plain(files.event_log, "condor.directory")
+        # HTCondor brings no output back of a job that is evicted or removed: what is written comes as it is written.
+        commands["stream_error"] = "true"
     if flow_run:
         commands[f"My.{FLOW_RUN_ATTRIBUTE}"] = quote(flow_run.id)
         commands["My.PrefectFlowName"] = quote(flow_run.flow_name)
@@ -301,6 +304,11 @@ def checked_extra_submit(extra: Mapping[str, str]) -> dict[str, str]:
 def cluster_constraint(cluster_name: str) -> str:
     """Constraint for all worker jobs of a gateway cluster."""
     return f"{CLUSTER_ATTRIBUTE} == {string_literal(cluster_name)}"
+
+
+def group_constraint(cluster_name: str, group: str) -> str:
+    """Constraint for the worker jobs of one group of a gateway cluster."""
+    return f"{cluster_constraint(cluster_name)} && {GROUP_ATTRIBUTE} == {string_literal(group)}"
 
 
 def flow_run_constraint(flow_run_id: str, before_attempt: int | None = None, api: str = "") -> str:

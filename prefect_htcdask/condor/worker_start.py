@@ -11,6 +11,7 @@ does not let its process speak, the guard tells the scheduler that it lives.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -112,8 +113,10 @@ def guard(sandbox: Path) -> int:
 
 
 def say(text: str) -> None:
-    """Write one line for the submitting side to find."""
+    """Write one line for the submitting side to find; in a worker that has joined, also to its flow run's log."""
     print(f"htcdask: {text}", file=sys.stderr, flush=True)
+    if (relay := logging.getLogger("htcdask")).handlers:  # `prefect_htcdask.flow_run_log`
+        relay.warning("%s", text)
 
 
 def is_silent(sandbox: Path) -> bool:
@@ -263,6 +266,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
         preload=config.get("preload") or [],
         death_timeout=config["death_timeout"],
     )
+    worker.flow_run_id = config.get("flow_run_id")
     told, due = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -378,8 +382,7 @@ def say_farewell(sandbox: Path) -> int:
     if not (sandbox / ADDRESS_FILE).exists():
         return 0  # it never joined
     sys.path.append(str(sandbox / PACKAGE_FILE))
-    address = (sandbox / ADDRESS_FILE).read_text()
-    asyncio.run(_say_farewell(sandbox, address))
+    asyncio.run(_say_farewell(sandbox, (sandbox / ADDRESS_FILE).read_text()))
     say("the worker did not listen: a task keeps its process busy; its tasks were handed back for it")
     return 0
 

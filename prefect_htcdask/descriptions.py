@@ -1,0 +1,183 @@
+"""What the task runs of a flow run have in common, described once and left at the scheduler for its workers.
+
+A task is described once; the context that it runs in (settings, flow run, task run that submits) once for all tasks.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+import uuid
+from collections import OrderedDict
+from typing import Any
+
+import cloudpickle
+from distributed import Client
+from distributed.protocol.pickle import dumps
+from prefect.context import FlowRunContext, SettingsContext, TaskRunContext, serialize_context
+from prefect.tasks import Task
+
+from prefect_htcdask.scheduler_metadata import METADATA_ROOT, Place
+from prefect_htcdask.worker_groups import Offers
+
+INLINE_LIMIT = 2 * 1024
+"""Bytes that are rather sent along than left at the scheduler."""
+
+MAX_DESCRIBED = 64
+"""Tasks, and contexts, whose descriptions are remembered; what they describe stays alive for that."""
+
+
+class Descriptions:
+    """Those of one live run, which its part of the scheduler's metadata holds.
+
+    Args:
+        client: the Dask client of the flow's process, or a worker's own one.
+        run_id: names this run's part of the metadata.
+        api_url: the Prefect API as workers reach it; put into their settings where the flow has none (an ephemeral
+            server).
+    """
+
+    def __init__(self, client: Client, run_id: str, api_url: str | None) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._api_url = api_url
+        self._lock = threading.Lock()
+        self._tasks = _Described()
+        self._contexts = _Described()
+        self._blobs: dict[str, Place] = {}
+
+    def envelope(self, task: Task[Any, Any], offers: Offers | None) -> Place:
+        """Make sure that the scheduler holds the envelope of `task` in the present context; return where."""
+        context = self._context(offers)
+        # A task is an ordinary object that a flow may change between two submits; the identities of its attributes
+        # tell, as long as the attributes are kept alive beside them.
+        attributes = dict(vars(task))
+        identity = (context, id(task), *(id(value) for value in attributes.values()))
+        with self._lock:
+            known = self._tasks.find(identity)
+        if known is not None:
+            return known
+        place = self._leave(uuid.uuid4().hex, cloudpickle.dumps({"task": task, "context": context}))
+        with self._lock:
+            self._tasks.keep(identity, place, (task, attributes))
+        return place
+
+    def put(self, blob: bytes) -> bytes | Place:
+        """Leave bytes at the scheduler, unless they are few; returns them, or where they are."""
+        if len(blob) <= INLINE_LIMIT:
+            return blob
+        digest = hashlib.sha256(blob).hexdigest()
+        with self._lock:
+            known = self._blobs.get(digest)
+        if known is None:
+            known = self._leave(digest, blob)
+            with self._lock:
+                self._blobs[digest] = known
+        return known
+
+    def places(self) -> list[Place]:
+        """Where the scheduler holds what this object left there."""
+        with self._lock:
+            return [*self._tasks.places(), *self._contexts.places(), *self._blobs.values()]
+
+    def forget(self) -> None:
+        """Remove this run's part of the metadata."""
+        with self._lock:
+            self._tasks, self._contexts = _Described(), _Described()
+            self._blobs.clear()
+        self._client.set_metadata([METADATA_ROOT, self._run_id], None)
+
+    def _leave(self, name: str, blob: bytes) -> Place:
+        place = (self._run_id, name)
+        self._client.set_metadata([METADATA_ROOT, *place], blob)
+        return place
+
+    def _context(self, offers: Offers | None) -> Place:
+        kept = (FlowRunContext.get(), SettingsContext.get(), TaskRunContext.get(), offers)
+        identity = tuple(id(one) for one in kept)
+        with self._lock:
+            known = self._contexts.find(identity)
+        if known is not None:
+            return known
+        place = self._leave(uuid.uuid4().hex, self._described_context(offers))
+        with self._lock:
+            self._contexts.keep(identity, place, kept)
+        return place
+
+    def _described_context(self, offers: Offers | None) -> bytes:
+        context = serialize_context()
+        for varying in ("tags_context", "asset_context"):
+            context.pop(varying)
+        settings_context = context.pop("settings_context")
+        settings: dict[str, Any] = settings_context.get("settings", {})
+        api = settings["api"] = dict(settings.get("api") or {})
+        if self._api_url:
+            # With an ephemeral server the flow's settings have no address, and every worker would start its own.
+            api["url"] = api.get("url") or self._api_url
+        flow_run = context["flow_run_context"]
+        if flow := flow_run.get("flow"):
+            flow_run["flow"] = _with_inert_runner(flow)
+        parameters = flow_run.pop("parameters", None)
+        described = {
+            "context": context,
+            "settings": cloudpickle.dumps(settings_context) if settings_context else None,
+            "parameters": self.put(dumps(parameters)) if parameters is not None else None,
+            "client_key": _client_key(api.get("url")),
+            "offers": offers,
+        }
+        return bytes(cloudpickle.dumps(described))
+
+
+class _Described:
+    """Where descriptions are, by the identities of what they describe, which is kept alive for that."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[Any, ...], tuple[Place, Any]] = OrderedDict()
+        self._dropped: list[Place] = []
+
+    def find(self, identity: tuple[Any, ...]) -> Place | None:
+        if identity not in self._entries:
+            return None
+        self._entries.move_to_end(identity)
+        return self._entries[identity][0]
+
+    def keep(self, identity: tuple[Any, ...], place: Place, kept: Any) -> None:
+        self._entries[identity] = place, kept
+        while len(self._entries) > MAX_DESCRIBED:
+            # The scheduler keeps it: task runs that are still queued fetch it.
+            _, (dropped, _) = self._entries.popitem(last=False)
+            self._dropped.append(dropped)
+
+    def places(self) -> list[Place]:
+        return [*self._dropped, *(place for place, _ in self._entries.values())]
+
+
+def _client_key(api_url: str | None) -> str:
+    """Names the API, and how the present settings say to come to it, without telling their secrets."""
+    current = SettingsContext.get()
+    secrets: tuple[Any, ...] = ()
+    if current is not None:
+        values = current.settings
+        key, auth = values.api.key, values.api.auth_string
+        secrets = (
+            key.get_secret_value() if key else None,
+            auth.get_secret_value() if auth else None,
+            values.api.tls_insecure_skip_verify,
+            str(values.api.ssl_cert_file),
+            values.api.enable_http2,
+            values.api.request_timeout,
+            repr(values.client.model_dump()),
+        )
+    return hashlib.sha256(repr((api_url, *secrets)).encode()).hexdigest()
+
+
+def _with_inert_runner(flow: Any) -> Any:
+    """The flow as workers need it: its runner without settings, which may hold secrets, and without handles."""
+    from prefect_htcdask.task_runner import HTCDaskTaskRunner
+
+    if not isinstance(flow.task_runner, HTCDaskTaskRunner):
+        return flow
+    sent = copy.copy(flow)
+    sent.task_runner = flow.task_runner.inert()
+    return sent

@@ -1,0 +1,152 @@
+"""What the supervisor tells of jobs: messages and lines in the log, from job events."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from prefect_htcdask.condor.job_events import apply
+from prefect_htcdask.condor.staging import RunDirectory
+from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.scaling.policy import Target
+from prefect_htcdask.supervisor.fleet import Fleet
+from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.job_news import JobNews, unmatched
+from prefect_htcdask.supervisor.protocol import GroupPlan, to_line
+
+
+def a_group(name: str = "default") -> Group:
+    wanted = Target(fixed=2)
+    return Group(name, GroupPlan(WorkerSpec(cpus=2), start_timeout=30.0, target=wanted), "workers", wanted)
+
+
+class Told:
+    """News of a fleet of two groups."""
+
+    def __init__(self, directory: Path) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.groups = {"cpu": a_group("cpu"), "gpu": a_group("gpu")}
+        self.fleet = Fleet(("cpu", "gpu"))
+        self.fleet.submitted_jobs(["1.0", "1.1", "1.2"], "cpu", 10.0)
+        self.fleet.submitted_jobs(["2.0"], "gpu", 10.0)
+        self.news = JobNews(self.fleet, self.groups, RunDirectory(directory), self.messages.append)
+
+    def __call__(self, event: str, *jobs: str, when: float = 20.0, **data: Any) -> list[str]:
+        changes = [apply(self.fleet.table, event, job, when, data) for job in jobs]
+        return self.news.take([change for change in changes if change])
+
+    def of(self, job_id: str) -> list[dict[str, Any]]:
+        return [message for message in self.messages if message["kind"] == "job" and message["job_id"] == job_id]
+
+    @property
+    def log(self) -> list[str]:
+        return [message["text"] for message in self.messages if message["kind"] == "log"]
+
+
+def test_jobs_teach_their_own_group(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    told("EXECUTE", "1.0", "2.0", SlotName="slot1@a")
+    assert (list(told.groups["cpu"].waits), list(told.groups["gpu"].waits)) == ([10.0], [10.0])
+    told("JOB_TERMINATED", "2.0", ReturnValue=3)
+    assert (told.groups["cpu"].failures, told.groups["gpu"].failures) == (0, 1)
+    assert told.groups["gpu"].last_failed is told.fleet.table.get("2.0")
+    assert told.log == [f"HTCondor job 2.0 ended on slot1@a: {told.news.why_it_ended(told.fleet.table.get('2.0'))}"]
+
+
+def test_jobs_that_share_a_fate_share_a_line(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    assert told("JOB_HELD", "1.0", "1.1", HoldReasonCode=13, HoldReason="no such file") == ["1.0", "1.1"]
+    assert len(told.log) == 1 and told.log[0].startswith("HTCondor jobs 1.0, 1.1 held:")
+    assert told("JOB_HELD", "1.2", HoldReasonCode=1, HoldReason="by the user") == [], "that is the user's to release"
+
+
+def test_tasks_that_no_group_can_run() -> None:
+    gpu = a_group("gpu")
+    gpu.plan = dataclasses.replace(gpu.plan, spec=WorkerSpec(resources={"GPU": 1}))
+    text = unmatched("GPU=2", 3, [a_group("cpu"), gpu])
+    assert text.startswith(
+        "3 waiting tasks asked for GPU=2, which no worker group offers (cpu: -; gpu: GPU=1): ask for"
+    )
+    text = unmatched("worker=tls://10.0.0.1:42", 1, [gpu])
+    assert text.startswith("1 waiting task may run on the worker at tls://10.0.0.1:42 only, which is not there: submit")
+
+
+def test_a_message_carries_all_that_is_known_of_the_job(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    told("EXECUTE", "2.0", when=20.0, SlotName="slot1@a")
+    told("IMAGE_SIZE", "2.0", when=25.0, MemoryUsage=300)
+    told("IMAGE_SIZE", "2.0", when=26.0, MemoryUsage=200)
+    told("JOB_HELD", "2.0", when=30.0, HoldReasonCode=34, HoldReasonSubCode=1, HoldReason="too much memory")
+    started, memory, held = told.of("2.0")
+    assert (started["what"], started["state"], started["started"], started["peak_memory"]) == (
+        ("started", "running", 20.0, None)
+    )
+    assert (memory["what"], memory["peak_memory"]) == ("memory", 300 * 2**20)
+    assert held == {
+        "kind": "job",
+        "what": "held",
+        "job_id": "2.0",
+        "group": "gpu",
+        "state": "held",
+        "host": "slot1@a",
+        "submitted": 10.0,
+        "started": 20.0,
+        "ended": None,
+        "run_seconds": 10.0,
+        "starts": 1,
+        "evictions": 0,
+        "peak_memory": 300 * 2**20,
+        "requested_memory": WorkerSpec().memory,
+        "requested_cpus": 2,
+        "exit_code": None,
+        "exit_signal": None,
+        "hold_reason": "too much memory",
+        "category": "held_memory",
+        "summary": "held by HTCondor: too much memory (code 34.1)",
+        "remedy": held["remedy"],
+        "reason": f"held by HTCondor: too much memory (code 34.1) ({held['remedy']})",
+    }
+    assert "workers.gpu.memory" in held["remedy"]
+    assert to_line(held)
+
+
+def test_what_an_evicted_run_wrote_outlives_the_next_start(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "worker.1.0.err"
+    for word in ("first", "second"):
+        told("EXECUTE", "1.0", SlotName="slot1@a")
+        log.write_text(word)
+        told("JOB_EVICTED", "1.0", Reason="vacated")
+    log.write_text("third")
+    kept = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert kept == {"worker.1.0.err": "third", "worker.1.0.1.err": "first", "worker.1.0.2.err": "second"}
+
+
+def test_changes_of_one_look_have_each_their_own_reason(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    table = told.fleet.table
+    apply(table, "EXECUTE", "1.0", 20.0, {"SlotName": "slot1@a"})
+    changes = [
+        apply(table, "JOB_EVICTED", "1.0", 30.0, {"Reason": "vacated"}),
+        apply(table, "JOB_ABORTED", "1.0", 31.0, {"Reason": "removed by ops"}),
+    ]
+    told.news.take([change for change in changes if change])
+    evicted, removed = told.of("1.0")
+    assert (evicted["category"], evicted["reason"]) == ("evicted", "evicted from slot1@a: vacated")
+    assert (removed["category"], removed["reason"]) == ("removed", "removed: removed by ops")
+    assert (removed["ended"], removed["run_seconds"], removed["evictions"]) == (31.0, 10.0, 1)
+
+
+def test_a_worker_that_joined_and_died_did_not_die_at_its_start(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    told("EXECUTE", "1.0", "1.1", SlotName="slot1@a")
+    told.fleet.saw_workers(["htcdask-1.0-1"])
+    told.news.joined(told.fleet.table.get("1.0"))
+    assert told.of("1.0")[-1]["what"] == "joined" and told.of("1.0")[-1]["category"] is None
+    told("JOB_TERMINATED", "1.0", "1.1", ReturnValue=3)
+    assert [told.of(job)[-1]["category"] for job in ("1.0", "1.1")] == ["died", "died_at_start"]
+    told("EXECUTE", "1.2")
+    told("JOB_TERMINATED", "1.2", ReturnValue=0)
+    assert told.of("1.2")[-1]["category"] == "died_at_start", "it ended well, but never joined"
