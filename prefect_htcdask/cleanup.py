@@ -66,6 +66,7 @@ def remove_leftover_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[A
     """
     from prefect.logging.loggers import flow_run_logger
 
+    from prefect_htcdask.flow_events import emit_cleanup
     from prefect_htcdask.removal import remove_after_flow_run
 
     logger = flow_run_logger(flow_run, flow)
@@ -76,6 +77,8 @@ def remove_leftover_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[A
             removed.jobs,
             len(removed.clusters),
         )
+    if removed.jobs or removed.clusters or removed.problems:
+        emit_cleanup(str(flow_run.id), flow_run.name, removed.jobs, removed.clusters, removed.problems)
     if removed.problems:
         logger.error(
             "Could not remove all that this flow run may have left behind. Its jobs and gateway clusters end by "

@@ -31,8 +31,10 @@ from prefect_htcdask.removal import _last_attempt
 from prefect_htcdask.run_files import record_cluster
 from tests.cluster_fixtures import SMALL, gateway_clusters, jobs_of
 from tests.prefect_fixtures import PrefectServer
+from tests.test_flow_events import events_of, names_of
 from tests.waiting import wait_until
 
+CLEANUPS = {"htcdask.cleanup.succeeded", "htcdask.cleanup.failed"}
 HOOKS = ("on_completion_hooks", "on_failure_hooks", "on_cancellation_hooks", "on_crashed_hooks")
 
 
@@ -142,6 +144,15 @@ def test_without_an_api_the_caller_s_word_counts(api: SyncPrefectClient) -> None
     assert _last_attempt(unknown) == (1, False), "unknown to the API"
 
 
+def cleanup_of(run: FlowRun, end: str) -> dict[str, Any]:
+    """What the API was told of the first cleanup of a flow run, once it was."""
+    told = wait_until(lambda: names_of(str(run.id)) & CLEANUPS and events_of(str(run.id)), 60, "the cleanup's event")
+    (first, *_) = [event for event in told if event["event"] in CLEANUPS]
+    assert first["event"] == f"htcdask.cleanup.{end}", told
+    payload: dict[str, Any] = first["payload"]
+    return payload
+
+
 # On the real pool
 
 
@@ -180,6 +191,8 @@ def test_each_end_removes_the_jobs_of_its_attempt_only(
     wait_until(lambda: cluster.name not in gateway_clusters(condor_environment), 20, "its gateway cluster is stopped")
     assert len(jobs_of(queue, later.name)) == 1
     assert later.name in gateway_clusters(condor_environment)
+    told = cleanup_of(run, "succeeded")
+    assert told["by"] == "hook" and told["problems"] == []
 
 
 @pytest.mark.pool
@@ -224,6 +237,8 @@ def test_schedd_and_gateway_down_are_one_clear_error(
     assert "condor.schedd" in text or "condor.config_file" in text or "condor.collector" in text, text
     assert "gateway.address" in text and "lease" in text and "sweep" in text
     assert api.read_flow_run(run.id).state_name == "Crashed"
+    problems = cleanup_of(run, "failed")["problems"]
+    assert problems and all(problem in text for problem in problems)
 
 
 @task

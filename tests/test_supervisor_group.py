@@ -1,9 +1,8 @@
-"""What the supervisor knows of one worker group, and what it tells of jobs."""
+"""What the supervisor knows of one worker group."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import classad2
@@ -11,13 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.condor.job_events import JobRecord, apply
-from prefect_htcdask.condor.staging import RunDirectory
+from prefect_htcdask.condor.job_events import JobRecord
 from prefect_htcdask.condor.worker_job import WorkerSpec, checked_expression
 from prefect_htcdask.scaling.policy import Demand, Supply, Target, decide
-from prefect_htcdask.supervisor.fleet import Fleet
 from prefect_htcdask.supervisor.group import Group, idle_job_caps
-from prefect_htcdask.supervisor.job_news import JobNews, unmatched, why_none_joined
 from prefect_htcdask.supervisor.protocol import GroupPlan, group_of, target_of
 
 
@@ -167,64 +163,6 @@ def test_wishes() -> None:
     assert target_of({"op": "adapt", "minimum": 1, "maximum": 4}) == Target(minimum=1, maximum=4)
     with pytest.raises(ValueError, match="minimum"):
         target_of({"op": "adapt", "minimum": 5, "maximum": 4})
-
-
-class Told:
-    """News of a fleet of two groups."""
-
-    def __init__(self, directory: Path) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.groups = {"cpu": a_group("cpu"), "gpu": a_group("gpu")}
-        self.fleet = Fleet(("cpu", "gpu"))
-        self.fleet.submitted_jobs(["1.0", "1.1", "1.2"], "cpu", 10.0)
-        self.fleet.submitted_jobs(["2.0"], "gpu", 10.0)
-        self.news = JobNews(self.fleet, self.groups, RunDirectory(directory), self.messages.append)
-
-    def __call__(self, event: str, *jobs: str, when: float = 20.0, **data: Any) -> list[str]:
-        changes = [apply(self.fleet.table, event, job, when, data) for job in jobs]
-        return self.news.take([change for change in changes if change])
-
-    @property
-    def log(self) -> list[str]:
-        return [message["text"] for message in self.messages if message["kind"] == "log"]
-
-
-def test_jobs_teach_their_own_group(tmp_path: Path) -> None:
-    told = Told(tmp_path)
-    told("EXECUTE", "1.0", "2.0", SlotName="slot1@a")
-    assert (list(told.groups["cpu"].waits), list(told.groups["gpu"].waits)) == ([10.0], [10.0])
-    told("JOB_TERMINATED", "2.0", ReturnValue=3)
-    assert (told.groups["cpu"].failures, told.groups["gpu"].failures) == (0, 1)
-    assert told.groups["gpu"].last_failed is told.fleet.table.get("2.0")
-    assert told.log == [f"HTCondor job 2.0 ended on slot1@a: {told.news.why_it_ended(told.fleet.table.get('2.0'))}"]
-
-
-def test_jobs_that_share_a_fate_share_a_line(tmp_path: Path) -> None:
-    told = Told(tmp_path)
-    assert told("JOB_HELD", "1.0", "1.1", HoldReasonCode=13, HoldReason="no such file") == ["1.0", "1.1"]
-    assert len(told.log) == 1 and told.log[0].startswith("HTCondor jobs 1.0, 1.1 held:")
-    assert told("JOB_HELD", "1.2", HoldReasonCode=1, HoldReason="by the user") == [], "that is the user's to release"
-
-
-def test_why_none_joined_looks_at_the_group_s_own_jobs(tmp_path: Path) -> None:
-    told = Told(tmp_path)
-    told("EXECUTE", "1.0")
-    assert "1 worker job runs, but none joined" in why_none_joined(told.fleet, told.groups["cpu"], [])
-    assert "1 worker job waits" in why_none_joined(told.fleet, told.groups["gpu"], [])
-    slot = {"SlotType": "Partitionable", "TotalSlotCpus": 1, "TotalSlotMemory": 64 * 1024}
-    assert "lower workers.gpu.cpus, workers.gpu.memory" in why_none_joined(told.fleet, told.groups["gpu"], [slot])
-    assert "lower worker.cpus, worker.memory" in why_none_joined(Fleet(), a_group(), [slot])
-
-
-def test_tasks_that_no_group_can_run() -> None:
-    gpu = a_group("gpu")
-    gpu.plan = dataclasses.replace(gpu.plan, spec=WorkerSpec(resources={"GPU": 1}))
-    text = unmatched("GPU=2", 3, [a_group("cpu"), gpu])
-    assert text.startswith(
-        "3 waiting tasks asked for GPU=2, which no worker group offers (cpu: -; gpu: GPU=1): ask for"
-    )
-    text = unmatched("worker=tls://10.0.0.1:42", 1, [gpu])
-    assert text.startswith("1 waiting task may run on the worker at tls://10.0.0.1:42 only, which is not there: submit")
 
 
 def test_a_plan_keeps_the_newest_target(a_plan: Any) -> None:

@@ -12,17 +12,24 @@ from typing import Any
 
 from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError, check_description
 from ..condor.worker_job import JobFiles, WorkerJobError, submit_description
+from ..event_shapes import cleanup_event
 from .cleanup import Cleanup
-from .flow_watch import flow_run_ended
+from .flow_watch import flow_run_ended, tell_of_cleanup
 from .loop import Supervisor
 from .outbox import Outbox
 from .parent import ParentWatch
 from .protocol import GatewayAccess, HandOff, Preflight, decode, from_line
+from .report_files import write_report
 from .scheduler_link import GatewayLink
 
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT = 60.0
+
+_PROCESS_GONE = "the flow's process is gone"
+_FLOW_RUN_OVER = "the flow run is"
+ALONE = (_PROCESS_GONE, _FLOW_RUN_OVER)
+"""How the reasons begin for which a supervisor ends with nobody left to tell Prefect of its cleanup."""
 
 
 def preflight(request: Preflight) -> ScheddClient:
@@ -45,8 +52,12 @@ def preflight(request: Preflight) -> ScheddClient:
         )
         check_description(commands)
     schedd = ScheddClient(ScheddAddress(**vars(request.schedd)))
-    schedd.query("false", ["ClusterId"], limit=1)
-    schedd.user()
+    try:
+        schedd.query("false", ["ClusterId"], limit=1)
+        schedd.user()
+    except BaseException:
+        schedd.close()
+        raise
     return schedd
 
 
@@ -66,7 +77,7 @@ async def serve(
 
     def parent_gone() -> None:
         if not detached:
-            supervisor.end("the flow's process is gone")
+            supervisor.end(_PROCESS_GONE)
 
     watch = ParentWatch(plan.parent_pid, parent_gone)
     close_request: dict[str, Any] | None = None
@@ -104,18 +115,23 @@ async def serve(
                 return
             # The flow's own process, where there is one, is given time to close in its own way.
             await asyncio.sleep(10)
-            supervisor.end(f"the flow run is {state}")
+            supervisor.end(f"{_FLOW_RUN_OVER} {state}")
 
     # Kept by name: asyncio itself holds tasks weakly only.
     helpers = [asyncio.ensure_future(take_commands()), asyncio.ensure_future(watch_flow())]
     await supervisor.run()
     cleanup = Cleanup(supervisor)
     summary = await cleanup.close()
+    write_report(plan, summary)
     say({"kind": "summary", **summary, "ended_because": supervisor.ended_because})
     await asyncio.sleep(0)  # a close request may stand in the pipe behind what ended us
     if close_request is not None:
         say({"kind": "reply", "id": close_request.get("id"), "ok": True, "summary": summary})
     await cleanup.finish()
+    if plan.flow_run is not None and supervisor.ended_because.startswith(ALONE):
+        name = plan.access.cluster_name
+        event = cleanup_event(plan.flow_run.id, cleanup.found, [name], cleanup.problems, by="supervisor")
+        await tell_of_cleanup(event, plan.flow_run, plan.worker_secrets)
     watch.close()
     for helper in helpers:
         helper.cancel()
@@ -171,6 +187,17 @@ async def work(loop: asyncio.AbstractEventLoop, outbox: Outbox) -> int:
         outbox.say({"kind": "refused", "text": str(exc)})
         return 1
     outbox.say({"kind": "checked"})
+    try:
+        return await take_over(schedd, commands, gone, early, outbox)
+    finally:
+        # Its token, if it has one, is in a file.
+        schedd.close()
+
+
+async def take_over(
+    schedd: ScheddClient, commands: asyncio.StreamReader, gone: asyncio.Event, early: ParentWatch, outbox: Outbox
+) -> int:
+    """Wait for the cluster to look after, and look after it. Returns the exit status."""
     entrusted: GatewayAccess | None = None
     while line := await next_line(commands, gone):
         message = decode(line)

@@ -75,24 +75,34 @@ async def wait_until_gone(supervisor: Supervisor, timeout: float) -> bool:
 
 
 class Cleanup:
-    """What is done when the supervisor is over, in two parts: what the flow waits for, and the rest."""
+    """What is done when the supervisor is over, in two parts: what the flow waits for, and the rest.
+
+    Attributes:
+        found: jobs that were in the queue at its beginning.
+        problems: what was in the way, in words, once it is done.
+    """
 
     def __init__(self, supervisor: Supervisor) -> None:
         self.supervisor = supervisor
         self.owns_jobs = supervisor.ended_because != SUPERSEDED
+        self.found = 0
+        self.problems: list[str] = []
         self._stopping: asyncio.Task[bool] | None = None
 
     async def close(self) -> dict[str, Any]:
         """Have jobs and cluster go, give them a moment for it, and return the summary."""
         supervisor = self.supervisor
+        self.found = len(supervisor.fleet.queued_jobs())
+        await supervisor.last_look()
         if supervisor.stop_cluster:
-            deadline = time.monotonic() + supervisor.plan.lease
+            # A gateway that stays away is asked until the scheduler ends by itself.
+            deadline = time.monotonic() + supervisor.plan.scheduler_lease
             self._stopping = asyncio.ensure_future(insist(deadline, supervisor.gateway.stop))
         if self.owns_jobs and await remove_jobs(supervisor):
             await wait_until_gone(supervisor, _SETTLE_TIME)
         if self._stopping is not None:
             await asyncio.wait([self._stopping], timeout=_SETTLE_TIME)
-        return supervisor.fleet.summary(time.time())
+        return {**supervisor.fleet.summary(time.time()), **supervisor.progress.report(supervisor.ended_because)}
 
     async def finish(self) -> None:
         """Wait for the last job, delete what the jobs took with them, and let go of everything."""
@@ -103,12 +113,16 @@ class Cleanup:
                 await self._forget_stuck_jobs()
             if not await wait_until_gone(supervisor, _GONE_TIMEOUT):
                 left = len(supervisor.fleet.queued_jobs())
-                logger.error("%d jobs are still in the queue; the lease is on them", left)
+                self._failed(f"{left} jobs are still in the queue; the lease is on them")
             supervisor.directory.clear_staging()
         if self._stopping is not None and not await self._stopping:
-            logger.error("the gateway did not take the request to stop the cluster; the scheduler's lease ends it")
+            self._failed("the gateway did not take the request to stop the cluster; the scheduler's lease ends it")
         await supervisor.scheduler.close()
         supervisor.schedd.close()
+
+    def _failed(self, problem: str) -> None:
+        logger.error("%s", problem)
+        self.problems.append(problem)
 
     async def _forget_stuck_jobs(self) -> None:
         """Take those out of the queue whose host is lost.

@@ -204,7 +204,7 @@ class Fleet:
         staying = frozenset(name for name, (_, until) in self.stays.items() if now < until)
         return {
             group: Supply(
-                pending=tuple(record.job_id for record in sorted(pending[group], key=_submission_order)),
+                pending=tuple(record.job_id for record in sorted(pending[group], key=submission_order)),
                 unstarted=sum(1 for record in pending[group] if record.state is JobState.IDLE),
                 idle=idle[group],
                 busy=tuple(busy[group]),
@@ -218,7 +218,7 @@ class Fleet:
     def summary(self, now: float) -> dict[str, Any]:
         """What became of the workers, for the flow run's log."""
         records = self.table.records.values()
-        seconds = {record.job_id: _run_seconds(record, now) for record in records}
+        seconds = {record.job_id: run_seconds(record, now) for record in records}
         groups = {
             name: {
                 "jobs": len(of_group := [record.job_id for record in records if self.group_of(record) == name]),
@@ -240,7 +240,7 @@ class Fleet:
         }
 
 
-def _run_seconds(record: JobRecord, now: float) -> float:
+def run_seconds(record: JobRecord, now: float) -> float:
     return record.run_seconds + (max(0.0, now - record.started) if record.started and record.in_queue else 0.0)
 
 
@@ -249,5 +249,5 @@ def _id_order(job_id: str) -> tuple[int, int]:
     return int(cluster), int(proc)
 
 
-def _submission_order(record: JobRecord) -> tuple[int, int]:
+def submission_order(record: JobRecord) -> tuple[int, int]:
     return _id_order(record.job_id)

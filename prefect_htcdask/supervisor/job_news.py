@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..condor.diagnosis import diagnose_exit, diagnose_hold, diagnose_waiting
+from ..condor.diagnosis import (
+    Diagnosis,
+    diagnose_eviction,
+    diagnose_exit,
+    diagnose_hold,
+    diagnose_removal,
+)
 from ..condor.job_events import JobChange, JobRecord, JobState
 from ..condor.staging import RunDirectory
 from .fleet import HELD_BY_USER, Fleet
 from .group import Group
+from .job_message import job_message
 
 
 class JobNews:
@@ -54,33 +61,64 @@ class JobNews:
         """Take in one job's change; returns level and words for the flow run's log, or `None` for nothing to say."""
         failed_start = self._fleet.saw_change(change)
         record = self._fleet.table.records[change.job_id]
-        died = change.what == "exited" and bool(record.exit_code or record.exit_signal is not None)
-        reason = self.why_it_ended(record) if died or change.what == "held" else change.reason
-        self._say({"kind": "job", "what": change.what, "job": change.job_id, "host": record.host, "reason": reason})
+        died = change.what == "exited" and bool(record.exit_code or record.exit_signal is not None or failed_start)
+        ended = died or change.what in ("held", "evicted", "removed")
+        diagnosis = self._diagnose_change(change, record) if ended else None
         group = self._groups[self._fleet.group_of(record)]
+        message = job_message(change.what, record, group.name, group.spec, diagnosis, change.reason)
+        self._say(message)
+        if died or change.what == "held":
+            self._directory.note_failure(message)
+        if change.what == "evicted":
+            self._directory.keep_stderr(change.job_id, record.starts)
         if change.what == "started":
             group.started(record)
         if failed_start:
             group.failed(record, time.monotonic())
         if change.what == "held":
-            return "error", f"held: {self.why_it_ended(record)}"
-        if change.job_id in self._fleet.leaving:
+            return "error", f"held: {diagnosis}"
+        if change.job_id in self._fleet.leaving or diagnosis is None:
             return None
-        if change.what == "exited" and (record.exit_code or record.exit_signal is not None or failed_start):
-            return "warning", f"ended on {record.host}: {self.why_it_ended(record)}"
+        if change.what == "exited":
+            return "warning", f"ended on {record.host}: {diagnosis}"
         if change.what == "removed":
-            return "warning", self.why_it_ended(record)
+            return "warning", str(diagnosis)
+        return "info", str(diagnosis)
+
+    def joined(self, record: JobRecord) -> None:
+        """Say that a job's worker is at the scheduler."""
+        group = self._groups[self._fleet.group_of(record)]
+        self._say(job_message("joined", record, group.name, group.spec))
+
+    def _diagnose_change(self, change: JobChange, record: JobRecord) -> Diagnosis:
+        # One look may find several changes of a job: its record is that of the last.
         if change.what == "evicted":
-            return "info", f"evicted from {record.host}: {change.reason}"
-        return None
+            return diagnose_eviction(record.host, change.reason)
+        if change.what == "removed":
+            return diagnose_removal(change.reason)
+        if change.what == "held":
+            return diagnose_hold(record.hold_code, record.hold_subcode, change.reason, self._settings(record))
+        return self._diagnose_exit(record)
+
+    def _diagnose_exit(self, record: JobRecord) -> Diagnosis:
+        return diagnose_exit(
+            record.exit_code,
+            record.exit_signal,
+            self._directory.stderr_tail(record.job_id),
+            joined=record.job_id in self._fleet.ever_joined,
+            settings=self._settings(record),
+        )
+
+    def _settings(self, record: JobRecord) -> str:
+        return self._groups[self._fleet.group_of(record)].settings
 
     def why_it_ended(self, record: JobRecord) -> str:
         """Why a job is held or no more, in words."""
         if record.state is JobState.HELD:
-            return str(diagnose_hold(record.hold_code, record.hold_subcode, record.reason))
+            return str(diagnose_hold(record.hold_code, record.hold_subcode, record.reason, self._settings(record)))
         if record.state is JobState.REMOVED:
-            return f"removed: {record.reason}"
-        return str(diagnose_exit(record.exit_code, record.exit_signal, self._directory.stderr_tail(record.job_id)))
+            return str(diagnose_removal(record.reason))
+        return str(self._diagnose_exit(record))
 
 
 def unmatched(wish: str, count: int, groups: Iterable[Group]) -> str:
@@ -99,20 +137,4 @@ def unmatched(wish: str, count: int, groups: Iterable[Group]) -> str:
     return (
         f"{tasks} asked for {wish}, which no worker group offers ({offers}): ask for "
         "less, or have a group offer it (worker.gpus, worker.resources, workers)"
-    )
-
-
-def why_none_joined(fleet: Fleet, group: Group, slots: Sequence[Mapping[str, Any]]) -> str:
-    """Why no worker of a group has come, as far as jobs and slots tell."""
-    jobs = [record for record in fleet.table.records.values() if fleet.group_of(record) == group.name]
-    running = sum(1 for record in jobs if record.state is JobState.RUNNING)
-    if running:
-        jobs_run = "1 worker job runs" if running == 1 else f"{running} worker jobs run"
-        return f"{jobs_run}, but none joined the scheduler: can they reach the gateway's proxy?"
-    waiting = sum(1 for record in jobs if record.state is JobState.IDLE)
-    spec = group.spec
-    return str(
-        diagnose_waiting(
-            slots, cpus=spec.cpus, memory=spec.memory, gpus=spec.gpus, waiting=waiting, settings=group.settings
-        )
     )

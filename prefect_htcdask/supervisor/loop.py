@@ -11,20 +11,25 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..condor.idle_jobs import IdleJobs
 from ..condor.job_events import EventLogReader, JobReader, JobState, QueueReader
-from ..condor.schedd import ScheddClient, ScheddError
+from ..condor.schedd import ScheddClient
 from ..condor.staging import RunDirectory
-from ..condor.worker_job import cluster_constraint, submit_description
+from ..condor.worker_job import cluster_constraint
 from ..scaling.policy import Decision, Target, decide
+from .actions import Actions
 from .fleet import HELD_BY_USER, Fleet
 from .group import Group, idle_job_caps
-from .job_news import JobNews, unmatched, why_none_joined
+from .job_news import JobNews, unmatched
+from .progress import Progress
 from .protocol import HandOff, group_of, target_of
 from .scheduler_link import GatewayLink, SchedulerLink
 from .voice import Voice
+from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ _FIRST_INTERVAL = 0.2
 _FIRST_TIME = 60.0  # seconds for which the first tasks are looked for as often
 _PATIENCE = 2.0  # seconds without an answer of the scheduler before the gateway is asked
 _MAX_RENEWAL_INTERVAL = 600.0
+_LAST_ANSWER = 1.0  # seconds for the scheduler to say how it ended
 _FEW = 3  # questions: one may fail as a host awakes
 
 
@@ -59,11 +65,14 @@ class Supervisor:
             for name, group in plan.groups.items()
         }
         self.news = JobNews(self.fleet, self.groups, self.directory, say)
+        self.progress = Progress(self.fleet, self.groups, plan.report, say)
         self.voice = Voice(say, self.news.why_it_ended, several=len(plan.groups) > 1)
+        self.waiting = Waiting(plan.access.cluster_name, self.fleet, IdleJobs(schedd), self.condor, say)
         self.scheduler = SchedulerLink(
             plan.access, plan.owner, {name: group.spec.resources for name, group in plan.groups.items()}
         )
         self.gateway = GatewayLink(plan.access)
+        self.actions = Actions(plan, schedd, self.condor, self.fleet, self.scheduler, self.voice)
         self.wake = asyncio.Event()
         self.over = asyncio.Event()
         self.ended_because = ""
@@ -77,7 +86,6 @@ class Supervisor:
         self._unanswered = 0
         self._taken_over_at: float | None = None
         self._held: set[str] = set()  # jobs to be removed, as soon as the schedd takes that
-        self._background: set[asyncio.Task[Any]] = set()
 
     def hurry(self) -> None:
         """Have the next `read_jobs` look at the queue, however short ago it did."""
@@ -177,9 +185,12 @@ class Supervisor:
         if self.over.is_set():
             return
         await self.renew()
+        self.progress.tell(time.monotonic())
         for group in self.groups.values():
             if group.overdue(time.monotonic()):
-                await self.give_up_waiting(group)
+                self.voice.give_up_waiting(group, await self.waiting.why(group))
+            else:
+                await self.waiting.look(group, time.time())
 
     async def follow_demand(self) -> None:
         """Ask the scheduler, decide for each group, and act."""
@@ -189,9 +200,10 @@ class Supervisor:
             return
         for group in self.groups.values():
             if suspects := group.suspects():
-                await self.avoid(group, suspects)
+                await self.actions.avoid(group, suspects)
         now = time.monotonic()
         supplies = self.fleet.supplies(answer if known else None, now)
+        self.progress.saw(answer if known else None, supplies, time.time())
         demands = self.fleet.demands(answer) if answer and known else {}
         unstarted = {name: supply.unstarted for name, supply in supplies.items()}
         for name, group in self.groups.items():
@@ -245,7 +257,7 @@ class Supervisor:
             # When a predecessor's workers joined, nobody knows.
             known = self._taken_over_at is None or (record.started or 0.0) > self._taken_over_at
             self.groups[self.fleet.group_of(record)].joined(record, joined_at if known else None)
-            self.say({"kind": "job", "what": "joined", "job": job_id, "host": record.host})
+            self.news.joined(record)
         for wish, count in answer.get("unmatched", {}).items():
             text = unmatched(wish, count, self.groups.values())
             self.voice.tell_once("warning", text, key=f"unmatched {wish}")
@@ -285,60 +297,7 @@ class Supervisor:
 
     async def act(self, group: Group, decision: Decision) -> int:
         """Carry a decision out; returns how many jobs were submitted."""
-        if decision.gives_up:
-            self.voice.give_up(group, decision.gives_up)
-        if decision.goes_on:
-            self.voice.go_on(group, decision.goes_on)
-        submitted = 0
-        if decision.submit and not group.gave_up and time.monotonic() >= group.submit_after:
-            submitted = await self.submit(group, decision.submit)
-        if decision.remove_pending:
-            await self.condor(self.schedd.remove, decision.remove_pending, "prefect_htcdask: fewer workers are needed")
-            self.fleet.leaving.update(decision.remove_pending)
-        if decision.retire:
-            jobs = self.fleet.told_to_leave(decision.retire)
-            self._spawn(self.retire(group, jobs, idle_only=group.target.fixed is None))
-        self.voice.decided(group, decision, submitted)
-        return submitted
-
-    async def submit(self, group: Group, count: int) -> int:
-        """Submit workers in one transaction, if the schedd takes them; returns how many it took."""
-        assert group.files is not None
-        commands = submit_description(
-            group.job_spec,
-            group.files,
-            cluster_name=self.plan.access.cluster_name,
-            group=group.name,
-            flow_run=self.plan.flow_run,
-            lease_expires=int(time.time() + self.plan.lease),
-            lost_schedd_lease=self.plan.lost_schedd,
-        )
-        try:
-            job_ids = await self.condor(self.schedd.submit, commands, count)
-        except ScheddError as exc:
-            pause = group.refused(time.monotonic())
-            self.voice.tell_once("error", f"{exc}; the next attempt is in {pause:.0f} s", key=str(exc))
-            return 0
-        group.submitted()
-        self.fleet.submitted_jobs(job_ids, group.name, time.time())
-        logger.info("submitted %d jobs of group %s: %s to %s", count, group.name, job_ids[0], job_ids[-1])
-        return len(job_ids)
-
-    async def retire(self, group: Group, jobs: dict[str, str], idle_only: bool) -> None:
-        """Retire workers, given with their jobs; those that cannot go now stay in the fleet."""
-        going = set(await self.scheduler.retire(sorted(jobs), idle_only))
-        kept = {name: job for name, job in jobs.items() if name not in going}
-        self.fleet.could_not_leave(kept, time.monotonic())
-        while going:
-            # The scheduler's answers tell who has gone; who drains may take as long as its tasks do.
-            await asyncio.sleep(2 * self.plan.interval)
-            gone = going.difference(self.fleet.joined.values())
-            # A worker process that hangs in its end would keep the slot.
-            await asyncio.sleep(2 * group.spec.vacate_time)
-            in_queue = self.fleet.leaving.intersection(record.job_id for record in self.fleet.queued_jobs())
-            stuck = [jobs[name] for name in gone if jobs[name] in in_queue]
-            await self.condor(self.schedd.remove, stuck, "prefect_htcdask: the worker was retired but did not end")
-            going -= gone
+        return await self.actions.carry_out(group, decision)
 
     async def renew(self) -> None:
         """Renew the lease of all jobs, at a third of it."""
@@ -355,35 +314,24 @@ class Supervisor:
         assert self._reader is not None
         changes = await self.condor(self._reader.read, self.fleet.table)
         self._held.update(self.news.take(changes))
+        self.progress.took(changes)
         if lost := self.fleet.taken_away(changes):
-            self._spawn(self.scheduler.pardon(lost))
+            self.actions.spawn(self.scheduler.pardon(lost))
         if self._held:
             # They would stay in the queue for ever; fresh ones may land on better hosts.
             self.fleet.leaving.update(self._held)
             await self.condor(self.schedd.remove, sorted(self._held), "prefect_htcdask: held workers are replaced")
             self._held.clear()
 
-    # When workers cannot be had
-
-    async def give_up_waiting(self, group: Group) -> None:
-        """No worker of a group came within its start timeout: say why, as far as the pool tells."""
-        try:
-            why = why_none_joined(self.fleet, group, await self.condor(self.schedd.slots))
-        except ScheddError as exc:
-            why = str(exc)
-        self.voice.give_up_waiting(group, why)
-
-    async def avoid(self, group: Group, suspects: set[str]) -> None:
-        """Have later jobs of a group keep off machines where its workers do not come up, if there are others."""
-        try:
-            slots = await self.condor(self.schedd.slots)
-        except ScheddError as exc:
-            logger.info("%s", exc)
+    async def last_look(self) -> None:
+        """See the tasks that have ended since the last round, if the scheduler answers at once."""
+        if self._unanswered or self.ended_because == SUPERSEDED:
             return
-        avoided = group.avoid(suspects, {str(slot.get("Machine")) for slot in slots})
-        if avoided:
-            where = ", ".join(sorted(avoided))
-            self.voice.tell_once("warning", f"workers do not come up on {where}: later ones of this run go elsewhere")
+        with suppress(Exception):  # the cleanup comes, whatever becomes of this
+            answer = await asyncio.wait_for(self.scheduler.demand(), _LAST_ANSWER)
+            if answer is not None and answer["status"] == "ok":
+                now = time.monotonic()
+                self.progress.saw(answer, self.fleet.supplies(answer, now), time.time())
 
     def end(self, why: str) -> None:
         """Leave the loop; the cleanup follows."""
@@ -391,8 +339,3 @@ class Supervisor:
             self.ended_because = why
             logger.info("it is over: %s", why)
             self.over.set()
-
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.ensure_future(coroutine)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)

@@ -9,23 +9,30 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from ..condor.worker_job import cluster_constraint
 from .handle import SupervisorError, clean_environment
 from .protocol import ScheddSettings, decode, encode
 
+if TYPE_CHECKING:
+    from ..condor.schedd import ScheddClient
+
 _TIMEOUT = 60.0
-_OPERATIONS = ("remove", "query", "history", "slots", "user")
+_OPERATIONS = ("remove", "query", "history", "user")
+_EXPLAIN = "explain"
 
 
 def call(schedd: ScheddSettings, operation: str, *arguments: Any, timeout: float = _TIMEOUT) -> Any:
-    """Call a method of `condor.schedd.ScheddClient` in a process of its own.
+    """Call a method of `condor.schedd.ScheddClient` in a process of its own, or ``explain`` idle jobs.
 
     Args:
         schedd: how to reach the schedd.
-        operation: ``remove``, ``query``, ``history``, ``slots`` or ``user``.
-        arguments: the method's positional arguments.
+        operation: ``remove``, ``query``, ``history`` or ``user``; or ``explain``.
+        arguments: the method's positional arguments; for ``explain`` a list of the arguments of
+            `condor.idle_jobs.IdleJobs.explain`, answered by a list of diagnoses as dictionaries, or `None`.
         timeout: seconds to wait at most.
 
     Raises:
@@ -63,17 +70,27 @@ def remove_jobs(schedd: ScheddSettings, cluster_name: str) -> int:
     return removed
 
 
+def _explain(client: ScheddClient, questions: Iterable[tuple[str, int, str]]) -> list[dict[str, str] | None]:
+    """Why idle jobs wait, of several kinds; see `IdleJobs.explain`."""
+    from ..condor.idle_jobs import IdleJobs
+
+    idle_jobs = IdleJobs(client)
+    found = [idle_jobs.explain(*question) for question in questions]
+    return [asdict(diagnosis) if diagnosis is not None else None for diagnosis in found]
+
+
 def main() -> int:
     """Answer the question on stdin. Returns the exit status."""
     from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError
 
     schedd, operation, arguments = decode(sys.stdin.buffer.readline())
-    if operation not in _OPERATIONS:
-        raise ValueError(f"{operation!r} is no operation; there are {', '.join(_OPERATIONS)}")
+    if operation not in (*_OPERATIONS, _EXPLAIN):
+        raise ValueError(f"{operation!r} is no operation; there are {', '.join((*_OPERATIONS, _EXPLAIN))}")
     try:
         client = ScheddClient(ScheddAddress(**vars(schedd)))
         try:
-            answer = {"result": getattr(client, operation)(*arguments)}
+            function = _explain if operation == _EXPLAIN else getattr(type(client), operation)
+            answer = {"result": function(client, *arguments)}
         finally:
             client.close()
     except ScheddError as exc:

@@ -29,6 +29,7 @@ class ScheddSettings:
     config_file: str | None = None
     token_file: str | None = None
     spool: bool = False
+    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,21 @@ class GroupPlan:
 
 
 @dataclass(frozen=True)
+class ReportPlan:
+    """What is told of a flow run's workers.
+
+    Attributes:
+        interval: seconds between two messages about the progress at least.
+        rows: HTCondor jobs that one tells of at most.
+        picture: whether a picture is drawn at the end.
+    """
+
+    interval: float
+    rows: int
+    picture: bool
+
+
+@dataclass(frozen=True)
 class HandOff:
     """All that a supervisor needs. Times in seconds.
 
@@ -77,6 +93,7 @@ class HandOff:
         lease: for how long a renewal keeps the jobs.
         scheduler_lease: for how long it keeps the gateway cluster.
         request_seen: number of the last wish of another process (`DemandPlugin.scale`) that the target includes.
+        report: what is told of the workers, `None` where nobody wants it.
     """
 
     owner: str
@@ -97,6 +114,7 @@ class HandOff:
     max_failures: int
     detached: bool = False
     request_seen: int = 0
+    report: ReportPlan | None = None
 
     def config_of(self, group: str) -> dict[str, Any]:
         """What a worker of a group reads at its start; no secret is in it."""
@@ -104,6 +122,7 @@ class HandOff:
         return {
             **self.worker_config,
             "group": group,
+            "flow_run_id": self.flow_run.id if self.flow_run is not None else None,
             "nthreads": spec.threads,
             "memory_limit": spec.memory,
             "resources": dict(spec.resources),

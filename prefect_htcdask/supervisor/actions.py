@@ -1,0 +1,127 @@
+"""Carries the policy's decisions out: worker jobs are submitted, removed and retired, and bad machines avoided."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ..condor.schedd import ScheddClient, ScheddError
+from ..condor.worker_job import submit_description
+from ..scaling.policy import Decision
+from .fleet import Fleet
+from .group import Group
+from .protocol import HandOff
+from .scheduler_link import SchedulerLink
+from .voice import Voice
+
+logger = logging.getLogger(__name__)
+
+
+class Actions:
+    """What is done to the worker jobs of one gateway cluster.
+
+    Args:
+        plan: what the flow's process handed over.
+        schedd: the schedd.
+        condor: calls one of the schedd's functions in the thread that the bindings have.
+        fleet: the jobs and workers, which learn of what is done.
+        scheduler: the Dask scheduler.
+        voice: says what was done.
+    """
+
+    def __init__(
+        self,
+        plan: HandOff,
+        schedd: ScheddClient,
+        condor: Callable[..., Awaitable[Any]],
+        fleet: Fleet,
+        scheduler: SchedulerLink,
+        voice: Voice,
+    ) -> None:
+        self._plan = plan
+        self._schedd = schedd
+        self._condor = condor
+        self._fleet = fleet
+        self._scheduler = scheduler
+        self._voice = voice
+        self._background: set[asyncio.Task[Any]] = set()
+
+    async def carry_out(self, group: Group, decision: Decision) -> int:
+        """Carry a decision out; returns how many jobs were submitted."""
+        if decision.gives_up:
+            self._voice.give_up(group, decision.gives_up)
+        if decision.goes_on:
+            self._voice.go_on(group, decision.goes_on)
+        submitted = 0
+        if decision.submit and not group.gave_up and time.monotonic() >= group.submit_after:
+            submitted = await self.submit(group, decision.submit)
+        if decision.remove_pending:
+            await self._condor(
+                self._schedd.remove, decision.remove_pending, "prefect_htcdask: fewer workers are needed"
+            )
+            self._fleet.leaving.update(decision.remove_pending)
+        if decision.retire:
+            jobs = self._fleet.told_to_leave(decision.retire)
+            self.spawn(self.retire(group, jobs, idle_only=group.target.fixed is None))
+        self._voice.decided(group, decision, submitted)
+        return submitted
+
+    async def submit(self, group: Group, count: int) -> int:
+        """Submit workers in one transaction, if the schedd takes them; returns how many it took."""
+        assert group.files is not None
+        commands = submit_description(
+            group.job_spec,
+            group.files,
+            cluster_name=self._plan.access.cluster_name,
+            group=group.name,
+            flow_run=self._plan.flow_run,
+            lease_expires=int(time.time() + self._plan.lease),
+            lost_schedd_lease=self._plan.lost_schedd,
+        )
+        try:
+            job_ids = await self._condor(self._schedd.submit, commands, count)
+        except ScheddError as exc:
+            pause = group.refused(time.monotonic())
+            self._voice.tell_once("error", f"{exc}; the next attempt is in {pause:.0f} s", key=str(exc))
+            return 0
+        group.submitted()
+        self._fleet.submitted_jobs(job_ids, group.name, time.time())
+        logger.info("submitted %d jobs of group %s: %s to %s", count, group.name, job_ids[0], job_ids[-1])
+        return len(job_ids)
+
+    async def retire(self, group: Group, jobs: dict[str, str], idle_only: bool) -> None:
+        """Retire workers, given with their jobs; those that cannot go now stay in the fleet."""
+        going = set(await self._scheduler.retire(sorted(jobs), idle_only))
+        kept = {name: job for name, job in jobs.items() if name not in going}
+        self._fleet.could_not_leave(kept, time.monotonic())
+        while going:
+            # The scheduler's answers tell who has gone; who drains may take as long as its tasks do.
+            await asyncio.sleep(2 * self._plan.interval)
+            gone = going.difference(self._fleet.joined.values())
+            # A worker process that hangs in its end would keep the slot.
+            await asyncio.sleep(2 * group.spec.vacate_time)
+            in_queue = self._fleet.leaving.intersection(record.job_id for record in self._fleet.queued_jobs())
+            stuck = [jobs[name] for name in gone if jobs[name] in in_queue]
+            await self._condor(self._schedd.remove, stuck, "prefect_htcdask: the worker was retired but did not end")
+            going -= gone
+
+    async def avoid(self, group: Group, suspects: set[str]) -> None:
+        """Have later jobs of a group keep off machines where its workers do not come up, if there are others."""
+        try:
+            machines = await self._condor(self._schedd.machines)
+        except ScheddError as exc:
+            logger.info("%s", exc)
+            return
+        avoided = group.avoid(suspects, machines)
+        if avoided:
+            where = ", ".join(sorted(avoided))
+            self._voice.tell_once("warning", f"workers do not come up on {where}: later ones of this run go elsewhere")
+
+    def spawn(self, coroutine: Any) -> None:
+        """Do something beside the rounds."""
+        task = asyncio.ensure_future(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
