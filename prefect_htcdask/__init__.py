@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefect_htcdask.blocks import HTCDaskCondorCredentials, HTCDaskGatewayCredentials
     from prefect_htcdask.cleanup import remove_leftover_jobs, with_cleanup
     from prefect_htcdask.clients import get_async_dask_client, get_dask_client
     from prefect_htcdask.errors import HTCDaskError, UnknownWorkerGroupError
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from prefect_htcdask.worker_groups import worker_group
 
 _HOMES = {
+    "HTCDaskCondorCredentials": "blocks",
     "HTCDaskError": "errors",
+    "HTCDaskGatewayCredentials": "blocks",
     "HTCDaskSettings": "settings",
     "HTCDaskTaskRunner": "task_runner",
     "HTCGateway": "gateway",
@@ -29,7 +32,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "HTCDaskCondorCredentials",
     "HTCDaskError",
+    "HTCDaskGatewayCredentials",
     "HTCDaskSettings",
     "HTCDaskTaskRunner",
     "HTCGateway",

@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
+from .access_settings import ENV_PREFIX, CondorSettings, GatewaySettings
 from .lease_settings import LeaseSettings
+from .report_settings import ReportSettings
 from .worker_settings import GROUP_NAME, Duration, GroupName, Size, WorkerGroupSettings, WorkerSettings
 
-ENV_PREFIX = "PREFECT_INTEGRATIONS_HTCDASK_"
 WORKERS_VARIABLE = f"{ENV_PREFIX}WORKERS"
 ONLY_GROUP = "default"
 """Name of the worker group where `workers` gives none."""
@@ -29,66 +30,6 @@ ONLY_GROUP = "default"
 
 class SettingsError(ValueError):
     """A setting has a value that cannot work. The message names the setting, its value and the remedy."""
-
-
-class GatewaySettings(PrefectBaseSettings):
-    """Which Dask Gateway gives the schedulers, and how to log in to it."""
-
-    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask", "gateway"))
-
-    address: str | None = Field(
-        default=None,
-        description="URL of the Dask Gateway, such as https://gateway.example.org. Unset: Dask's own "
-        "configuration (gateway.address), else the embedded gateway.",
-    )
-    proxy_address: str | None = Field(
-        default=None,
-        description="host:port at which the gateway's proxy takes scheduler (TLS) connections, from the flow's "
-        "host and from workers. Unset: the host and port of `address`.",
-    )
-    public_address: str | None = Field(
-        default=None, description="URL under which a browser reaches the gateway; for dashboard links."
-    )
-    auth: str | None = Field(
-        default=None,
-        description="How to authenticate: 'basic', 'jupyterhub', 'kerberos', or an importable GatewayAuth class. "
-        "Unset: 'basic' where a password is set, 'jupyterhub' where a token is set, else Dask's configuration.",
-    )
-    username: str | None = Field(default=None, description="User name for basic authentication. Unset: the login name.")
-    password: SecretStr | None = Field(default=None, description="Password for basic authentication.")
-    token: SecretStr | None = Field(default=None, description="JupyterHub API token.")
-
-
-class CondorSettings(PrefectBaseSettings):
-    """Which HTCondor pool runs the workers, and how to reach its schedd."""
-
-    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask", "condor"))
-
-    collector: str | None = Field(
-        default=None,
-        description="Address of the pool's collector (host or host:port). Unset: HTCondor's configuration.",
-    )
-    schedd: str | None = Field(
-        default=None,
-        description="Name of the schedd to submit to. Unset: the local schedd of the configuration.",
-    )
-    config_file: str | None = Field(
-        default=None, description="HTCondor configuration file (CONDOR_CONFIG). Unset: HTCondor's own search."
-    )
-    token_file: str | None = Field(
-        default=None,
-        description="File with an IDTOKEN for the schedd and collector; readable by its owner only.",
-    )
-    directory: str | None = Field(
-        default=None,
-        description="Where the workers' logs and, while a cluster lives, their staged input are kept. Unset: the "
-        "user's state directory.",
-    )
-    keep_logs: Duration = Field(default=7 * 86400.0, description="How long the workers' logs are kept.")
-    spool: bool = Field(
-        default=False,
-        description="Spool the workers' input to the schedd: needed where the schedd cannot read this host's files.",
-    )
 
 
 class AdaptiveSettings(PrefectBaseSettings):
@@ -189,6 +130,7 @@ class HTCDaskSettings(PrefectBaseSettings):
     )
     adaptive: AdaptiveSettings = Field(default_factory=AdaptiveSettings, description="Adaptive scaling.")
     lease: LeaseSettings = Field(default_factory=LeaseSettings, description="Leases of jobs and schedulers.")
+    report: ReportSettings = Field(default_factory=ReportSettings, description="What the Prefect UI shows.")
     embedded: EmbeddedSettings = Field(
         default_factory=EmbeddedSettings,
         description="The personal pool and gateway of a machine that has neither.",
@@ -373,6 +315,7 @@ __all__ = [
     "GatewaySettings",
     "HTCDaskSettings",
     "LeaseSettings",
+    "ReportSettings",
     "SettingsError",
     "WorkerGroupSettings",
     "WorkerSettings",

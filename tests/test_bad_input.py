@@ -13,10 +13,10 @@ import pytest
 
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
+from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.gateway import GatewayUnreachable, HTCGatewayCluster, SupervisorError, WorkerJobError
 from prefect_htcdask.settings import SettingsError
 from tests.cluster_fixtures import Stopwatch, gateway_clusters, jobs_of, texts
-from tests.prefect_fixtures import free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.pool
@@ -225,8 +225,9 @@ def test_a_job_that_someone_holds_is_kept(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"cpus": 500}, ["0 of 1 slots have 500 cpus", "worker.cpus"]),
-        ({"requirements": "false"}, ["the negotiator has not matched them", "worker.requirements"]),
+        ({"cpus": 500}, ["0 of 1 slots have 500 cpus", "lower worker.cpus"]),
+        ({"memory": "640 GiB"}, ["0 of 1 slots have 640 GiB of memory", "lower worker.memory"]),
+        ({"requirements": "TARGET.HasCVMFS"}, ["0 of 1 slots meet `TARGET.HasCVMFS`", "worker.requirements"]),
     ],
 )
 def test_a_pool_that_starts_nothing(
@@ -255,5 +256,5 @@ def test_a_full_pool(new_cluster: NewCluster, messages: list[dict[str, Any]]) ->
         client.wait_for_workers(4, timeout=60)
         second = new_cluster(n_workers=3, start_timeout="3 s")
         text = wait_until(lambda: texts(messages, "failed"), 30, "the end of patience")
-        assert "3 worker jobs wait: the pool is full (4 slots claimed" in text
+        assert "3 worker jobs wait: the pool is full: 4 of 4 slots claimed" in text
         second.close()
