@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from prefect_htcdask.cli_progress import shown_progress
+from prefect_htcdask.cli_watch import DEFAULT_INTERVAL, IntervalOption, Look, WatchOption, watch
 from prefect_htcdask.embedded import EmbeddedError, ensure_running, status, stop
 from prefect_htcdask.settings import EmbeddedSettings, SettingsError, load_settings
 
@@ -26,6 +29,9 @@ app = typer.Typer(
 output = Console(soft_wrap=True, highlight=False)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
+ALWAYS_EXPECTED: tuple[type[Exception], ...] = (EmbeddedError, SettingsError)
+"""Errors that any command may meet, and that are told in one line."""
+
 DirectoryOption = Annotated[
     str | None,
     typer.Option(
@@ -34,6 +40,7 @@ DirectoryOption = Annotated[
         show_default=False,
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -53,8 +60,8 @@ def up(
     or clusters.
     """
     settings = _settings(directory)
-    with clear_errors(), output.status("looking for the embedded pool and gateway") as spinner:
-        endpoint = ensure_running(settings, timeout=timeout, progress=spinner.update)
+    with clear_errors(), shown_progress(output, errors) as progress:
+        endpoint = ensure_running(settings, timeout=timeout, progress=progress)
     cores = os.cpu_count() or 1
     output.print(f"Dask Gateway   {endpoint.gateway_address}, user {endpoint.username}")
     output.print(f"HTCondor       {endpoint.versions['HTCondor']}")
@@ -84,17 +91,18 @@ def down(
 @app.command("status")
 def show_status(
     directory: DirectoryOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
+    watching: WatchOption = False,
+    interval: IntervalOption = DEFAULT_INTERVAL,
 ) -> None:
     """Say what runs, where, and in which versions. The exit status is 0 where all of it runs and answers."""
-    with clear_errors():
-        report = status(_settings(directory))
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        output.print(_table(report))
-    if not report["running"]:
-        raise typer.Exit(1)
+    settings = _settings(directory)
+
+    def look() -> Look:
+        report = status(settings)
+        return Look(_table(report), report, is_well=report["running"])
+
+    present(look, as_json=as_json, watching=watching, interval=interval)
 
 
 def _settings(directory: str | None) -> EmbeddedSettings:
@@ -102,13 +110,50 @@ def _settings(directory: str | None) -> EmbeddedSettings:
         return load_settings(embedded={"directory": directory}).embedded
 
 
+def present(
+    look: Callable[[], Look], *expected: type[Exception], as_json: bool, watching: bool, interval: float
+) -> None:
+    """Show what a look finds: as JSON, as text, or live.
+
+    Args:
+        look: takes a look.
+        expected: errors of a look that are told in one line, beside those that every command may meet.
+        as_json: print JSON.
+        watching: look again and again, where standard output is a terminal.
+        interval: seconds between two such looks.
+
+    Raises:
+        typer.Exit: not all is well, or a look failed (1); or the options exclude each other (2).
+    """
+    if as_json and watching:
+        errors.print(
+            "[red]error:[/red] --json and --watch exclude each other: --watch is a table for people; a program calls "
+            "the command with --json as often as it needs"
+        )
+        raise typer.Exit(2)
+    live = watching and sys.stdout.isatty() and output.is_interactive
+    if watching and not live:
+        errors.print("--watch: standard output is no terminal, so this is one look")
+    with clear_errors(*expected):
+        if live:
+            is_well = watch(look, interval, (*ALWAYS_EXPECTED, *expected))
+        else:
+            seen = look()
+            is_well = seen.is_well
+            if as_json:
+                print(json.dumps(seen.data, indent=2))
+            else:
+                output.print(seen.shown)
+    if not is_well:
+        raise typer.Exit(1)
+
+
 @contextmanager
 def clear_errors(*expected: type[Exception]) -> Iterator[None]:
     """A context in which an expected error becomes one line on standard error and exit status 1."""
-    kinds: tuple[type[Exception], ...] = (EmbeddedError, SettingsError, *expected)
     try:
         yield
-    except kinds as error:
+    except (*ALWAYS_EXPECTED, *expected) as error:
         errors.print(f"[red]error:[/red] {plain(str(error))}")
         raise typer.Exit(1) from error
 

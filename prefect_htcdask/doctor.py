@@ -3,130 +3,102 @@
 from __future__ import annotations
 
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from prefect.settings import get_current_settings
-
-from prefect_htcdask.gateway import HTCGatewayCluster
-from prefect_htcdask.preflight import check_versions
-from prefect_htcdask.resolution import Parts, resolve_parts
 from prefect_htcdask.settings import HTCDaskSettings
-from prefect_htcdask.supervisor import oneshot
-from prefect_htcdask.worker_jobs import worker_jobs
 
-_GONE_TIMEOUT = 30.0
+OK = "ok"
+BROKEN = "broken"
+NOT_TRIED = "not tried"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One link of the chain: whether it holds, how long it took in seconds, and what was seen."""
+    """One link of the chain.
+
+    Attributes:
+        name: of the link.
+        ok: whether it was tried and holds.
+        status: "ok", "broken" or "not tried".
+        seconds: that it took.
+        detail: what was seen, or why it was not tried.
+        remedy: what to do; empty where it holds, and where it was not tried because of another link.
+    """
 
     name: str
     ok: bool
+    status: str
     seconds: float
     detail: str
+    remedy: str = ""
 
 
-class _Broken(Exception):
-    """A link does not hold, for a reason that no library tells."""
+class Broken(Exception):
+    """A link does not hold, for a reason that no library tells.
 
-
-def examine(settings: HTCDaskSettings) -> Iterator[Finding]:
-    """Try the links one by one; the first that breaks ends it, since the later ones hang on it.
-
-    A test cluster with one worker is made, and removed again whatever happens.
+    Args:
+        detail: what was seen.
+        remedy: what to do, where it is not what the link says.
     """
-    found: dict[str, Any] = {}
 
-    def parts() -> str:
-        found["parts"] = resolve_parts(settings)
-        return f"gateway {found['parts'].address}{' (embedded)' if found['parts'].embedded else ''}"
-
-    def schedd() -> str:
-        return f"jobs are taken from {oneshot.call(found['parts'].schedd, 'user')}"
-
-    def cluster() -> str:
-        found["cluster"] = HTCGatewayCluster(
-            settings=settings, parts=found["parts"], on_message=lambda message: _note(found, message)
-        )
-        return f"cluster {found['cluster'].name}, scheduler reached through {found['cluster'].gateway.proxy_address}"
-
-    def worker() -> str:
-        found["cluster"].scale(1)
-        found["client"] = found["cluster"].get_client(set_as_default=False)
-        deadline = time.monotonic() + (settings.worker.start_timeout or 600)
-        while not found["client"].nthreads():
-            if "failed" in found:
-                raise _Broken(found["failed"])
-            if time.monotonic() > deadline:
-                raise _Broken(f"no worker joined within worker.start_timeout = {settings.worker.start_timeout:.0f} s")
-            time.sleep(0.2)
-        return f"HTCondor job {', '.join(job.job_id for job in _jobs(found))} joined"
-
-    def versions() -> str:
-        check_versions(found["client"])
-        return "Python, dask, distributed and Prefect are the same on scheduler, worker and here"
-
-    def api() -> str:
-        url = get_current_settings().api.url
-        if not url:
-            return "PREFECT_API_URL is not set: a temporary server is used, on this host only"
-        answer = found["client"].submit(_reach, f"{url}/health", pure=False).result(timeout=30)
-        if answer is not None:
-            raise _Broken(f"the worker cannot reach PREFECT_API_URL = {url}: {answer}")
-        return f"{url} answers the worker"
-
-    def removal() -> str:
-        found["client"].close()
-        found["cluster"].close()
-        deadline = time.monotonic() + _GONE_TIMEOUT
-        while _jobs(found):
-            if time.monotonic() > deadline:
-                raise _Broken("the test worker's job is still in the queue: condor_q tells its state")
-            time.sleep(0.2)
-        return "worker job and cluster are gone"
-
-    links: list[tuple[str, Callable[[], str]]] = [
-        ("settings, gateway and pool found", parts),
-        ("schedd lets us submit", schedd),
-        ("gateway starts a scheduler", cluster),
-        ("worker job starts and joins", worker),
-        ("versions are the same", versions),
-        ("Prefect API reachable from the worker", api),
-        ("removal", removal),
-    ]
-    try:
-        for name, link in links:
-            started = time.monotonic()
-            try:
-                detail, ok = link(), True
-            except Exception as exc:  # whatever breaks a link is the finding
-                detail, ok = str(exc) or type(exc).__name__, False
-            yield Finding(name, ok, time.monotonic() - started, detail)
-            if not ok:
-                return
-    finally:
-        if "cluster" in found:
-            found["cluster"].close()
+    def __init__(self, detail: str, remedy: str = "") -> None:
+        super().__init__(detail)
+        self.remedy = remedy
 
 
-def _note(found: dict[str, Any], message: dict[str, Any]) -> None:
-    if message["kind"] == "failed":
-        found["failed"] = message["text"]
+class NotTried(Broken):
+    """A link cannot be tried here, though what it needs holds."""
 
 
-def _jobs(found: dict[str, Any]) -> list[Any]:
-    parts: Parts = found["parts"]
-    return [job for job in worker_jobs(parts) if job.cluster == found["cluster"].name]
+@dataclass(frozen=True)
+class Link:
+    """One link to try.
+
+    Attributes:
+        name: as people see it.
+        attempt: tries it; returns what was seen, or raises whatever tells that it does not hold.
+        remedy: what to do where it does not.
+        needs: names of earlier links without which it cannot be tried.
+    """
+
+    name: str
+    attempt: Callable[[], str]
+    remedy: str
+    needs: tuple[str, ...] = ()
 
 
-def _reach(url: str) -> str | None:
-    """Runs on the worker: `None` where `url` answers, else why not."""
-    try:
-        with urllib.request.urlopen(url, timeout=15):
-            return None
-    except OSError as exc:
-        return str(exc)
+def examine(settings: HTCDaskSettings | None = None, trying: Callable[[str], None] | None = None) -> Iterator[Finding]:
+    """Try all links, with a test cluster of two workers, which is removed again whatever happens.
+
+    Args:
+        settings: of prefect_htcdask; read as a flow would read them by default.
+        trying: is told the name of each link before it is tried.
+
+    Yields:
+        what was found of each link, in order.
+    """
+    from prefect_htcdask.doctor_links import Chain
+
+    with Chain(settings) as chain:
+        yield from try_links(chain.links(), trying or (lambda name: None))
+
+
+def try_links(links: Sequence[Link], trying: Callable[[str], None]) -> Iterator[Finding]:
+    """Try links in order; those whose needs do not hold are told of, and not tried."""
+    holds: set[str] = set()
+    for link in links:
+        missing = [name for name in link.needs if name not in holds]
+        if missing:
+            yield Finding(link.name, False, NOT_TRIED, 0.0, f"it needs the link {missing[0]!r}")
+            continue
+        trying(link.name)
+        started = time.monotonic()
+        try:
+            detail, status, remedy = link.attempt(), OK, ""
+            holds.add(link.name)
+        except Exception as exc:  # whatever breaks a link is the finding
+            detail = str(exc) or type(exc).__name__
+            status = NOT_TRIED if isinstance(exc, NotTried) else BROKEN
+            remedy = getattr(exc, "remedy", "") or link.remedy
+        yield Finding(link.name, status == OK, status, time.monotonic() - started, detail, remedy)

@@ -48,11 +48,13 @@ def test_up_status_down(tmp_path: Path) -> None:
     try:
         started = run("up", **own)
         assert started.returncode == 0, started.stderr
+        assert "starting the embedded HTCondor pool and Dask Gateway\n" in started.stderr
         report = status(settings)
         assert report["gateway"]["address"] in started.stdout
         assert f"CONDOR_CONFIG={tmp_path}/condor/condor_config" in started.stdout
         assert (tmp_path / "gateway-password").read_text() not in started.stdout + started.stderr
-        assert run("up", **own).stdout == started.stdout
+        again = run("up", **own)
+        assert (again.stdout, again.stderr) == (started.stdout, ""), "nothing had to be waited for"
 
         shown = run("status", "--json", **own)
         assert shown.returncode == 0

@@ -232,7 +232,7 @@ def test_root_who_can_be_nobody_else_is_told(own: EmbeddedSettings, monkeypatch:
         with pytest.raises(EmbeddedError, match=r"no jobs as root.*run as an ordinary user"):
             ensure_running(own)
     else:
-        assert module._identity() == "same"
+        assert module.identity_for_daemons() == "same"
 
 
 def run_private_job(endpoint: EmbeddedEndpoint, private: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from prefect_htcdask.embedded import condor_binaries as module
 from prefect_htcdask.embedded.condor_binaries import condor_binaries, installed
 from prefect_htcdask.embedded.errors import EmbeddedError
+from prefect_htcdask.embedded.progress import Fetched
 
 MIRROR = "http://mirror.invalid/somewhere/debian"
 
@@ -113,6 +114,9 @@ def test_brought_from_debian_once_and_then_kept(
     told: list[str] = []
     first = condor_binaries(told.append)
     assert told and first.unpacked and first.release.is_relative_to(tmp_path)
+    fetched = [message for message in told if isinstance(message, Fetched)]
+    assert fetched[-1].done == fetched[-1].total > 10_000_000, "all bytes that apt announced have arrived"
+    assert [message.done for message in fetched] == sorted({message.done for message in fetched})
     for program in (first.master, first.libexec / "condor_shared_port", first.release / "sbin" / "condor_starter"):
         command = [module._patchelf(), "--print-interpreter", str(program)]
         loader = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

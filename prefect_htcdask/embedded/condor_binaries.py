@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import platformdirs
 from filelock import FileLock
 
 from prefect_htcdask.embedded.errors import EmbeddedError
+from prefect_htcdask.embedded.progress import Progress, telling_of_files
 from prefect_htcdask.embedded.state import APPLICATION
 
 SUITE = "trixie"
@@ -37,8 +37,6 @@ REMEDY = (
     "install HTCondor (https://htcondor.org), or point condor.config_file at a configured pool, or gateway.address at "
     "a Dask Gateway and condor.* at its pool"
 )
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def condor_binaries(progress: Progress) -> CondorBinaries:
     """The machine's HTCondor, or else the cached one, or else one fetched now (some 30 MB).
 
     Args:
-        progress: is told what takes time.
+        progress: is told what takes time, and how far the download is.
 
     Raises:
         EmbeddedError: where HTCondor is not installed and cannot be had.
@@ -126,7 +124,7 @@ def _unpacked(progress: Progress) -> CondorBinaries:
 
 def _fetch(cache: Path, scratch: Path, progress: Progress) -> CondorBinaries:
     patchelf = _patchelf()
-    packages = _download(scratch)
+    packages = _download(scratch, progress)
     condor = next(path for path in packages if path.name.startswith("condor_"))
     version = condor.name.split("_")[1].split("+")[0].split("-")[0]
     tree = scratch / "tree"
@@ -176,7 +174,7 @@ def _run(command: list[str | Path], doing: str, cwd: Path | None = None) -> str:
     return result.stdout
 
 
-def _download(scratch: Path) -> list[Path]:
+def _download(scratch: Path, progress: Progress) -> list[Path]:
     """Fetch the `condor` package and the libraries it needs; apt resolves them and verifies each."""
     apt = scratch / "apt"
     for part in ("lists/partial", "cache/archives/partial", "sources"):
@@ -197,11 +195,13 @@ def _download(scratch: Path) -> list[Path]:
     install: list[str | Path] = ["apt-get", *own, "-qq", "-y", "--no-install-recommends", "--print-uris"]
     install += ["install", "condor"]
     # Each line is: 'URI' file size hash
-    names = [line.split()[1].split("_")[0] for line in _run(install, "resolving").splitlines() if line.startswith("'")]
-    needed = [name for name in names if name == "condor" or _is_needed(name)]
+    offered = [line.split() for line in _run(install, "resolving").splitlines() if line.startswith("'")]
+    sizes = {file.split("_")[0]: int(size) for _, file, size, *_ in offered}
+    needed = [name for name in sizes if name == "condor" or _is_needed(name)]
     packages = scratch / "packages"
     packages.mkdir()
-    _run(["apt-get", *own, "-qq", "download", *needed], "fetching", cwd=packages)
+    with telling_of_files(progress, "fetching HTCondor", packages, sum(sizes[name] for name in needed)):
+        _run(["apt-get", *own, "-qq", "download", *needed], "fetching", cwd=packages)
     return sorted(packages.glob("*.deb"))
 
 

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from prefect_htcdask.embedded import child
-from prefect_htcdask.embedded.condor_binaries import Progress, condor_binaries, installed
+from prefect_htcdask.embedded.condor_binaries import condor_binaries, installed
 from prefect_htcdask.embedded.errors import EmbeddedError
-from prefect_htcdask.embedded.gateway_server import check_installed, free_port, get_json, list_clusters
+from prefect_htcdask.embedded.gateway_server import check_installed, get_json, list_clusters
 from prefect_htcdask.embedded.launch import LaunchOrder
 from prefect_htcdask.embedded.leftovers import end_leftovers
 from prefect_htcdask.embedded.pool import pool_user
 from prefect_htcdask.embedded.pool_query import query_pool
+from prefect_htcdask.embedded.ports import free_port
+from prefect_htcdask.embedded.progress import Progress
 from prefect_htcdask.embedded.state import Process, State, StateDirectory, write_private
 
 if TYPE_CHECKING:
@@ -235,7 +237,7 @@ def _launch(
 ) -> tuple[LaunchOrder, Process | None]:
     """Start a keeper; the caller holds the start lock. Returns what it was told to start, and the keeper's process."""
     check_installed()
-    identity = _identity()
+    identity = identity_for_daemons()
     binaries = None
     found = None
     if settings.use_configured_pool and _is_configured(directory):
@@ -281,7 +283,7 @@ def _is_configured(directory: StateDirectory) -> bool:
     return any(os.path.exists(os.path.expanduser(path)) for path in CONFIGURATIONS)
 
 
-def _identity() -> str:
+def identity_for_daemons() -> str:
     """As whom HTCondor's daemons run: root, who may own no jobs, has to be someone else.
 
     Raises:

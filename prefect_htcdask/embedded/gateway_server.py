@@ -8,9 +8,9 @@ a process of the gateway's own user; it is unsafe only for a gateway of several 
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import secrets
-import socket
 import sys
 import urllib.error
 import urllib.request
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect_htcdask.embedded.errors import EmbeddedError
+from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.embedded.state import write_private
 
 _CONFIG = '''\
@@ -70,14 +71,6 @@ c.ClusterConfig.worker_cmd = {worker!r}
 
 INHERITED = ["PATH", "PYTHONPATH", "CONDA_PREFIX", "VIRTUAL_ENV", "LANG", "LC_ALL", "HOME", "TMPDIR"]
 """Environment variables that a scheduler gets from the gateway's process."""
-
-
-def free_port() -> int:
-    """A TCP port of loopback that nothing listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def check_installed() -> None:
@@ -170,8 +163,11 @@ def get_json(url: str, username: str | None = None, password: str | None = None,
         login = base64.b64encode(f"{username}:{password}".encode()).decode()
         request.add_header("Authorization", f"Basic {login}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=timeout) as response:
-        return json.load(response)
+    try:
+        with opener.open(request, timeout=timeout) as response:
+            return json.load(response)
+    except http.client.HTTPException as exc:
+        raise ConnectionError(f"{url} is not answered by a Dask Gateway: {type(exc).__name__}") from exc
 
 
 def list_clusters(url: str, username: str, password: str) -> dict[str, Any]:
