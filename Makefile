@@ -4,11 +4,11 @@ VENV := .venv/bin/python
 ONLY ?=
 ARGS ?=
 # Tests wait for daemons more than they compute. Each process has a pool, a gateway and a Prefect server of its own,
-# and takes whole files.
+# and takes whole files, in their order: the fault matrix, which takes longest, comes first.
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults faults-report bench lint clean
+.PHONY: help venv demo test test-faults faults-report bench docs lint clean
 
 help:
 	@echo "make demo               run a CMS dimuon analysis on HTCondor workers behind a Dask Gateway, here"
@@ -18,6 +18,7 @@ help:
 	@echo "make faults-report      the same as one table; exit status 0 only if all rows that can be run here"
 	@echo "                        are met (those that cut the network need root; ARGS=--complete counts them too)"
 	@echo "make bench              every benchmark, one line of JSON each; ONLY=name,name for some"
+	@echo "make docs               the documentation as a site of plain files, in site/"
 	@echo "make lint               ruff and mypy"
 	@echo "make clean              remove what these targets made in this directory, except results/"
 	@echo "Nothing needs root or a running service. PYTHON=... names the interpreter (3.10 to 3.13; $(PYTHON))."
@@ -30,7 +31,7 @@ demo: venv
 	@$(VENV) -m tools.demo
 
 test: venv
-	@$(VENV) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(VENV) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: venv
 	@$(VENV) -m pytest tests/faults -m faults $(ARGS)
@@ -41,11 +42,15 @@ faults-report: venv
 bench: venv
 	@$(VENV) -m benchmarks --only "$(ONLY)"
 
+docs: venv
+	@$(VENV) -m mkdocs build --quiet
+	@echo "The documentation is in site/index.html. To search in it: python3 -m http.server --directory site"
+
 lint: venv
 	@$(VENV) -m ruff check .
 	@$(VENV) -m ruff format --check .
 	@$(VENV) -m mypy
 
 clean:
-	@rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv .cache build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
