@@ -8,6 +8,11 @@ import signal
 # meanwhile, as a Gateway of dask_gateway does.
 import hypothesis.internal.observability  # noqa: F401
 import pytest
+from hypothesis import settings
+
+# How long an example takes says nothing here: pools and servers run beside it.
+settings.register_profile("beside-daemons", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("beside-daemons")
 
 pytest_plugins = ["tests.cluster_fixtures", "tests.pool_fixtures", "tests.prefect_fixtures"]
 

@@ -70,7 +70,14 @@ def htcdask_environment(embedded: EmbeddedEndpoint, monkeypatch: pytest.MonkeyPa
 
 def living(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those of `processes` that still run; a zombie does not."""
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in processes if _lives(process)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it ended between the two questions
+        return False
 
 
 def log_tails(directory: Path) -> Iterator[tuple[str, str]]:

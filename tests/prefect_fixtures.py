@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import flow, get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 
-from tools.prefect_server import PrefectServer, free_port
+from tools.prefect_server import PrefectServer
 from tools.prefect_server import prefect_server as running_server
 
-__all__ = ["PrefectServer", "free_port"]
+__all__ = ["PrefectServer", "nothing"]
 
 
-@pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    """A Prefect server on loopback with a database of its own; this process uses it while the session lasts."""
+@flow
+def nothing() -> None:
+    """A flow for flow runs that the tests move themselves."""
+
+
+@contextmanager
+def used_here(directory: Path) -> Iterator[PrefectServer]:
+    """A Prefect server on loopback with a database of its own, which this process uses meanwhile."""
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
 
-    with running_server(tmp_path_factory.mktemp("prefect")) as server, pytest.MonkeyPatch.context() as environment:
+    with running_server(directory) as server, pytest.MonkeyPatch.context() as environment:
         for name, value in server.environment.items():
             environment.setenv(name, value)
         with temporary_settings(
@@ -31,10 +42,39 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
             yield server
 
 
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """The Prefect server of the session."""
+    with used_here(tmp_path_factory.mktemp("prefect")) as server:
+        yield server
+
+
+@pytest.fixture
+def own_prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """A Prefect server that knows nothing of other tests' flow runs."""
+    _end_connections()
+    with used_here(tmp_path_factory.mktemp("own-prefect")) as server:
+        yield server
+        _end_connections()
+
+
+def _end_connections() -> None:
+    # Prefect keeps them for as long as a process lives, whatever server its settings name by then.
+    EventsWorker.drain_all()
+    APILogWorker.drain_all()
+
+
 @pytest.fixture
 def prefect_api(prefect_server: PrefectServer) -> PrefectServer:
     """The Prefect server; the end of its log is shown where the test fails."""
     return prefect_server
+
+
+@pytest.fixture
+def api(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
+    """A client of the Prefect server."""
+    with get_client(sync_client=True) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from prefect import flow
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled, State
@@ -29,7 +27,7 @@ from prefect_htcdask.run_files import ClusterRecord, ClusterTrace, _this_host, c
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.sweep import sweep
 from tests.plain_flow import unfinished
-from tests.prefect_fixtures import PrefectServer
+from tests.prefect_fixtures import nothing
 from tests.waiting import wait_until
 
 NOW = time.time()
@@ -131,17 +129,6 @@ def test_subflow_runs_of_an_abandoned_one_go_with_it() -> None:
 
 
 # On a real Prefect server
-
-
-@flow
-def nothing() -> None:
-    """A flow for flow runs that the tests move themselves."""
-
-
-@pytest.fixture
-def api(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
-    with get_client(sync_client=True) as client:
-        yield client
 
 
 FAMILY = """

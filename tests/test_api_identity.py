@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
@@ -25,7 +24,7 @@ from prefect_htcdask.settings import load_settings
 from prefect_htcdask.sweep import sweep
 from tests.cluster_fixtures import gateway_clusters, jobs_of
 from tests.plain_flow import PlainFlow
-from tests.prefect_fixtures import PrefectServer
+from tests.prefect_fixtures import PrefectServer, nothing
 from tests.test_cli import run
 from tests.waiting import wait_until
 from tools.prefect_server import prefect_server as running_server
@@ -92,17 +91,6 @@ def test_the_settings_name_the_api(tmp_path: Path) -> None:
 
 
 # Two real servers
-
-
-@flow
-def nothing() -> None:
-    """A flow for flow runs that the tests move themselves."""
-
-
-@pytest.fixture
-def api(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
-    with get_client(sync_client=True) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

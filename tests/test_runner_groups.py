@@ -30,13 +30,15 @@ from prefect.runtime import flow_run as flow_run_runtime
 
 from prefect_htcdask import HTCDaskTaskRunner, UnknownWorkerGroupError, get_dask_client, live, worker_group
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.decisions import EVENT, Decisions
+from prefect_htcdask.decisions import scaling_line
 from prefect_htcdask.embedded import EmbeddedEndpoint
+from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.errors import WorkerGroupError
+from prefect_htcdask.event_shapes import SCALED
+from prefect_htcdask.flow_events import FlowEvents
 from prefect_htcdask.scaling.groups import group_resource
 from prefect_htcdask.worker_groups import OFFERS_METADATA
 from tests.cluster_fixtures import SMALL, jobs_of
-from tests.prefect_fixtures import free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -364,14 +366,14 @@ def test_a_decision_is_a_line_in_the_log_and_an_event(runner: HTCDaskTaskRunner)
 
 AWAY = """
 import contextvars, time
-from prefect_htcdask.decisions import Decisions
+from prefect_htcdask.flow_events import FlowEvents
 
-decisions = Decisions("cluster", contextvars.copy_context())
+events = FlowEvents("cluster", contextvars.copy_context())
 began = time.monotonic()
 for _ in range(20):
-    decisions.emit({"kind": "decision", "group": "cpu", "target": 1, "submit": 1, "remove": 0, "text": "why"})
+    events.scaled({"kind": "decision", "group": "cpu", "target": 1, "submit": 1, "remove": 0, "text": "why"})
 emitted = time.monotonic()
-print(decisions.flush(timeout=0.5), emitted - began < 5, time.monotonic() - emitted < 3)
+print(events.flush(timeout=0.5), emitted - began < 5, time.monotonic() - emitted < 3)
 """
 
 
@@ -383,11 +385,11 @@ def test_an_api_that_is_away_delays_no_decision() -> None:
 
 
 def test_what_a_decision_says_cannot_break_the_flow() -> None:
-    decisions = Decisions("cluster", contextvars.copy_context())
-    decisions.emit({"kind": "decision", "target": "many"})
-    assert decisions.flush()
-    assert decisions.line({"kind": "decision", "text": "why"}) == "Scaling workers: why"
-    assert decisions.line(decision(submit=0)) is None
+    events = FlowEvents("cluster", contextvars.copy_context())
+    events.scaled({"kind": "decision", "target": "many"})
+    assert events.flush()
+    assert scaling_line({"kind": "decision", "text": "why"}) == "Scaling workers: why"
+    assert scaling_line(decision(submit=0)) is None
 
 
 def scaling_lines(flow_run_id: Any) -> list[str]:
@@ -402,7 +404,7 @@ def events_of(flow_run_id: Any) -> list[dict[str, Any]]:
     related = {"id": [f"prefect.flow-run.{flow_run_id}"]}
     with get_client(sync_client=True) as client:
         answer = client._client.post(
-            "/events/filter", json={"filter": {"event": {"name": [EVENT]}, "related": related}, "limit": 50}
+            "/events/filter", json={"filter": {"event": {"name": [SCALED]}, "related": related}, "limit": 50}
         )
         answer.raise_for_status()
     return sorted(answer.json()["events"], key=lambda event: event["occurred"])
@@ -417,13 +419,15 @@ def test_groups_of_jobs_scale_each_on_its_own_queue(
         "cpu": {**SMALL, "maximum": 2},
         "big": {**SMALL, "memory": "600 MiB", "maximum": 1, "resources": {"licence": 1}},
     }
+    seen = tmp_path / "workers"  # beside what is kept of the run
+    seen.mkdir()
 
     @task
     def job(together: int = 1) -> dict[str, str]:
         """What the ad of this worker's job says; with several workers, no task ends before each has one."""
         ad = Path(os.environ["_CONDOR_JOB_AD"]).read_text()
-        (tmp_path / distributed.get_worker().name).touch()
-        wait_until(lambda: len(list(tmp_path.iterdir())) >= together, 120, "a task on each worker")
+        (seen / distributed.get_worker().name).touch()
+        wait_until(lambda: len(list(seen.iterdir())) >= together, 120, "a task on each worker")
         return dict(line.split(" = ", 1) for line in ad.splitlines() if " = " in line)
 
     @task

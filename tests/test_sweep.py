@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from dask_gateway import Gateway
 from dask_gateway.auth import BasicAuth
-from prefect import flow
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Completed, Crashed, Running, State
@@ -33,7 +32,7 @@ from prefect_htcdask.sweep import sweep
 from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
 from tests.cluster_fixtures import Stopwatch, gateway_clusters, jobs_of
 from tests.plain_flow import PlainFlow, unfinished
-from tests.prefect_fixtures import PrefectServer
+from tests.prefect_fixtures import PrefectServer, nothing
 from tests.test_cli import run
 from tests.waiting import wait_until
 
@@ -137,17 +136,6 @@ def test_a_cluster_s_record(tmp_path: Path) -> None:
     assert cluster_traces(settings, since=time.time() + 60) == []
 
 
-@flow
-def nothing() -> None:
-    """A flow for flow runs that the tests move themselves."""
-
-
-@pytest.fixture
-def api(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
-    with get_client(sync_client=True) as client:
-        yield client
-
-
 @pytest.mark.pool
 def test_sweep_removes_jobs_and_cluster_of_an_unknown_flow_run(
     new_cluster: Callable[..., HTCGatewayCluster], prefect_server: PrefectServer
@@ -161,9 +149,9 @@ def test_sweep_removes_jobs_and_cluster_of_an_unknown_flow_run(
     wait_until(lambda: len(worker_jobs(cluster.parts)) == 4, 20, "the jobs are in the queue")
     assert {found.flow_run_id for found in worker_jobs(cluster.parts, tag.id)} == {tag.id}
 
+    # Its exit status says that no slot takes them, once the pool has told of its slots.
     listed = run("jobs", "--json")
-    assert listed.returncode == 0, listed.stderr
-    assert len(json.loads(listed.stdout)) == 4
+    assert len(json.loads(listed.stdout)) == 4, listed.stderr
 
     dry = sweep(settings, dry_run=True)
     assert [leftover.flow_run_id for leftover in dry.leftovers] == [tag.id]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
+
+from prefect_htcdask.embedded.ports import free_port
 
 START_TIMEOUT = 90.0
 STOP_TIMEOUT = 20.0
@@ -49,14 +53,6 @@ class PrefectServer:
     def tail(self, lines: int = 60) -> str:
         """The last lines of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def free_port() -> int:
-    """A port that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -122,11 +118,23 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], server: PrefectServer)
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(f"{server.url}/health", timeout=2) as answer:
-                if answer.status == 200:
+                # Another server may have been quicker to take the port.
+                if answer.status == 200 and _listens(process, server):
                     return True
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
+        except (OSError, http.client.HTTPException, psutil.Error):
+            pass
+        time.sleep(0.1)
     return False
+
+
+def _listens(process: subprocess.Popen[bytes], server: PrefectServer) -> bool:
+    port = urllib.parse.urlsplit(server.url).port
+    started = psutil.Process(process.pid)
+    return any(
+        connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        for one in (started, *started.children(recursive=True))
+        for connection in one.net_connections(kind="tcp")
+    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import psutil
+from prefect.client.base import PrefectHttpxSyncClient
 
 from prefect_htcdask.embedded import EmbeddedEndpoint, status
 from prefect_htcdask.embedded.condor_binaries import condor_binaries
@@ -148,9 +149,14 @@ class Arena:
             self.condor("condor_on", "-daemon", daemon)
 
     def api(self) -> httpx.Client:
-        """A plain client of the Prefect API."""
+        """A plain client of the Prefect API, which asks again where a busy server answers 503, as Prefect's own do."""
         user, _, password = (self.login or "").partition(":")
-        return httpx.Client(base_url=self.server.url, timeout=30, auth=(user, password) if self.login else None)
+        return PrefectHttpxSyncClient(
+            base_url=self.server.url,
+            timeout=30,
+            auth=(user, password) if self.login else None,
+            raise_on_all_errors=False,
+        )
 
     def sweep(self) -> dict[str, Any]:
         """Run ``prefect-htcdask sweep``; returns its report."""

@@ -46,10 +46,11 @@ def host_side() -> Iterator[str]:
     name, peer = f"htcdask{os.getpid() % 100000}", f"htcdaskw{os.getpid() % 10000}"
     _ip("link", "add", name, "type", "veth", "peer", "name", peer)
     try:
-        # Not on the wire itself: the host's own connections to this address outlive a cut.
-        _ip("addr", "add", f"{HOST}/32", "dev", "lo")
+        # Not on the wire itself: the host's own connections to this address outlive a cut. Replaced, not added, since a
+        # run that was killed leaves it behind.
+        _ip("addr", "replace", f"{HOST}/32", "dev", "lo")
         # Nothing for the worker goes elsewhere while the wire is cut.
-        _ip("route", "add", "blackhole", f"{WORKER}/32", "metric", "4000")
+        _ip("route", "replace", "blackhole", f"{WORKER}/32", "metric", "4000")
         mend(name)
         yield name
     finally:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from prefect_htcdask.settings import ENV_PREFIX
@@ -39,9 +38,18 @@ LATE = 60.0  # a running job is given a minute more: its shadow hears of a renew
 def cancel(arena: Arena, flow: FlowProcess) -> float:
     """Cancel a flow run as the UI does; returns when."""
     state = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": False}
-    answer = httpx.post(f"{arena.server.url}/flow_runs/{flow.flow_run_id}/set_state", json=state, timeout=30)
+    with arena.api() as api:
+        answer = api.post(f"/flow_runs/{flow.flow_run_id}/set_state", json=state)
     assert answer.raise_for_status().json()["status"] == "ACCEPT", answer.text
     return time.time()
+
+
+def report_of(arena: Arena, flow: FlowProcess) -> str:
+    """The report on a flow run's page; empty where there is none."""
+    order = {"artifacts": {"flow_run_id": {"any_": [flow.flow_run_id]}, "type": {"any_": ["markdown"]}}}
+    with arena.api() as api:
+        found = api.post("/artifacts/filter", json=order).raise_for_status().json()
+    return next((one["data"] for one in found if one["key"].endswith("-htcondor-report")), "")
 
 
 def ends_of(arena: Arena, flow: FlowProcess, task: str) -> list[str]:
@@ -145,6 +153,7 @@ def test_cancelled_by_api(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     row.gone(arena, since, 30, 30)
     row.judge(arena, [flow], ["Cancelled"], again=0)
     row.expect(ends_of(arena, flow, "gated") == ["CANCELLED"] * 2, "what ran is not Cancelled")
+    row.expect(report_of(arena, flow).startswith("# "), "it has no report")
     row.check()
 
 
@@ -305,7 +314,8 @@ def test_hooks_twice_and_at_once(arena: Arena, row: Row, new_flow: NewFlow) -> N
     flow = new_flow().start().compute()
     kill_at_once([flow.supervisor, flow.pid])
     state = {"state": {"type": "CRASHED", "name": "Crashed"}, "force": True}
-    httpx.post(f"{arena.server.url}/flow_runs/{flow.flow_run_id}/set_state", json=state).raise_for_status()
+    with arena.api() as api:
+        api.post(f"/flow_runs/{flow.flow_run_id}/set_state", json=state).raise_for_status()
     since = time.time()
     command = [sys.executable, "-c", HOOK, flow.flow_run_id]
     hooks = [

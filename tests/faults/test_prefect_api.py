@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from prefect_htcdask.embedded.ports import free_port
 from tests.faults.arena import Arena, kill
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row
 from tests.waiting import wait_until
-from tools.prefect_server import free_port, prefect_server
+from tools.prefect_server import prefect_server
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults, pytest.mark.faults_long]
 
