@@ -110,9 +110,10 @@ class FinalAccount:
         self.reporter.confirm([*self.last_words.unsure(), *untold], events=events)
         unfinished = self.reporter.unfinished()
         ended = self.last_words.how(unfinished, before=0.0 if self.workers_gone else AGE)
-        if self.reporter.confirm(ended, settle=2.0 if self.workers_gone else 0.0, events=events):
+        if self.reporter.confirm(ended, events=events, workers_gone=self.workers_gone):
             # Workers could not tell all: then there may be task runs of which the API has not heard at all.
-            self.reporter.confirm(self.last_words.latest(), settle=0.0, events=events)
+            latest = self.last_words.latest()
+            self.reporter.confirm(latest, settle=0.0, events=events, workers_gone=self.workers_gone)
 
     def _cut(self, cut_short: CutShort) -> None:
         moved = self.reporter.end_unfinished(set(cut_short.task_run_ids), cut_short.kind, cut_short.why)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,13 @@ UNFINISHED = [
     StateType.CANCELLING,
 ]
 PAGE = 200
+
+LONGEST_PAUSE = 2.0
+"""Seconds between two looks at what has arrived, at most."""
+
+UNCHANGED_PAGES = 2
+"""Pages of task runs of which none has ended, after which the others are not asked for: what arrives, arrives in order.
+"""
 
 TIMEOUT = 10.0
 """Seconds that a request to the API may take."""
@@ -111,7 +119,9 @@ class StateReporter:
         with self._lock:
             return list(self._untold.values())
 
-    def confirm(self, ended: Iterable[Ended], settle: float = 2.0, events: bool = True) -> int:
+    def confirm(
+        self, ended: Iterable[Ended], settle: float = 2.0, events: bool = True, workers_gone: bool = True
+    ) -> int:
         """Tell the API of those of these task runs that it has in no final state, or not at all.
 
         Args:
@@ -119,47 +129,79 @@ class StateReporter:
             settle: seconds in which what is still on its way may arrive; a backlog that goes on arriving is waited for.
             events: whether this process can still send Prefect's events, by which alone a task run of which the API has
                 no record can be told of. A process whose interpreter ends cannot.
+            workers_gone: whether the workers are; else what is still arriving after `AT_MOST` seconds is late, not
+                lost, and left to arrive.
 
         Returns:
             of how many it was told.
         """
         by_id = {one.task_run_id: one for one in ended}
-        return self._context.copy().run(self._confirm, by_id, settle, events) if by_id else 0
+        return self._context.copy().run(self._confirm, by_id, settle, events, workers_gone) if by_id else 0
 
-    def _confirm(self, ended: dict[UUID, Ended], settle: float, events: bool) -> int:
+    def _confirm(self, ended: dict[UUID, Ended], settle: float, events: bool, workers_gone: bool) -> int:
         with self._client() as client:
-            known = self._await_ends(client, set(ended), settle)
-            untold = {task_run_id: one for task_run_id, one in ended.items() if task_run_id in known}
-            if events and untold:
-                for task_run_id, one in untold.items():
-                    self._emit_end(one, known[task_run_id])
-                known = self._await_ends(client, set(untold), max(settle, 2.0))
+            known, arriving = self._await_ends(client, ended, settle)
+            if arriving and not workers_gone:
+                logger.info("The Prefect API has yet to record the ends of %d task runs; they are arriving", len(known))
+                return 0
+            untold = len(known)
+            if events and known:
+                for task_run_id, task_run in known.items():
+                    self._emit_end(ended[task_run_id], task_run)
+                if not arriving:
+                    known, arriving = self._await_ends(client, known, max(settle, 2.0))
+            if arriving and events:
+                return untold  # a request for each would hold the backlog up
             for task_run_id, task_run in known.items():
                 if task_run is not None:
                     self._set_state(client, task_run_id, _final(ended[task_run_id]))
-        return len(untold)
+        return untold
 
-    def _await_ends(self, client: SyncPrefectClient, ids: set[UUID], settle: float) -> dict[UUID, TaskRun | None]:
-        """Wait for final states; returns the task runs that have none, `None` for one that the API does not know."""
+    def _await_ends(
+        self, client: SyncPrefectClient, ids: Iterable[UUID], settle: float
+    ) -> tuple[dict[UUID, TaskRun | None], bool]:
+        """Wait for final states.
+
+        Returns:
+            the task runs that have none, `None` for one that the API does not know; and whether more are arriving.
+        """
         since = time.monotonic()
         deadline = since + settle
-        missing: dict[UUID, TaskRun | None] = dict.fromkeys(ids)
+        # Ids grow with time, and so they arrive.
+        missing: dict[UUID, TaskRun | None] = dict.fromkeys(sorted(ids, key=lambda one: one.int))
+        before: int | None = None
         while True:
-            before = len(missing)
-            asked = list(missing)
-            for start in range(0, len(asked), PAGE):
-                some = TaskRunFilter(id=TaskRunFilterId(any_=asked[start : start + PAGE]))
-                for task_run in client.read_task_runs(task_run_filter=some, limit=PAGE):
-                    if task_run.state is not None and task_run.state.is_final():
-                        del missing[task_run.id]
-                    else:
-                        missing[task_run.id] = task_run
+            began = time.monotonic()
+            if began < deadline:
+                self._look(client, missing, UNCHANGED_PAGES)
+            if missing and time.monotonic() >= deadline:
+                self._look(client, missing)
             now = time.monotonic()
-            if len(missing) < before:
+            arriving = before is not None and len(missing) < before
+            if arriving:
                 deadline = min(now + settle, since + AT_MOST)
             if not missing or now >= deadline:
-                return missing
-            time.sleep(0.25)
+                return missing, arriving and bool(missing)
+            before = len(missing)
+            # The server records what is waited for in the process that is asked.
+            time.sleep(min(max(0.25, 2 * (now - began)), LONGEST_PAUSE))
+
+    def _look(
+        self, client: SyncPrefectClient, missing: dict[UUID, TaskRun | None], unchanged: int = sys.maxsize
+    ) -> None:
+        """Take those that have ended out of `missing`; not further than so many pages of which none has."""
+        asked = list(missing)
+        for start in range(0, len(asked), PAGE):
+            before = len(missing)
+            some = TaskRunFilter(id=TaskRunFilterId(any_=asked[start : start + PAGE]))
+            for task_run in client.read_task_runs(task_run_filter=some, limit=PAGE):
+                if task_run.state is not None and task_run.state.is_final():
+                    del missing[task_run.id]
+                else:
+                    missing[task_run.id] = task_run
+            unchanged -= len(missing) == before
+            if not unchanged:
+                return
 
     def unfinished(self) -> set[UUID]:
         """Those task runs of the flow run that have no final state in the API; none outside a flow."""
