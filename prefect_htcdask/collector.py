@@ -259,6 +259,12 @@ class Collector:
         try:
             states = await self._states({key: future.wrapped_future for key, future in finished.items()})
         except Exception as exc:
+            if len(finished) > 1 and not isinstance(exc, OSError) and not self.over:
+                # A result that cannot be pickled, or unpickled here, says nothing of the others.
+                half = len(batch) // 2
+                for part in (batch[:half], batch[half:]):
+                    await self._gather(part)
+                return
             states = dict.fromkeys(finished)
             for future in finished.values():
                 if self.over or (isinstance(exc, OSError) and self._try_again(future)):
@@ -282,9 +288,14 @@ class Collector:
             self._on_collected(ended)
         self._finish(ended)
         for future in lost:
-            if (killer := killer_of(future)) is not None:
-                await self.fates.wait_for(killer)
-            self._end(future, None)
+            if (killer := killer_of(future)) is None:
+                self._end(future, None)
+            else:
+                cast(Any, self.client.loop).add_callback(self._end_when_explained, future, killer)
+
+    async def _end_when_explained(self, future: HTCDaskFuture[Any], killer: str) -> None:
+        await self.fates.wait_for(killer)
+        self._end(future, None)
 
     async def _states(self, finished: dict[str, Future[Any]]) -> dict[str, Any]:
         if isinstance(self.client, ResumingClient) and not self.client.direct_to_workers and finished:
@@ -316,7 +327,8 @@ class Collector:
             if future.packed is not None:
                 return
             future.packed = PackedState(state)
-        if self._on_lost is not None:
+        if self._on_lost is not None and future.wrapped_future.status != "finished":
+            # Of what has finished, and cannot be brought here, its worker has told.
             try:
                 self._on_lost(future, state)
             except Exception:

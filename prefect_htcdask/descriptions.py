@@ -6,10 +6,14 @@ A task is described once; the context that it runs in (settings, flow run, task 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import sys
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Iterator
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
@@ -50,10 +54,10 @@ class Descriptions:
     def envelope(self, task: Task[Any, Any], offers: Offers | None) -> Place:
         """Make sure that the scheduler holds the envelope of `task` in the present context; return where."""
         context = self._context(offers)
-        # A task is an ordinary object that a flow may change between two submits; the identities of its attributes
-        # tell, as long as the attributes are kept alive beside them.
-        attributes = dict(vars(task))
-        identity = (context, id(task), *(id(value) for value in attributes.values()))
+        # A task is an ordinary object that a flow may change between two submits, and so is what its function refers
+        # to; identities tell, as long as what they are of is kept alive beside them.
+        attributes = list(parts(task))
+        identity = (context, id(task), *map(id, attributes))
         with self._lock:
             known = self._tasks.find(identity)
         if known is not None:
@@ -127,6 +131,55 @@ class Descriptions:
             "offers": offers,
         }
         return bytes(cloudpickle.dumps(described))
+
+
+def parts(task: Task[Any, Any]) -> Iterator[Any]:
+    """What a task consists of: its attributes, what is in those that are collections, and what its function refers to.
+
+    Not seen is what is changed in place: a list or an object that the function uses and that gets other contents.
+    """
+    for value in vars(task).values():
+        yield value
+        if isinstance(value, (list, tuple, set, frozenset)):
+            yield from value
+    yield from referred_to(task.fn, set())
+
+
+def referred_to(function: Any, seen: set[int]) -> Iterator[Any]:
+    """The values of the names that a function uses which travels by value, and those of such functions among them."""
+    code = getattr(function, "__code__", None)
+    if code is None or id(function) in seen or not _travels_by_value(function):
+        return
+    seen.add(id(function))
+    values = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
+    names = function.__globals__
+    values += [names[name] for name in _names(code) if name in names]
+    for value in values:
+        yield value
+        if isinstance(value, FunctionType):
+            yield from referred_to(value, seen)
+
+
+_EMPTY = CellType()
+
+
+def _travels_by_value(function: Any) -> bool:
+    """Whether cloudpickle carries a function itself: its module does not have it, as `@task` puts a task there."""
+    module = str(function.__module__)
+    packages = (module[:end] for end, letter in enumerate(f"{module}.") if letter == ".")
+    if module == "__main__" or not cloudpickle.list_registry_pickle_by_value().isdisjoint(packages):
+        return True
+    found: Any = sys.modules.get(module)
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is not function
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The global names in a function's code, and in that of the functions in it."""
+    inner = (one for one in code.co_consts if isinstance(one, CodeType))
+    return tuple(dict.fromkeys([*code.co_names, *(name for one in inner for name in _names(one))]))
 
 
 class _Described:

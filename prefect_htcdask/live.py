@@ -171,8 +171,10 @@ class LiveRun:
         """The futures whose task runs have not ended."""
         with self._lock:
             held = list(self._unfinished.values())
-            pending = [future for future in held if future.is_pending()]
-            ended = [future for future in held if not future.is_pending()]
+            pending: list[HTCDaskFuture[Any]] = []
+            ended: list[HTCDaskFuture[Any]] = []
+            for future in held:
+                (pending if future.is_pending() else ended).append(future)
             for future in ended:
                 del self._unfinished[future._task_run_id]
                 # Dask lets go of their inputs as well.

@@ -144,7 +144,8 @@ def needed_again(lost: Iterable[Spec], known: Collection[str], in_hand: Callable
         found[spec.key] = spec
         for upstream in spec.upstreams:
             key = upstream if isinstance(upstream, str) else upstream.key
-            if isinstance(upstream, Spec) and key not in known and not in_hand(key):
+            # Of one that is known by its key alone, the state in hand is asked for all the same: it goes along.
+            if key not in known and not in_hand(key) and isinstance(upstream, Spec):
                 todo.append(upstream)
     # The ids of task runs grow with time, but not within a millisecond.
     return sorted(found.values(), key=lambda spec: spec.number)

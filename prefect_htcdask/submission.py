@@ -223,7 +223,7 @@ class Submission:
         holder = UpstreamFutures(self.client, list(replaced[1]))
         sent = {name: holder.replace(value) for name, value in parameters.items()}
         sent.update(replaced[0])
-        waited = holder.replace(list(wait_for)) if wait_for else None
+        waited = holder.replace_awaited(list(wait_for)) if wait_for else None
         call = Call(
             task_run_id=task_run_id,
             parameters=sent,

@@ -30,8 +30,18 @@ class UpstreamFutures:
         self.futures: list[HTCDaskFuture[Any]] = futures or []
         self._index: dict[int, int] = {id(future): i for i, future in enumerate(self.futures)}
         self._held: list[Any] = []
+        self._waits_only = False
+
+    def replace_awaited(self, value: Any) -> Any:
+        """As `replace`, for what is only waited for: of a future in hand, the state without the result."""
+        self._waits_only = True
+        try:
+            return self.replace(value)
+        finally:
+            self._waits_only = False
 
     def replace(self, value: Any) -> Any:
+        """Put `Upstream`, or a state, in the place of each future in `value`."""
         if type(value) in (int, float, str, bool, bytes, type(None)):
             return value
         return visit_collection(value, visit_fn=self._visit, return_data=True, context={})
@@ -54,5 +64,9 @@ class UpstreamFutures:
                 return Upstream(self._index[id(item)])
         # In hand already, or another runner's: its state, by value.
         item.wait()
+        packed = item.packed if isinstance(item, HTCDaskFuture) else None
+        if self._waits_only and packed is not None and packed.has_result:
+            packed = packed.without_data()
+            return packed.state
         state: State[Any] = item.state
         return state

@@ -135,7 +135,9 @@ def task_context(prototypes: Prototypes, call: Call) -> Iterator[None]:
                     flow_run_suspension_request=FlowRunSuspensionRequest(),
                 )
             )
-        stack.enter_context(_copy_of(prototypes.parent, client=client))
+        if prototypes.parent is not None:
+            store = prototypes.parent.result_store.model_copy(update={"cache": default_cache()})
+            stack.enter_context(_copy_of(prototypes.parent, client=client, result_store=store))
         if call.tags:
             stack.enter_context(tags(*call.tags))
         if call.asset_context:

@@ -73,13 +73,17 @@ current_call: contextvars.ContextVar[CallScope] = contextvars.ContextVar("prefec
 
 def _fill(value: Any, states: list[Any]) -> Any:
     """Put the states of the upstream task runs where `Upstream` stands for them."""
-    from prefect.utilities.collections import visit_collection
+    from prefect._internal.result_records import ResultRecord
+    from prefect.utilities.annotations import quote
+    from prefect.utilities.collections import StopVisiting, visit_collection
 
-    return visit_collection(
-        value,
-        visit_fn=lambda item: states[item.index] if isinstance(item, Upstream) else item,
-        return_data=True,
-    )
+    def visit(item: Any) -> Any:
+        if isinstance(item, (quote, ResultRecord)):
+            # Nothing stands there for a state; results may be large, and what is quoted is left alone.
+            raise StopVisiting()
+        return states[item.index] if isinstance(item, Upstream) else item
+
+    return visit_collection(value, visit_fn=visit, return_data=True)
 
 
 def run_call(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -12,12 +14,14 @@ import distributed
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect import flow, task
+from prefect import flow, get_client, task
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.runtime import flow_run as flow_run_runtime
 from prefect.states import Completed
 
 from prefect_htcdask import HTCDaskTaskRunner, collector, live
 from prefect_htcdask.collector import FEW, INTERVAL, MAX_BATCH, held_back
+from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.futures import CollectedFuture, HTCDaskFuture, _rebuild
 from prefect_htcdask.upstreams import UpstreamFutures
 from prefect_htcdask.worker_runtime import Upstream
@@ -182,3 +186,79 @@ def test_what_a_submit_needs_stays_on_the_cluster_until_it_is_sent(runner: HTCDa
         wait_until(lambda: key not in its.client.futures, 20, "nobody needs it any more")
 
     computing()
+
+
+class Awkward(Exception):
+    """Pickles, and does not unpickle, as many exceptions of users' own."""
+
+    def __init__(self, what: str, number: int) -> None:
+        super().__init__(f"{what} {number}")
+
+
+@task
+def one_is_awkward(x: int) -> int:
+    if x == 7:
+        raise Awkward("no", x)
+    return x
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_state_that_cannot_be_brought_here_spares_the_others(runner: HTCDaskTaskRunner) -> None:
+    ids: list[Any] = []
+
+    @flow(task_runner=runner)
+    def computing() -> list[Any]:
+        ids.append(flow_run_runtime.id)
+        futures = one_is_awkward.map(range(30))
+        wait_until(lambda: all_finished(futures), 60, "all have ended")
+        return [future.result(raise_on_failure=False) for future in futures]
+
+    *before, awkward = computing()[:8]
+    assert before == list(range(7))
+    assert isinstance(awkward, TypeError) and "Awkward" in str(awkward)
+    with get_client(sync_client=True) as client:
+
+        def names() -> list[str]:
+            found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=ids)))
+            return sorted(str(run.state_name) for run in found)
+
+        # Its worker has told how it ended.
+        wait_until(lambda: names() == ["Completed"] * 29 + ["Failed"], 20, "the API's states")
+
+
+@task
+def waits(gate: Path) -> None:
+    wait_until(gate.exists, 60, "the gate")
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_lost_task_runs_that_wait_for_an_explanation_hold_up_nothing_else(
+    runner: HTCDaskTaskRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That HTCondor is slow to tell of jobs is made here; Dask's part, and the task runs, are real."""
+    monkeypatch.setattr(collector, "killer_of", lambda future: "htcdask-1.0-0")
+
+    @flow(task_runner=runner)
+    def computing() -> int:
+        told, asking = asyncio.Event(), []
+
+        async def wait_for(worker: str) -> None:
+            asking.append(worker)
+            await told.wait()
+
+        lost = [waits.submit(tmp_path / "gate") for _ in range(2 * collector.MAX_GATHERS)]
+        its = collector_of_this_flow_of(lost[0])
+        monkeypatch.setattr(its.fates, "wait_for", wait_for)
+        for future in lost:
+            its.ask(future)
+        its.client.cancel([future.wrapped_future for future in lost])
+        wait_until(lambda: len(asking) == len(lost), 20, "all wait for what became of their workers")
+        (tmp_path / "gate").touch()
+        found = nothing.submit(1).result(timeout=20)
+        assert not any(future.packed for future in lost)
+        its.client.loop.add_callback(told.set)  # type: ignore[attr-defined]
+        for future in lost:
+            assert isinstance(future.result(timeout=20, raise_on_failure=False), TaskRunLost)
+        return found
+
+    assert computing(return_state=True).result(raise_on_failure=False) == 1

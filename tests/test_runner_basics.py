@@ -517,3 +517,42 @@ def _logs_when(flow_run_id: Any, condition: Any, timeout: float = 20) -> list[st
                 return messages
             assert time.monotonic() < deadline, messages
             time.sleep(0.2)
+
+
+def test_a_loop_that_changes_what_a_task_closes_over(runner: HTCDaskTaskRunner) -> None:
+    @flow(task_runner=runner)
+    def computing() -> list[list[bool]]:
+        cut = 0
+
+        @task
+        def select(x: int) -> bool:
+            return x > cut
+
+        found = []
+        for cut in (0, 1, 2):  # noqa: B007
+            found.append(select.map(range(3)))
+        return [futures.result() for futures in found]
+
+    assert computing() == [[False, True, True], [False, False, True], [False, False, False]]
+
+
+def test_a_result_in_hand_that_is_only_waited_for_does_not_travel(runner: HTCDaskTaskRunner) -> None:
+    @task
+    def large() -> bytes:
+        return bytes(1024**2)
+
+    @flow(task_runner=runner)
+    def computing() -> Any:
+        first = large.submit()
+        assert len(first.result()) == 1024**2
+        futures = double.map(range(3), wait_for=[first])
+        assert all(future.spec is None or len(future.spec.payload) < 50_000 for future in futures)
+        assert futures.result() == [0, 2, 4]
+        # What failed keeps its say.
+        failed = fail.submit("no luck")
+        failed.wait()
+        waiting = double.submit(1, wait_for=[failed])
+        waiting.wait()
+        return waiting.state.name, double.submit(1, wait_for=[allow_failure(failed)]).result()
+
+    assert computing(return_state=True).result(raise_on_failure=False) == ("NotReady", 2)

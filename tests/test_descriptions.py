@@ -1,0 +1,93 @@
+"""When a task is described anew: with whatever has become of it, and of what its function refers to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from prefect import task
+
+from prefect_htcdask.descriptions import parts
+
+factor = 2
+
+
+def scaled(x: int) -> int:
+    return x * factor
+
+
+@task
+def by_a_global(x: int) -> int:
+    return x * factor
+
+
+@task
+def through_a_helper(x: int) -> list[int]:
+    return [scaled(y) for y in (x,)]
+
+
+@task(tags=["one"])
+def plain(x: int) -> int:
+    return len(str(x))
+
+
+def identity(one: Any) -> list[int]:
+    return [id(part) for part in parts(one)]
+
+
+def test_an_unchanged_task_is_described_once() -> None:
+    for one in (by_a_global, through_a_helper, plain):
+        kept = list(parts(one))
+        assert list(map(id, kept)) == identity(one)
+
+
+def test_a_global_that_is_rebound_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [list(parts(one)) for one in (by_a_global, plain)]
+    monkeypatch.setattr(f"{__name__}.factor", 3)
+    assert identity(by_a_global) != list(map(id, before[0]))
+    assert identity(plain) == list(map(id, before[1]))
+
+
+def test_a_helper_of_a_module_is_imported_by_the_worker_and_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = list(parts(through_a_helper))
+    monkeypatch.setattr(f"{__name__}.factor", 3)
+    assert identity(through_a_helper) == list(map(id, before))
+
+
+def test_a_closed_over_variable_of_a_local_helper_is_seen() -> None:
+    cut = 10
+
+    def passes(x: int) -> bool:
+        return x > cut
+
+    @task
+    def select(x: int) -> bool:
+        return (lambda y: passes(y))(x)
+
+    kept = list(parts(select))
+    assert identity(select) == list(map(id, kept))
+    cut = 20
+    assert identity(select) != list(map(id, kept))
+
+
+def test_an_empty_cell_is_no_error() -> None:
+    @task
+    def early(x: int) -> int:
+        return later(x)  # type: ignore[no-any-return, has-type]
+
+    before = list(parts(early))
+
+    def later(x: int) -> int:
+        return x
+
+    assert identity(early) != list(map(id, before))
+
+
+def test_tags_and_hooks_that_are_added_are_seen() -> None:
+    one = plain.with_options()
+    kept = list(parts(one))
+    one.tags.add("two")
+    assert identity(one) != list(map(id, kept))
+    kept = list(parts(one))
+    one.on_failure(lambda task, run, state: None)
+    assert identity(one) != list(map(id, kept))
