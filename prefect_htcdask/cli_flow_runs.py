@@ -38,7 +38,7 @@ def jobs(
 
     The exit status is 0 where all run, or need but time to; with --logs, where there is a log.
     """
-    from prefect_htcdask.worker_jobs import explained_jobs
+    from prefect_htcdask.worker_jobs import explained_jobs, failed_jobs
 
     if logs is not None:
         return print_logs(logs, as_json)
@@ -47,7 +47,11 @@ def jobs(
 
     def look() -> Look:
         parts = resolve_running_parts(settings)
-        found = explained_jobs(parts, settings, flow_run) if parts is not None else []
+        if parts is not None:
+            found = explained_jobs(parts, settings, flow_run)
+        else:
+            # The pool that was started for it has stopped, and with it the queue; what failed is written down.
+            found = failed_jobs(settings, set(), flow_run) if flow_run else []
         return Look(_job_table(found), [job.as_dict() for job in found], all(job.is_well for job in found))
 
     present(look, SupervisorError, as_json=as_json, watching=watching, interval=interval)
@@ -137,7 +141,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "not tried": "[yellow]not tried[/yellow]",
     }
     findings: list[dict[str, Any]] = []
-    with output.status("") as spinner:
+    with (errors if as_json else output).status("") as spinner:
         for finding in examine(trying=lambda name: spinner.update(plain(name))):
             findings.append(asdict(finding))
             if not as_json:

@@ -235,13 +235,17 @@ class Chain:
         return "Python, dask, distributed and Prefect are the same on scheduler, worker and here"
 
     def reach_api(self) -> str:
-        url = get_current_settings().api.url
+        api = get_current_settings().api
+        url = api.url
         if not url:
             return "PREFECT_API_URL is not set: a temporary server is used, on this host only"
-        answer = self._client.submit(reach, f"{url}/health", pure=False).result(timeout=_TASK_TIMEOUT)
+        # As Prefect's client does; where the setting is not stated, by each host's own default.
+        certificates = api.ssl_cert_file if "ssl_cert_file" in api.model_fields_set else None
+        question = f"{url}/health", certificates or None, not api.tls_insecure_skip_verify
+        answer = self._client.submit(reach, *question, pure=False).result(timeout=_TASK_TIMEOUT)
         if answer is None:
             return f"{url} answers the worker"
-        here = reach(f"{url}/health")
+        here = reach(*question)
         raise Broken(
             f"the worker cannot reach PREFECT_API_URL = {url}: {answer}",
             "it answers here: set PREFECT_API_URL to an address that the pool's hosts can reach, such as "

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import ssl
 import urllib.request
 from pathlib import Path
 
 
-def reach(url: str) -> str | None:
-    """`None` where `url` answers, else why not."""
+def reach(url: str, certificates: str | None = None, verify: bool = True) -> str | None:
+    """`None` where `url` answers, else why not.
+
+    Args:
+        url: what to ask for.
+        certificates: file of the authorities to trust instead of the system's.
+        verify: whether the server has to be known by one of them.
+    """
     try:
-        with urllib.request.urlopen(url, timeout=15):
+        context = ssl.create_default_context(cafile=certificates) if url.startswith("https:") else None
+        if context is not None and not verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with urllib.request.urlopen(url, timeout=15, context=context):
             return None
     except OSError as exc:
         return str(exc)

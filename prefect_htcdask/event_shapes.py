@@ -124,7 +124,7 @@ class JobEvents:
     def take(self, message: Mapping[str, Any]) -> None:
         """Take a message of the kind ``job`` (`supervisor.job_message`)."""
         what = str(message.get("what"))
-        if what not in _JOB_EVENTS:
+        if what not in _JOB_EVENTS or (what == "evicted" and message.get("asked_for")):
             return
         key = what, str(message.get("group") or "default"), str(message.get("category") or "")
         batch = self._batches.setdefault(key, _Batch())

@@ -196,13 +196,13 @@ def _diagram(name: str, lines: Mapping[str, Numbers], step: float) -> str:
         f'%%{{init: {{"xyChart": {{"width": 900, "height": 300}}, '
         f'"themeVariables": {{"xyChart": {{"plotColorPalette": "{palette}"}}}}}}}}%%\n'
         "xychart-beta\n"
-        f'    x-axis "{unit}" 0 --> {length / per_unit:.4g}\n'
-        f'    y-axis "{name}" 0 --> {max(1.0, 1.05 * top):.4g}\n'
+        f'    x-axis "{unit}" 0 --> {_number(length / per_unit)}\n'
+        f'    y-axis "{name}" 0 --> {_number(max(1.0, 1.05 * top))}\n'
         f"{series}\n"
         "```"
     )
 
 
 def _number(value: float | None) -> str:
-    # Mermaid has no gaps.
+    # Mermaid has no gaps, and no exponents.
     return f"{value or 0.0:.2f}".rstrip("0").rstrip(".")

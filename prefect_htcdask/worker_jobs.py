@@ -8,7 +8,7 @@ from typing import Any
 
 import classad2
 
-from prefect_htcdask.condor.diagnosis import Category, diagnose_hold
+from prefect_htcdask.condor.diagnosis import SPOOLING, Category, diagnose_hold
 from prefect_htcdask.condor.worker_job import (
     API_ATTRIBUTE,
     CLUSTER_ATTRIBUTE,
@@ -189,15 +189,17 @@ def _settings_of(group: str, groups: set[str]) -> str:
 
 
 def _worker_job(ad: dict[str, Any]) -> WorkerJob:
-    running = STATES.get(ad["JobStatus"]) == "running"
-    held = None
-    if STATES.get(ad["JobStatus"]) == "held":
-        code, subcode = (int(ad.get(name) or 0) for name in ("HoldReasonCode", "HoldReasonSubCode"))
+    state, held = STATES.get(ad["JobStatus"], "unknown"), None
+    running = state == "running"
+    code, subcode = (int(ad.get(name) or 0) for name in ("HoldReasonCode", "HoldReasonSubCode"))
+    if state == "held" and code == SPOOLING:
+        state = "idle"  # as soon as its input is there
+    if state == "held":
         group = str(ad.get(GROUP_ATTRIBUTE) or DEFAULT_GROUP)
         held = diagnose_hold(code, subcode, str(ad.get("HoldReason") or ""), _settings_of(group, {group}))
     return WorkerJob(
         job_id=f"{ad['ClusterId']}.{ad['ProcId']}",
-        state=STATES.get(ad["JobStatus"], "unknown"),
+        state=state,
         host=str(ad.get("RemoteHost") or ""),
         submitted=float(ad.get("QDate") or 0),
         started=float(ad["JobCurrentStartDate"]) if running and ad.get("JobCurrentStartDate") else None,

@@ -38,6 +38,22 @@ def test_holds(code: int, category: Category, remedy: str) -> None:
     assert remedy.replace("worker.", "workers.gpu.") in of_a_group.remedy and "{" not in of_a_group.remedy
 
 
+@pytest.mark.parametrize(
+    ("code", "subcode", "category", "setting"),
+    [
+        (34, 0, Category.HELD_MEMORY, "workers.gpu.memory"),
+        (34, 102, Category.HELD_MEMORY, "workers.gpu.memory"),
+        (34, 104, Category.DISK_FULL, "workers.gpu.disk"),
+        (21, 102, Category.HELD_MEMORY, "workers.gpu.memory"),
+        (21, 104, Category.DISK_FULL, "workers.gpu.disk"),
+        (21, 101, Category.HELD_POLICY, "WANT_HOLD"),
+    ],
+)
+def test_the_subcode_tells_which_limit_it_was(code: int, subcode: int, category: Category, setting: str) -> None:
+    diagnosis = diagnose_hold(code, subcode, "", "workers.gpu")
+    assert diagnosis.category is category and setting in diagnosis.remedy
+
+
 @given(st.integers(), st.integers(), st.text())
 def test_every_hold_has_words(code: int, subcode: int, reason: str) -> None:
     diagnosis = diagnose_hold(code, subcode, reason)

@@ -8,7 +8,10 @@ from typing import Any
 
 import htcondor2
 import pytest
+from typer.testing import CliRunner
 
+from prefect_htcdask import cli_flow_runs
+from prefect_htcdask.cli import app
 from prefect_htcdask.condor.diagnosis import Category
 from prefect_htcdask.condor.idle_jobs import IdleJobs
 from prefect_htcdask.condor.schedd import ScheddClient
@@ -95,7 +98,9 @@ def test_a_held_job(new_cluster: NewCluster, queue: ScheddClient, messages: list
         assert "by the test" in held["summary"] and "condor_release" in held["remedy"]
 
 
-def test_workers_that_died_are_told_of_when_the_flow_run_is_over(new_cluster: NewCluster) -> None:
+def test_workers_that_died_are_told_of_when_the_flow_run_is_over(
+    new_cluster: NewCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tag = FlowRunTag(id="6d6b1f5e-0000-4000-8000-000000000001", name="brave-worker", flow_name="f")
     cluster = new_cluster(n_workers=1, python="/no/such/python", flow_run=tag)
     status, jobs = wait_until(lambda: (told := listed("--flow-run", tag.id))[1] and told, 60, "a failed worker")
@@ -106,3 +111,7 @@ def test_workers_that_died_are_told_of_when_the_flow_run_is_over(new_cluster: Ne
     assert "/no/such/python" in jobs[0]["summary"] and "worker.python" in jobs[0]["remedy"]
     assert jobs[0]["batch_name"] == "brave-worker" and jobs[0]["host"]
     assert listed() == (0, []), "what is over is told to who asks for it"
+    # Nor does it take a pool that still runs: the personal one stops when nobody uses it.
+    monkeypatch.setattr(cli_flow_runs, "resolve_running_parts", lambda settings: None)
+    answer = CliRunner().invoke(app, ["jobs", "--json", "--flow-run", tag.id])
+    assert (answer.exit_code, json.loads(answer.stdout)) == (1, jobs)

@@ -9,6 +9,7 @@ from typing import Any
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.event_shapes import JobEvents
 from prefect_htcdask.scaling.policy import Target
 from prefect_htcdask.supervisor.fleet import Fleet
 from prefect_htcdask.supervisor.group import Group
@@ -106,6 +107,7 @@ def test_a_message_carries_all_that_is_known_of_the_job(tmp_path: Path) -> None:
         "summary": "held by HTCondor: too much memory (code 34.1)",
         "remedy": held["remedy"],
         "reason": f"held by HTCondor: too much memory (code 34.1) ({held['remedy']})",
+        "asked_for": False,
     }
     assert "workers.gpu.memory" in held["remedy"]
     assert to_line(held)
@@ -137,6 +139,30 @@ def test_changes_of_one_look_have_each_their_own_reason(tmp_path: Path) -> None:
     assert (evicted["category"], evicted["reason"]) == ("evicted", "evicted from slot1@a: vacated")
     assert (removed["category"], removed["reason"]) == ("removed", "removed: removed by ops")
     assert (removed["ended"], removed["run_seconds"], removed["evictions"]) == (31.0, 10.0, 1)
+
+
+def test_a_removal_that_we_asked_for_is_no_fault(tmp_path: Path) -> None:
+    """HTCondor tells of it as of an eviction first."""
+    told, events = Told(tmp_path), JobEvents("c1")
+    told("EXECUTE", "1.0", "1.1", SlotName="slot1@a")
+    told.fleet.leaving.add("1.0")
+    for job in ("1.0", "1.1"):
+        told("JOB_EVICTED", job, when=30.0, Reason="removed")
+        told("JOB_ABORTED", job, when=30.0, Reason="prefect_htcdask: the cluster was closed")
+    ours, others = ([one for one in told.of(job) if one["what"] != "started"] for job in ("1.0", "1.1"))
+    assert [(one["what"], one["category"], one["asked_for"]) for one in ours] == [
+        ("evicted", None, True),
+        ("removed", None, True),
+    ]
+    assert "the cluster was closed" in ours[-1]["reason"], "a task run that was lost with it tells so"
+    for message in (*ours, *others):
+        events.take(message)
+    counts = {(e.name, e.resource.get("htcdask.category")): e.payload["count"] for e in events.due(0.0, last=True)}
+    assert counts == {
+        ("htcdask.job.evicted", "evicted"): 1,
+        ("htcdask.job.removed", None): 1,
+        ("htcdask.job.removed", "removed"): 1,
+    }
 
 
 def test_a_worker_that_joined_and_died_did_not_die_at_its_start(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from prefect_htcdask.advice import (
     wasted_core_hours,
 )
 from prefect_htcdask.picture import why_none
-from prefect_htcdask.report import BLOCKS, MOST_POINTS, blocks, markdown, thinned
+from prefect_htcdask.report import BLOCKS, COLOURS, MOST_POINTS, _diagram, blocks, markdown, thinned
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -188,6 +188,14 @@ def test_diagrams_have_a_line_for_each_kind_and_no_more_points_than_are_seen() -
     assert 'x-axis "min" 0 --> 8' in text
     assert re.search(r"\| queued tasks \| red \| `[▁▂▃▄▅▆▇█\u00a0]{30}` \| 10 \|", text), "where nothing draws Mermaid"
     assert "too short for a diagram" in markdown(summary(steps=0), directory="/d")
+
+
+def test_axes_of_many_tasks_and_long_runs_have_no_exponents() -> None:
+    """Mermaid reads none: the diagram would be an error."""
+    name = next(iter(COLOURS))
+    text = _diagram("queued tasks", {name: [0.0, 123_456.0]}, 10_000 * 3600.0)
+    assert 'y-axis "queued tasks" 0 --> 129628.8' in text
+    assert 'x-axis "h" 0 --> 20000' in text
 
 
 @given(st.lists(st.one_of(st.none(), amounts), max_size=500), st.integers(1, 60))

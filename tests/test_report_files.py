@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import time
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def test_numbers_report_and_picture_are_left_for_their_owner_alone(tmp_path: Pat
     wait_until((tmp_path / "report.png").exists, 60, "the picture")
     wait_until(lambda: (tmp_path / "report.png").stat().st_size > 10_000, 10, "all of it")
     assert all((tmp_path / name).stat().st_mode & 0o077 == 0 for name in FILES)
+
+
+def test_the_picture_s_process_gets_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor has the Prefect API's key among its own environment by the end."""
+    monkeypatch.setenv("PREFECT_API_KEY", "a-secret")
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "a-secret")
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **options: started.append(dict(env)))
+    rounds = a_supervisor(tmp_path, ReportPlan(5.0, 50, picture=True))
+    rounds.end("the cluster was closed")
+    write_report(rounds.plan, summary_of(rounds))
+    (environment,) = started
+    assert "PATH" in environment and "a-secret" not in environment.values()
 
 
 def test_the_last_account_is_the_last_state_of_the_artifacts(tmp_path: Path) -> None:

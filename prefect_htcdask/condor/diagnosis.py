@@ -58,6 +58,9 @@ class Diagnosis:
         return f"{self.summary} ({self.remedy})" if self.remedy else self.summary
 
 
+SPOOLING = 16
+"""Hold code of a job whose input is still being spooled: the schedd lets it go by itself."""
+
 # `{worker}` stands for where the job's settings are.
 _HOLDS: dict[int, tuple[Category, str]] = {
     1: (Category.HELD_BY_USER, "someone held it: condor_release lets it go on"),
@@ -81,7 +84,7 @@ _HOLDS: dict[int, tuple[Category, str]] = {
         "input files could not be read: set condor.spool where the schedd cannot read this host's files",
     ),
     14: (Category.HELD_TRANSFER, "its initial directory does not exist on the schedd: set condor.spool"),
-    16: (Category.HELD_TRANSFER, "its input is still being spooled"),
+    SPOOLING: (Category.HELD_TRANSFER, "its input is still being spooled"),
     19: (Category.HELD_POLICY, "a hook of the execute host held it: ask the site"),
     21: (
         Category.HELD_POLICY,
@@ -101,6 +104,17 @@ _HOLDS: dict[int, tuple[Category, str]] = {
 }
 
 
+# By code and subcode, where the subcode tells more: 102 and 104 are those of HTCondor's own limits of memory and disk.
+_MEMORY, _DISK = 102, 104
+_LIMITS: dict[tuple[int, int], tuple[Category, str]] = {
+    (21, _MEMORY): _HOLDS[34],
+    **dict.fromkeys(
+        [(21, _DISK), (34, _DISK)],
+        (Category.DISK_FULL, "it used more disk than it asked for: raise {worker}.disk, or keep less data in it"),
+    ),
+}
+
+
 def diagnose_hold(code: int, subcode: int, reason: str, settings: str = "worker") -> Diagnosis:
     """What a hold means.
 
@@ -110,9 +124,8 @@ def diagnose_hold(code: int, subcode: int, reason: str, settings: str = "worker"
         reason: HoldReason.
         settings: where this worker's settings are.
     """
-    category, remedy = _HOLDS.get(
-        code, (Category.HELD_OTHER, "condor_q -hold and the site's documentation may tell more")
-    )
+    unknown = Category.HELD_OTHER, "condor_q -hold and the site's documentation may tell more"
+    category, remedy = _LIMITS.get((code, subcode)) or _HOLDS.get(code, unknown)
     return Diagnosis(
         category,
         f"held by HTCondor: {reason.strip() or 'no reason given'} (code {code}.{subcode})",

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import htcondor2
 
+from .diagnosis import SPOOLING
 from .schedd import ScheddClient
 
 
@@ -85,9 +86,6 @@ class JobTable:
         """Records in any of the states."""
         return [record for record in self.records.values() if record.state in states]
 
-
-SPOOLING = 16
-"""Hold code of a job whose input is still being spooled: the schedd lets it go by itself."""
 
 # Names of htcondor2.JobEventType, so that tests need no event log.
 _RUN_ENDS = {

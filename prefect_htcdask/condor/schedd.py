@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,13 @@ class ScheddClient:
             f"{count} worker jobs could not be submitted", "submit", submit, count, spool=self.address.spool
         )
         if self.address.spool:
-            self._call("the workers' input could not be spooled", "spool", result)
+            try:
+                self._call("the workers' input could not be spooled", "spool", result)
+            except ScheddError:
+                # They would be held for their input for ever, while others are submitted in their place.
+                with suppress(ScheddError):
+                    self.remove(f"ClusterId == {result.cluster()}", "prefect_htcdask: its input could not be spooled")
+                raise
         cluster, first = result.cluster(), result.first_proc()
         return [f"{cluster}.{proc}" for proc in range(first, first + result.num_procs())]
 

@@ -10,7 +10,13 @@ from ..condor.worker_job import MIB, WorkerSpec
 
 
 def job_message(
-    what: str, record: JobRecord, group: str, spec: WorkerSpec, diagnosis: Diagnosis | None = None, reason: str = ""
+    what: str,
+    record: JobRecord,
+    group: str,
+    spec: WorkerSpec,
+    diagnosis: Diagnosis | None = None,
+    reason: str = "",
+    asked_for: bool = False,
 ) -> dict[str, Any]:
     """The message. Each carries all that is known of the job, so that one that is lost is made up for by the next.
 
@@ -22,6 +28,7 @@ def job_message(
         spec: what was asked for.
         diagnosis: why it does not run; none where nothing is wrong.
         reason: what HTCondor says where there is no diagnosis.
+        asked_for: whether we had asked for it: a worker that is no longer needed was removed.
 
     Returns:
         a dictionary for JSON. ``job_id``, ``group``, ``state`` (a value of `JobState`), ``host`` (its slot, or `None`);
@@ -29,7 +36,7 @@ def job_message(
         ``run_seconds``, of the runs that are over, ``starts`` and ``evictions``; ``peak_memory`` and
         ``requested_memory`` in bytes, ``requested_cpus``; ``exit_code`` and ``exit_signal``, or `None`;
         ``hold_reason``, in HTCondor's words where it is held now, else empty; ``category`` (a value of `Category`, or
-        `None`), ``summary`` and ``remedy`` of the diagnosis, and ``reason``, all of that in one text.
+        `None`), ``summary`` and ``remedy`` of the diagnosis, and ``reason``, all of that in one text; ``asked_for``.
     """
     return {
         "kind": "job",
@@ -54,4 +61,5 @@ def job_message(
         "summary": diagnosis.summary if diagnosis else "",
         "remedy": diagnosis.remedy if diagnosis else "",
         "reason": str(diagnosis) if diagnosis else reason,
+        "asked_for": asked_for,
     }

@@ -63,9 +63,11 @@ class JobNews:
         record = self._fleet.table.records[change.job_id]
         died = change.what == "exited" and bool(record.exit_code or record.exit_signal is not None or failed_start)
         ended = died or change.what in ("held", "evicted", "removed")
-        diagnosis = self._diagnose_change(change, record) if ended else None
+        # HTCondor tells of a removal of ours as of an eviction first.
+        asked_for = change.job_id in self._fleet.leaving and change.what in ("evicted", "removed")
+        diagnosis = self._diagnose_change(change, record) if ended and not asked_for else None
         group = self._groups[self._fleet.group_of(record)]
-        message = job_message(change.what, record, group.name, group.spec, diagnosis, change.reason)
+        message = job_message(change.what, record, group.name, group.spec, diagnosis, change.reason, asked_for)
         self._say(message)
         if died or change.what == "held":
             self._directory.note_failure(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 from ..condor.staging import write_private
 from ..picture import why_none
 from ..report import FILES, markdown
+from .handle import clean_environment
 from .protocol import HandOff
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ def _start_drawing(directory: Path) -> None:
     # What it complains of goes to the supervisor's log. The pipe to the flow's process is none of its business.
     subprocess.Popen(
         [sys.executable, "-m", "prefect_htcdask.picture", str(directory)],
+        # This process has taken the Prefect API's key into its own by now (`flow_watch`).
+        env=clean_environment(os.environ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
