@@ -117,7 +117,7 @@ def test_a_flow_in_a_terminal_shows_what_it_waits_for(
     script.write_text(FLOW)
     with python_in_terminal(str(script)) as there:
         there.shows("the gateway starts a Dask scheduler")
-        # For how long the job is idle is up to the pool: on a busy machine the line is drawn less often than that lasts.
+        # How long the job is idle is up to the pool: on a busy machine the line is drawn less often than that.
         there.shows("waiting for the first worker: 1 started, the worker connects")
         there.shows("the result is 2")
         assert there.end() == 0, there.text
