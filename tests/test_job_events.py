@@ -137,6 +137,39 @@ def test_an_ad_tells_the_events_that_led_to_it(known: JobState | None, ad: dict[
     assert [event for event, _, _ in events_of_ad(record, {**AD, **ad})] == events
 
 
+RAN = {"JobCurrentStartDate": 30, "JobCurrentStartExecutingDate": 31, "LastRemoteHost": "slot1@a"}
+
+
+@pytest.mark.parametrize(
+    ("state", "seen", "ad", "events"),
+    [
+        (None, None, {"JobStatus": 4, **RAN}, ["SUBMIT", "EXECUTE", "JOB_TERMINATED"]),
+        (JobState.IDLE, None, {"JobStatus": 4, **RAN}, ["EXECUTE", "JOB_TERMINATED"]),
+        (JobState.IDLE, None, {"JobStatus": 3, **RAN}, ["EXECUTE", "JOB_ABORTED"]),
+        (JobState.IDLE, 20.0, {"JobStatus": 1, **RAN}, ["EXECUTE", "JOB_EVICTED"]),
+        (JobState.HELD, 20.0, {"JobStatus": 5, **RAN}, ["EXECUTE", "JOB_HELD"]),
+        # A run that was seen, and a start that never came to running.
+        (JobState.IDLE, 30.0, {"JobStatus": 3, **RAN}, ["JOB_ABORTED"]),
+        (JobState.IDLE, 20.0, {"JobStatus": 5, **RAN, "JobCurrentStartExecutingDate": 21}, ["JOB_HELD"]),
+    ],
+)
+def test_a_run_between_two_looks_counts(
+    state: JobState | None, seen: float | None, ad: dict[str, Any], events: list[str]
+) -> None:
+    table = JobTable()
+    if state is not None:
+        table.records[JOB] = JobRecord(JOB, state=state, last_start=seen)
+    told = list(events_of_ad(table.records.get(JOB), {**AD, **ad}))
+    assert [event for event, _, _ in told] == events
+    for event, when, data in told:
+        apply(table, event, JOB, when, data)
+    record = table.records[JOB]
+    if "EXECUTE" in events:
+        assert (record.starts, record.run_seconds, record.host) == (1, 20.0, "slot1@a")
+    else:
+        assert (record.starts, record.run_seconds) == (0, 0.0)
+
+
 @given(st.lists(st.fixed_dictionaries({"JobStatus": st.integers(1, 7), "ExitBySignal": st.booleans()}), max_size=12))
 def test_the_table_agrees_with_the_last_ad(ads: list[dict[str, Any]]) -> None:
     table = JobTable()

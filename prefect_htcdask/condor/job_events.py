@@ -236,6 +236,7 @@ _PROJECTION = [
     "EnteredCurrentStatus",
     "QDate",
     "RemoteHost",
+    "LastRemoteHost",
     "HoldReason",
     "HoldReasonCode",
     "HoldReasonSubCode",
@@ -248,6 +249,7 @@ _PROJECTION = [
     "ExitBySignal",
     "RemoveReason",
     "JobCurrentStartDate",
+    "JobCurrentStartExecutingDate",
 ]
 
 
@@ -262,9 +264,15 @@ def events_of_ad(record: JobRecord | None, ad: Mapping[str, Any]) -> Iterable[tu
         state = JobState.IDLE
     if ad.get("MemoryUsage") or ad.get("ResidentSetSize"):
         yield "IMAGE_SIZE", when, dict(ad)
-    if name == "EXECUTE" and state is not JobState.RUNNING:
-        yield "EXECUTE", float(ad.get("JobCurrentStartDate") or when), {"SlotName": ad.get("RemoteHost")}
-    elif name == "JOB_HELD" and state is not JobState.HELD:
+    started = float(ad.get("JobCurrentStartDate") or 0)
+    # It may also have run, and ended, between two looks. A start that ended as its input was brought is no run.
+    unseen = float(ad.get("JobCurrentStartExecutingDate") or 0) >= started > ((record and record.last_start) or 0)
+    if state is not JobState.RUNNING and (name == "EXECUTE" or unseen):
+        yield "EXECUTE", started or when, {"SlotName": ad.get("RemoteHost") or ad.get("LastRemoteHost")}
+        state = JobState.RUNNING
+    if name == "EXECUTE":
+        return
+    if name == "JOB_HELD" and state is not JobState.HELD:
         yield "JOB_HELD", when, dict(ad)
     elif name == "RELEASED_OR_IDLE" and state is JobState.RUNNING:
         yield "JOB_EVICTED", when, {"Reason": "no longer running"}
