@@ -50,6 +50,7 @@ class Descriptions:
         self._tasks = _Described()
         self._contexts = _Described()
         self._blobs: dict[str, Place] = {}
+        self._held = 0
 
     def envelope(self, task: Task[Any, Any], offers: Offers | None) -> Place:
         """Make sure that the scheduler holds the envelope of `task` in the present context; return where."""
@@ -62,7 +63,8 @@ class Descriptions:
             known = self._tasks.find(identity)
         if known is not None:
             return known
-        place = self._leave(uuid.uuid4().hex, cloudpickle.dumps({"task": task, "context": context}))
+        # Another object with the same options, as of each round of a loop, is described in the same words.
+        place = self._leave_once(cloudpickle.dumps({"task": task, "context": context}))
         with self._lock:
             self._tasks.keep(identity, place, (task, attributes))
         return place
@@ -71,31 +73,39 @@ class Descriptions:
         """Leave bytes at the scheduler, unless they are few; returns them, or where they are."""
         if len(blob) <= INLINE_LIMIT:
             return blob
-        digest = hashlib.sha256(blob).hexdigest()
+        return self._leave_once(blob)
+
+    @property
+    def held_bytes(self) -> int:
+        """What this object has left at the scheduler, in bytes."""
         with self._lock:
-            known = self._blobs.get(digest)
-        if known is None:
-            known = self._leave(digest, blob)
-            with self._lock:
-                self._blobs[digest] = known
-        return known
+            return self._held
 
     def places(self) -> list[Place]:
         """Where the scheduler holds what this object left there."""
         with self._lock:
-            return [*self._tasks.places(), *self._contexts.places(), *self._blobs.values()]
+            return list(self._blobs.values())
 
     def forget(self) -> None:
         """Remove this run's part of the metadata."""
         with self._lock:
             self._tasks, self._contexts = _Described(), _Described()
             self._blobs.clear()
+            self._held = 0
         self._client.set_metadata([METADATA_ROOT, self._run_id], None)
 
-    def _leave(self, name: str, blob: bytes) -> Place:
-        place = (self._run_id, name)
-        self._client.set_metadata([METADATA_ROOT, *place], blob)
-        return place
+    def _leave_once(self, blob: bytes) -> Place:
+        digest = hashlib.sha256(blob).hexdigest()
+        with self._lock:
+            known = self._blobs.get(digest)
+        if known is None:
+            # Under a name that no other object gives: it takes away what it has left, and nothing else.
+            known = (self._run_id, uuid.uuid4().hex)
+            self._client.set_metadata([METADATA_ROOT, *known], blob)
+            with self._lock:
+                self._held += len(blob)
+                self._blobs[digest] = known
+        return known
 
     def _context(self, offers: Offers | None) -> Place:
         kept = (FlowRunContext.get(), SettingsContext.get(), TaskRunContext.get(), offers)
@@ -104,7 +114,7 @@ class Descriptions:
             known = self._contexts.find(identity)
         if known is not None:
             return known
-        place = self._leave(uuid.uuid4().hex, self._described_context(offers))
+        place = self._leave_once(self._described_context(offers))
         with self._lock:
             self._contexts.keep(identity, place, kept)
         return place
@@ -187,7 +197,6 @@ class _Described:
 
     def __init__(self) -> None:
         self._entries: OrderedDict[tuple[Any, ...], tuple[Place, Any]] = OrderedDict()
-        self._dropped: list[Place] = []
 
     def find(self, identity: tuple[Any, ...]) -> Place | None:
         if identity not in self._entries:
@@ -199,11 +208,7 @@ class _Described:
         self._entries[identity] = place, kept
         while len(self._entries) > MAX_DESCRIBED:
             # The scheduler keeps it: task runs that are still queued fetch it.
-            _, (dropped, _) = self._entries.popitem(last=False)
-            self._dropped.append(dropped)
-
-    def places(self) -> list[Place]:
-        return [*self._dropped, *(place for place, _ in self._entries.values())]
+            self._entries.popitem(last=False)
 
 
 def _client_key(api_url: str | None) -> str:

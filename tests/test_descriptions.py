@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import pytest
 from prefect import task
 
-from prefect_htcdask.descriptions import parts
+from prefect_htcdask.descriptions import INLINE_LIMIT, MAX_DESCRIBED, Descriptions, parts
+from prefect_htcdask.scheduler_metadata import METADATA_ROOT
 
 factor = 2
 
@@ -91,3 +93,32 @@ def test_tags_and_hooks_that_are_added_are_seen() -> None:
     kept = list(parts(one))
     one.on_failure(lambda task, run, state: None)
     assert identity(one) != list(map(id, kept))
+
+
+def test_other_objects_with_the_same_options_are_described_once(local_pool: Any) -> None:
+    """As of ``task.with_options(...).submit()`` in a loop: the scheduler keeps one description, for all rounds."""
+    with local_pool.get_client() as client:
+        descriptions = Descriptions(client, f"run-{uuid.uuid4()}", None)
+        rounds = [plain.with_options(name="round", retries=2) for _ in range(2 * MAX_DESCRIBED)]
+        places = {descriptions.envelope(one, None) for one in rounds}
+        assert len(places) == 1
+        held = descriptions.held_bytes
+        assert descriptions.envelope(plain.with_options(name="round", retries=3), None) not in places
+        assert descriptions.held_bytes > held
+        for place in descriptions.places():
+            assert client.get_metadata([METADATA_ROOT, *place])
+        descriptions.forget()
+        assert descriptions.held_bytes == 0 and descriptions.places() == []
+
+
+def test_who_takes_away_what_he_left_leaves_the_same_bytes_to_others(local_pool: Any) -> None:
+    """Two task runs that submit further ones share the flow run's part of the metadata."""
+    blob = bytes(2 * INLINE_LIMIT)
+    with local_pool.get_client() as client:
+        run = f"run-{uuid.uuid4()}"
+        one, other = Descriptions(client, run, None), Descriptions(client, run, None)
+        place = one.put(blob)
+        assert other.put(blob) != place
+        for theirs in other.places():
+            client.set_metadata([METADATA_ROOT, *theirs], None)
+        assert bytes(client.get_metadata([METADATA_ROOT, *place])) == blob
