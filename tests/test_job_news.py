@@ -176,3 +176,17 @@ def test_a_worker_that_joined_and_died_did_not_die_at_its_start(tmp_path: Path) 
     told("EXECUTE", "1.2")
     told("JOB_TERMINATED", "1.2", ReturnValue=0)
     assert told.of("1.2")[-1]["category"] == "died_at_start", "it ended well, but never joined"
+
+
+def test_of_a_large_stderr_only_the_end_is_read(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.logs.mkdir(parents=True, exist_ok=True)
+    log = directory.logs / "worker.7.0.err"
+    assert directory.stderr_tail("7.0") == []
+    log.write_text("one\n\ntwo\n")
+    assert directory.stderr_tail("7.0") == ["one", "two"]
+    with log.open("ab") as stream:
+        stream.truncate(50_000_000)
+        stream.seek(0, 2)
+        stream.write(b"the rest of a line\nthe last but one\n\xff is no text\n")
+    assert directory.stderr_tail("7.0", 2) == ["the last but one", "\ufffd is no text"]

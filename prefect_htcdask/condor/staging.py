@@ -20,6 +20,9 @@ FAILURES_FILE = "failures.jsonl"
 _MAX_FAILURES = 2**20
 """Bytes of failures that are written down at most."""
 
+_TAIL = 64 * 1024
+"""Bytes of a worker's stderr, the last, that are looked at."""
+
 _SECRET_FILES = (worker_start.SECRETS_FILE, worker_start.KEY_FILE)
 
 
@@ -127,13 +130,16 @@ class RunDirectory:
 
     def stderr_tail(self, job_id: str, lines: int = 20) -> list[str]:
         """Last lines of a worker's stderr, as far as they came back."""
-        cluster, _, proc = job_id.partition(".")
-        path = self.logs / f"worker.{cluster}.{proc}.err"
         try:
-            text = path.read_text(errors="replace")
+            with (self.logs / f"worker.{job_id}.err").open("rb") as stream:
+                # A worker may have written gigabytes, and the supervisor has other work.
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(0, size - _TAIL))
+                text = stream.read(_TAIL).decode(errors="replace")
         except OSError:
             return []
-        return [line for line in text.splitlines() if line.strip()][-lines:]
+        whole = text.splitlines()[1:] if size > _TAIL else text.splitlines()
+        return [line for line in whole if line.strip()][-lines:]
 
 
 def write_private(path: Path, text: str) -> None:
