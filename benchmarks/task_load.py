@@ -21,6 +21,7 @@ from distributed import Client
 from benchmarks.parts import pool
 from benchmarks.task_flow import Order
 from prefect_htcdask import HTCGatewayCluster
+from prefect_htcdask.worker_runtime import flush
 
 MEMORY, DISK = "600 MiB", "100 MiB"
 IDLE_SECONDS = 10.0
@@ -42,9 +43,9 @@ class Spent:
         settled_seconds: from the first submit until the API shows every task run as completed; `None`: not waited for.
         submitting_seconds: until the last submit returned.
         flow_cpu_per_task: CPU time of the flow's process, until the last result.
-        workers_cpu_per_task: CPU time of all workers until the API is settled, less what they take when idle.
+        workers_cpu_per_task: CPU time of all workers until their last event is sent, less what they take when idle.
         scheduler_cpu_per_task: the same for the Dask scheduler.
-        server_cpu_per_task: the same for the Prefect server; it is asked for its count meanwhile.
+        server_cpu_per_task: the same for the Prefect server until it shows all; it is asked for its count meanwhile.
         first_bytes, most_bytes, last_bytes: memory that the flow's process has for itself alone (USS).
     """
 
@@ -117,22 +118,22 @@ class Workers:
         before = cpu_times(self.processes)
         began = time.time()
         figures = run_order(order)[0]
+        # What is still queued of the tasks' events and logs belongs to them; afterwards workers are idle for longer
+        # than the tasks took, which is not known well enough to be subtracted.
+        self.client.run(flush, SETTLE_TIMEOUT)
+        scheduler, *workers = self._used_since(before, began, self.processes[1:])
         settled = wait_until_settled(figures["flow_run_id"], order.task_runs) if settle else None
-        lasted = time.time() - began
-        used = {
-            pid: max(0.0, now - before[pid] - self.idle[pid] * lasted) for pid, now in cpu_times(self.processes).items()
-        }
-        # The few tasks of the warm-up cost these processes as much as others.
-        server, scheduler, *workers = (used[process.pid] / order.task_runs for process in self.processes)
+        (server,) = self._used_since(before, began, self.processes[:1])
         spent = Spent(
             tasks=tasks,
             seconds=figures["seconds"],
             settled_seconds=None if settled is None else settled - figures["started"],
             submitting_seconds=figures["submitting_seconds"],
             flow_cpu_per_task=figures["cpu_seconds"] / tasks,
-            workers_cpu_per_task=sum(workers),
-            scheduler_cpu_per_task=scheduler,
-            server_cpu_per_task=server,
+            # The few tasks of the warm-up cost these processes as much as others.
+            workers_cpu_per_task=sum(workers) / order.task_runs,
+            scheduler_cpu_per_task=scheduler / order.task_runs,
+            server_cpu_per_task=server / order.task_runs,
             **{name: figures[name] for name in ("first_bytes", "most_bytes", "last_bytes") if name in figures},
         )
         api = "" if settled is None else f", API {spent.settled_rate:.1f}/s"
@@ -145,6 +146,11 @@ class Workers:
             flush=True,
         )
         return spent
+
+    def _used_since(self, before: dict[int, float], began: float, processes: list[psutil.Process]) -> list[float]:
+        """CPU time of processes since they had used this much, in seconds, less what they take when idle."""
+        lasted = time.time() - began
+        return [max(0.0, now - before[pid] - self.idle[pid] * lasted) for pid, now in cpu_times(processes).items()]
 
 
 @contextmanager
