@@ -7,6 +7,7 @@ message; nothing is swallowed and nothing waits for ever.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -17,14 +18,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from distributed import Client, Future
+from distributed.sizeof import safe_sizeof
 from distributed.utils_comm import retry_operation
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Crashed
 
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.future_ends import on_end
+from prefect_htcdask.gathering import UNKNOWN_BYTES, batch_limit, expected_bytes, held_back
 from prefect_htcdask.losses import JobFates, killer_of, lost_reason
 from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.read_ahead import ReadAhead
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.worker_slots import worker_slot_freed
 
@@ -40,34 +44,11 @@ COMING = ("pending", "lost")
 MAX_GATHERS = 4
 """Gathers at a time: a large result on its way does not hold up the small ones."""
 
-MAX_BATCH = 200
-"""Futures of one gather at most; with so many ready, none waits for more."""
-
-INTERVAL = 0.05
-"""Seconds from one gather to the next, where many futures are asked for: what is ready by then comes in one."""
-
-FEW = 8
-"""With so many futures asked for at most, as by a flow that submits a task for each that has ended, none waits."""
-
 MAX_BROKEN = 10
 """Times that the gathering of one future may break off. Each time that the client finds its connection broken, it waits
 until that is there again; so this many have another reason."""
 
 logger = logging.getLogger("prefect.task_runner.htcdask")
-
-
-def held_back(ready: int, asked: int, awaited: bool, since: float) -> float:
-    """For how many seconds futures that are ready wait for others, to be gathered in one round trip with them.
-
-    Args:
-        ready: how many are ready.
-        asked: how many are asked for, ready or not.
-        awaited: whether a thread blocks on one of those that are ready.
-        since: seconds since the last gather began.
-    """
-    if awaited or asked <= FEW or ready >= MAX_BATCH:
-        return 0.0
-    return max(0.0, INTERVAL - since)
 
 
 class Collector:
@@ -79,6 +60,9 @@ class Collector:
             it got.
         fates: what is known of the workers' jobs, for the message of a lost task run.
         on_collected: called, in the client's event loop, with futures that have got their final states.
+
+    Attributes:
+        on_first: called there once, before anybody learns of the first final state that comes.
     """
 
     def __init__(
@@ -90,6 +74,7 @@ class Collector:
     ) -> None:
         self.client = client
         self._on_collected = on_collected
+        self.on_first: Callable[[], None] | None = None
         self.closed_at: float | None = None
         self.cancelled = False  # by the flow run: then what Dask cancels has not crashed
         self.fates = fates or JobFates()
@@ -100,11 +85,13 @@ class Collector:
         self._unheard: list[HTCDaskFuture[Any]] = []
         self._ready: deque[HTCDaskFuture[Any]] = deque()
         self._gathers = 0
+        self._result_bytes: float = UNKNOWN_BYTES
         self._began = 0.0
         self._looking = False
-        self._timer = False
+        self._due = math.inf
         self._broken: dict[int, int] = {}
         self._failure: HTCDaskError | None = None
+        self.read_ahead: ReadAhead[HTCDaskFuture[Any]] = ReadAhead()
         self._callbacks = ThreadPoolExecutor(1, thread_name_prefix="htcdask-callbacks")
 
     def ask(self, future: HTCDaskFuture[Any]) -> bool:
@@ -131,6 +118,8 @@ class Collector:
             if not self.ask(future):
                 # Ready perhaps, and held back.
                 self._look_soon()
+            for next_one in self.read_ahead.beside(future, self._result_bytes):
+                self.ask(next_one)
             deadline = None if timeout is None else time.monotonic() + timeout
             with worker_slot_freed(future.packed is None), self.condition:
                 while future.packed is None and not self.over:
@@ -223,23 +212,24 @@ class Collector:
         batches: list[list[HTCDaskFuture[Any]]] = []
         with self.condition:
             self._looking = False
+            limit = batch_limit(self._result_bytes)
             while self._ready and self._gathers < MAX_GATHERS:
                 ready = len(self._ready)
-                awaited = ready < MAX_BATCH and any(id(future) in self._awaited for future in self._ready)
-                pause = held_back(ready, len(self._asked), awaited, now - self._began)
+                awaited = ready < limit and any(id(future) in self._awaited for future in self._ready)
+                pause = held_back(ready, len(self._asked), awaited, now - self._began, limit)
                 if pause:
-                    if not self._timer:
-                        self._timer = True
+                    if now + pause < self._due:
+                        self._due = now + pause
                         loop.call_later(pause, self._look_again)
                     break
                 self._began = now
                 self._gathers += 1
-                batches.append([self._ready.popleft() for _ in range(min(ready, MAX_BATCH))])
+                batches.append([self._ready.popleft() for _ in range(min(ready, limit))])
         for batch in batches:
             loop.add_callback(self._gather_and_look, batch)
 
     def _look_again(self) -> None:
-        self._timer = False
+        self._due = math.inf
         self._look()
 
     async def _enqueue_when_back(self, future: HTCDaskFuture[Any]) -> None:
@@ -284,6 +274,12 @@ class Collector:
                 cast(Any, self.client.loop).add_callback(self._enqueue_when_back, future)
             elif future.packed is None:
                 lost.append(future)
+        if ended:
+            seen = sum(safe_sizeof(future.packed.data) for future in ended if future.packed is not None) / len(ended)
+            self._result_bytes = expected_bytes(self._result_bytes, seen)
+            first, self.on_first = self.on_first, None
+            if first is not None:
+                first()
         if self._on_collected is not None and ended:
             self._on_collected(ended)
         self._finish(ended)

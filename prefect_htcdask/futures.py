@@ -1,6 +1,7 @@
 """Futures of task runs on Dask.
 
-A state, and the result in it, stays on its worker until someone asks: `wait`, `result`, `state` or a done-callback.
+A state, and the result in it, stays on its worker until someone asks: `wait`, `result`, `state` or a done-callback; a
+small one also comes a little ahead, where someone asks for one after the other (`read_ahead`).
 From then on the flow's process holds it and the Dask future is released, so that a task run whose result was collected
 is never run again because its worker died. The `collector` brings it.
 """
@@ -8,6 +9,7 @@ is never run again because its worker died. The `collector` brings it.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -75,7 +77,18 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
 
     Its `wrapped_future` is Dask's, whose result is the task run's final `State`. Once that state is in hand, Dask's
     future is released, and a `CollectedFuture` takes its place.
+
+    Attributes:
+        brought_back: Dask's future of the final state, where tasks needed that after it was in hand
+            (`states_in_hand`).
+        times_brought_back: how often that was.
+        place, following: its place in the order of submits, and the next in it (`read_ahead`).
     """
+
+    brought_back: distributed.Future[Any] | None = None
+    times_brought_back: int = 0
+    place: int = 0
+    following: weakref.ref[Any] | None = None
 
     def __init__(
         self,

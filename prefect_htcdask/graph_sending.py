@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
+import dask
 from dask._expr import LLGExpr
+from dask.utils import parse_bytes
 from distributed import Client, Future
 from distributed.spans import SpanMetadata
 
 TOGETHER = "100 ms"
 """Graphs that come within this time are of one generation for Dask, and their tasks' own order decides; as in
 `distributed.Client.submit`."""
+
+_THRESHOLD = "distributed.admin.large-graph-warning-threshold"
+_configuring = threading.Lock()
 
 
 def send(
@@ -48,3 +55,14 @@ def send(
         resources=resources,
     )
     return [futures[key] for key in wanted]
+
+
+@contextmanager
+def sent_once(size: int) -> Iterator[None]:
+    """Have Dask not warn for `size` bytes of a graph, which are sent once for many tasks, as its warning advises."""
+    if not size:
+        yield
+        return
+    # Dask's configuration is that of the process: two threads that raised it at once would leave it raised.
+    with _configuring, dask.config.set({_THRESHOLD: parse_bytes(dask.config.get(_THRESHOLD)) + size}):
+        yield

@@ -31,9 +31,10 @@ class PackedState:
         name: the state's name.
         data: the user's data in it: the result, where it came in a record, else whatever the state's own data is.
         has_result: whether `data` is the result of a completed task run.
+        travels_along: whether the state is small enough to go along with each call that needs it, once that is known.
     """
 
-    __slots__ = ("_pickle", "_state", "data", "has_result", "name", "type")
+    __slots__ = ("_pickle", "_state", "data", "has_result", "name", "travels_along", "type")
 
     def __init__(self, state: State[Any]) -> None:
         self.type: StateType = state.type
@@ -42,6 +43,7 @@ class PackedState:
         record = isinstance(data, ResultRecord)
         self.data: Any = data.result if record else data
         self.has_result = record and state.is_completed()
+        self.travels_along: bool | None = None
         self._pickle = b""
         self._state: Callable[[], State[Any] | None] = _nobody
         try:
@@ -68,7 +70,7 @@ class PackedState:
             return PackedState(without_data(self.state))
         light = PackedState.__new__(PackedState)
         light.type, light.name, light.data, light.has_result = self.type, self.name, None, False
-        light._pickle, light._state = self._pickle, _nobody
+        light._pickle, light._state, light.travels_along = self._pickle, _nobody, None
         return light
 
 

@@ -73,6 +73,8 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
             run.stack.enter_context(distributed.Client.as_current(client))
             run.stack.enter_context(distributed.performance_report(runner.performance_report_path))
         run.stack.callback(waiting.close)
+        # A result may be here before the word that its worker has joined.
+        run.collector.on_first = waiting.close
         undo.pop_all()
     relay.connect(run)
     return run

@@ -170,8 +170,8 @@ def graphs(specs: Iterable[Spec], states: Mapping[str, Any], batch: int = BATCH)
                 for key in spec.upstream_keys():
                     if key in states and key not in sent:
                         # Not under the task's own name, whose durations Dask learns.
-                        sent[key] = f"state_in_hand-{key[-36:]}"
-                        nodes[sent[key]] = _loads(sent[key], cloudpickle.dumps(states[key]))
+                        sent[key] = name_in_hand(key[-36:])
+                        nodes[sent[key]] = loads_node(sent[key], cloudpickle.dumps(states[key]))
                         helpers.append(sent[key])
                 if isinstance(spec.shared, SharedData) and spec.shared.key not in brought:
                     brought.add(spec.shared.key)
@@ -182,5 +182,11 @@ def graphs(specs: Iterable[Spec], states: Mapping[str, Any], batch: int = BATCH)
             yield Graph(nodes, [*tasks, *helpers], options)
 
 
-def _loads(key: str, blob: bytes) -> GraphTask:
+def name_in_hand(task_run_id: str, times: int = 1) -> str:
+    """The key of a node that stands for the final state of a task run, the n-th time that it is brought back."""
+    return f"state_in_hand{f'_{times}' if times > 1 else ''}-{task_run_id}"
+
+
+def loads_node(key: str, blob: bytes) -> GraphTask:
+    """The node of a Dask graph whose value is what was pickled."""
     return GraphTask(key, apply, GraphTask(None, import_term, LOADS), List(blob))

@@ -13,17 +13,15 @@ from __future__ import annotations
 import copyreg
 import functools
 import re
-import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import dask
 from dask._task_spec import DataNode
 from dask.base import get_annotations
-from dask.utils import key_split, parse_bytes
+from dask.utils import key_split
 from distributed import Client, Future
 from distributed.protocol.pickle import dumps
 from prefect._internal.uuid7 import uuid7
@@ -38,7 +36,7 @@ from prefect.utilities.engine import collect_task_run_inputs_sync
 
 from prefect_htcdask.descriptions import Descriptions
 from prefect_htcdask.futures import HTCDaskFuture
-from prefect_htcdask.graph_sending import send
+from prefect_htcdask.graph_sending import send, sent_once
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.resubmission import NO_OPTIONS, SendOptions, SharedData, Spec
 from prefect_htcdask.scheduler_metadata import Place
@@ -49,12 +47,16 @@ from prefect_htcdask.worker_runtime import Call
 MAP_BATCH = 2000
 """Task runs of a `map` that go to the scheduler in one graph; more would hold back the first of them."""
 
+MAP_BYTES = 16 * 1024**2
+"""Bytes of parameters in one graph of a `map`, about: client and scheduler hold a graph as a whole."""
+
 METADATA_LIMIT = 8 * 1024**2
 """Shared parameters up to this size, in bytes, wait at the scheduler; larger ones are Dask data, copied from worker to
 worker."""
 
-_THRESHOLD = "distributed.admin.large-graph-warning-threshold"
-_configuring = threading.Lock()
+METADATA_TOTAL = 64 * 1024**2
+"""Bytes that wait at the scheduler in all, about: they stay there until the run ends, and Dask data does not."""
+
 _UNSAFE = re.compile(r"[^0-9A-Za-z]+")
 
 
@@ -163,31 +165,36 @@ class Submission:
         else:
             own = shared
         submitted: list[Submitted] = []
-        for start in range(0, len(calls), MAP_BATCH):
-            specs: list[Spec] = []
-            ids: list[UUID] = []
-            needed: list[UpstreamFutures] = []
-            for parameters in calls[start : start + MAP_BATCH]:
-                task_run_id, spec, upstreams = self._describe_call(
-                    task,
-                    envelope,
-                    parameters,
-                    wait_for,
-                    dependencies,
-                    shared_names=tuple(shared),
-                    shared_reference=reference,
-                    shared_inputs=shared_inputs,
-                    replaced=(own, holder.futures),
-                )
-                specs.append(spec)
-                ids.append(task_run_id)
-                needed.append(upstreams)
-            # The key of the shared data comes last; later batches depend on what the first brought.
+        specs: list[Spec] = []
+        needed: list[tuple[UUID, UpstreamFutures]] = []
+        waiting = 0
+        for number, parameters in enumerate(calls, 1):
+            task_run_id, spec, upstreams = self._describe_call(
+                task,
+                envelope,
+                parameters,
+                wait_for,
+                dependencies,
+                shared_names=tuple(shared),
+                shared_reference=reference,
+                shared_inputs=shared_inputs,
+                replaced=own,
+                others=holder,
+            )
+            specs.append(spec)
+            needed.append((task_run_id, upstreams))
+            waiting += len(spec.payload)
+            if number < len(calls) and len(specs) < MAP_BATCH and waiting < MAP_BYTES:
+                continue
+            # The key of the shared data comes last; later graphs depend on what the first brought.
             futures_ = self._send(specs, extra, resources)
             if extra:
                 anchor, extra = futures_.pop(), {}
-            upstream_futures = (one.futures for one in needed)
-            submitted += map(Submitted, ids, futures_, upstream_futures, map(self._kept, specs))
+            submitted += [
+                Submitted(task_run_id, future, upstreams.futures, self._kept(spec))
+                for (task_run_id, upstreams), future, spec in zip(needed, futures_, specs, strict=True)
+            ]
+            specs, needed, waiting = [], [], 0
         del anchor
         return submitted
 
@@ -210,7 +217,8 @@ class Submission:
         shared_names: tuple[str, ...] = (),
         shared_reference: Any = None,
         shared_inputs: Mapping[str, set[Any]] | None = None,
-        replaced: tuple[dict[str, Any], list[HTCDaskFuture[Any]]] = ({}, []),
+        replaced: Mapping[str, Any] | None = None,
+        others: UpstreamFutures | None = None,
     ) -> tuple[UUID, Spec, UpstreamFutures]:
         """One task run as a Dask task, with the upstream futures that it needs; to be held until it is sent."""
         task_run_id = uuid7()
@@ -220,9 +228,9 @@ class Submission:
             if more and name in inputs:
                 inputs[name] = inputs[name] | more
 
-        holder = UpstreamFutures(self.client, list(replaced[1]))
+        holder = UpstreamFutures(self.client, others)
         sent = {name: holder.replace(value) for name, value in parameters.items()}
-        sent.update(replaced[0])
+        sent.update(replaced or {})
         waited = holder.replace_awaited(list(wait_for)) if wait_for else None
         call = Call(
             task_run_id=task_run_id,
@@ -239,14 +247,14 @@ class Submission:
             envelope,
             dumps(call),
             shared_reference,
-            tuple(future.spec or str(future.wrapped_future.key) for future in holder.futures),
+            tuple(holder.sources),
         )
         return task_run_id, spec, holder
 
     def _share(self, shared: dict[str, Any]) -> tuple[Any, dict[str, Any], Future[Any] | None]:
         """Bring shared parameters where workers find them: inline, at the scheduler, or as Dask data."""
         blob = dumps(shared)
-        if len(blob) <= METADATA_LIMIT:
+        if len(blob) <= METADATA_LIMIT and self._described.held_bytes + len(blob) <= METADATA_TOTAL:
             return self._described.put(blob), {}, None
         key = f"shared_parameters-{uuid.uuid4()}"
         return SharedData(key, blob), {key: DataNode(key, blob)}, None
@@ -264,7 +272,7 @@ class Submission:
         if isinstance(self.client, ResumingClient):
             # What these depend on comes first.
             self.client.outbox.flush()
-        with self._steady(), _sent_once(sum(len(node.value) for node in extra.values())):
+        with self._steady(), sent_once(sum(len(node.value) for node in extra.values())):
             if isinstance(self.client, ResumingClient):
                 self.client.specs.update((spec.key, spec) for spec in specs)
             # Priority and the like are left to `dask.annotate`.
@@ -282,17 +290,6 @@ class Submission:
 
     def _kept(self, spec: Spec) -> Spec | None:
         return spec if isinstance(self.client, ResumingClient) else None
-
-
-@contextmanager
-def _sent_once(size: int) -> Iterator[None]:
-    """Have Dask not warn for `size` bytes of a graph, which are sent once for many tasks, as its warning advises."""
-    if not size:
-        yield
-        return
-    # Dask's configuration is that of the process: two threads that raised it at once would leave it raised.
-    with _configuring, dask.config.set({_THRESHOLD: parse_bytes(dask.config.get(_THRESHOLD)) + size}):
-        yield
 
 
 def current_tags() -> tuple[str, ...]:

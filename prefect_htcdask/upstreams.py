@@ -11,23 +11,36 @@ from prefect.utilities.collections import StopVisiting, visit_collection
 
 from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.outbox import OutboxClient
+from prefect_htcdask.states_in_hand import brought_back
 from prefect_htcdask.worker_runtime import Upstream
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
+    from prefect_htcdask.resubmission import Spec
+
 
 class UpstreamFutures:
     """Collects the upstream futures of a call, and puts `Upstream` in their places.
 
-    A future whose state this process has already is replaced by the state itself: it would make Dask run a finished
-    task again, if the worker that held the state is gone. The others' results stay on the cluster for as long as this
-    object is held: until the graph that needs them is sent, another thread may collect them.
+    A future whose state this process has already is replaced by the state itself, or by Dask data that stands for it
+    (`states_in_hand`): it would make Dask run a finished task again, if the worker that held the state is gone. The
+    others' results stay on the cluster for as long as this object is held: until the graph that needs them is sent,
+    another thread may collect them.
+
+    Args:
+        client: sends the call.
+        others: upstream futures that the call needs besides; their places are the first.
+
+    Attributes:
+        futures: those that stand in the call as `Upstream`, by its index.
+        sources: of each, the task whose state it brings, or only its key.
     """
 
-    def __init__(self, client: Client, futures: list[HTCDaskFuture[Any]] | None = None) -> None:
+    def __init__(self, client: Client, others: UpstreamFutures | None = None) -> None:
         self._client = client
-        self.futures: list[HTCDaskFuture[Any]] = futures or []
+        self.futures: list[HTCDaskFuture[Any]] = list(others.futures) if others else []
+        self.sources: list[Spec | str] = list(others.sources) if others else []
         self._index: dict[int, int] = {id(future): i for i, future in enumerate(self.futures)}
         self._held: list[Any] = []
         self._waits_only = False
@@ -52,21 +65,32 @@ class UpstreamFutures:
         if not isinstance(item, PrefectFuture) or isinstance(item, PrefectDistributedFuture):
             return item
         if isinstance(item, HTCDaskFuture):
+            if id(item) in self._index:
+                return Upstream(self._index[id(item)])
             wrapped = item.wrapped_future
             if item.is_on(self._client):
-                if id(item) not in self._index:
-                    if wrapped.client is not self._client and isinstance(wrapped.client, OutboxClient):
-                        # Its task has to be there before those that need it.
-                        wrapped.client.empty_outbox()
-                    self._index[id(item)] = len(self.futures)
-                    self.futures.append(item)
-                    self._held.append(wrapped)
-                return Upstream(self._index[id(item)])
-        # In hand already, or another runner's: its state, by value.
+                if wrapped.client is not self._client and isinstance(wrapped.client, OutboxClient):
+                    # Its task has to be there before those that need it.
+                    wrapped.client.empty_outbox()
+                return self._upstream(item, wrapped)
+        # In hand already, or another runner's.
         item.wait()
         packed = item.packed if isinstance(item, HTCDaskFuture) else None
         if self._waits_only and packed is not None and packed.has_result:
             packed = packed.without_data()
             return packed.state
+        if isinstance(item, HTCDaskFuture) and packed is not None:
+            there = brought_back(self._client, item)
+            if there is not None:
+                return self._upstream(item, there)
         state: State[Any] = item.state
         return state
+
+    def _upstream(self, future: HTCDaskFuture[Any], dask_future: Any) -> Upstream:
+        key = str(dask_future.key)
+        spec = future.spec
+        self._index[id(future)] = len(self.futures)
+        self.futures.append(future)
+        self.sources.append(spec if spec is not None and spec.key == key else key)
+        self._held.append(dask_future)
+        return Upstream(self._index[id(future)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,21 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.runtime import flow_run as flow_run_runtime
 from prefect.states import Completed
 
-from prefect_htcdask import HTCDaskTaskRunner, collector, live
-from prefect_htcdask.collector import FEW, INTERVAL, MAX_BATCH, held_back
+from prefect_htcdask import HTCDaskTaskRunner, collector, gathering, live
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.futures import CollectedFuture, HTCDaskFuture, _rebuild
+from prefect_htcdask.gathering import (
+    AWAITED_INTERVAL,
+    FEW,
+    GATHER_BYTES,
+    INTERVAL,
+    MAX_BATCH,
+    UNKNOWN_BYTES,
+    batch_limit,
+    expected_bytes,
+    held_back,
+)
+from prefect_htcdask.read_ahead import SMALL, WINDOW
 from prefect_htcdask.upstreams import UpstreamFutures
 from prefect_htcdask.worker_runtime import Upstream
 from tests.waiting import wait_until
@@ -32,8 +44,11 @@ seconds = st.floats(0, 10)
 
 
 @given(ready=counts, asked=counts, since=seconds)
-def test_nothing_waits_that_somebody_blocks_on(ready: int, asked: int, since: float) -> None:
-    assert held_back(ready, asked, True, since) == 0
+def test_who_blocks_on_one_hardly_waits_for_others(ready: int, asked: int, since: float) -> None:
+    pause = held_back(ready, asked, True, since)
+    assert 0 <= pause <= AWAITED_INTERVAL
+    # After a moment without any, it is gathered at once.
+    assert pause == 0 or since + pause <= AWAITED_INTERVAL
 
 
 @given(ready=counts, asked=st.integers(0, FEW), awaited=st.booleans(), since=seconds)
@@ -41,12 +56,33 @@ def test_few_never_wait(ready: int, asked: int, awaited: bool, since: float) -> 
     assert held_back(ready, asked, awaited, since) == 0
 
 
-@given(ready=counts, asked=st.integers(FEW + 1), since=seconds)
-def test_of_many_each_waits_until_the_interval_is_over_or_a_batch_is_full(ready: int, asked: int, since: float) -> None:
-    pause = held_back(ready, asked, False, since)
+@given(ready=counts, asked=st.integers(FEW + 1), since=seconds, limit=st.integers(1, MAX_BATCH))
+def test_of_many_each_waits_until_the_interval_is_over_or_a_batch_is_full(
+    ready: int, asked: int, since: float, limit: int
+) -> None:
+    pause = held_back(ready, asked, False, since, limit)
     assert 0 <= pause <= INTERVAL
-    assert (pause == 0) == (ready >= MAX_BATCH or since >= INTERVAL)
-    assert since + pause >= INTERVAL or ready >= MAX_BATCH
+    assert (pause == 0) == (ready >= limit or since >= INTERVAL)
+    assert since + pause >= INTERVAL or ready >= limit
+
+
+@given(st.floats(0, 1e12))
+def test_a_gather_brings_few_large_results_or_many_small_ones(size: float) -> None:
+    limit = batch_limit(size)
+    assert 1 <= limit <= MAX_BATCH
+    assert limit == 1 or limit * size <= GATHER_BYTES
+    assert limit == MAX_BATCH or (limit + 1) * size > GATHER_BYTES
+
+
+@given(st.lists(st.floats(0, 1e12), min_size=1))
+def test_what_is_expected_is_no_smaller_than_what_was_just_seen_and_forgets(seen: list[float]) -> None:
+    expected: float = UNKNOWN_BYTES
+    for size in seen:
+        expected = expected_bytes(expected, size)
+        assert expected >= size
+    for _ in range(40):
+        expected = expected_bytes(expected, 100)
+    assert expected == 100
 
 
 @pytest.fixture
@@ -57,6 +93,11 @@ def runner(local_pool: distributed.LocalCluster) -> HTCDaskTaskRunner:
 @task
 def nothing(x: int) -> int:
     return x
+
+
+@task
+def of_size(size: int) -> bytes:
+    return bytes(size)
 
 
 def collector_of_this_flow() -> collector.Collector:
@@ -106,10 +147,36 @@ def test_the_states_of_a_list_come_in_few_round_trips(runner: HTCDaskTaskRunner,
 
 
 @pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_small_results_taken_in_turn_come_in_few_round_trips(runner: HTCDaskTaskRunner, size: int) -> None:
+    count = 80
+
+    @flow(task_runner=runner)
+    def computing() -> list[int]:
+        futures = [of_size.submit(size) for _ in range(count)]
+        wait_until(lambda: all_finished(futures), 120, "all have ended", pause=0.5)
+        with gathers() as sizes:
+            for future in futures[:40]:
+                assert len(future.result()) == size
+            wait_until(lambda: not collector_of_this_flow()._asked, 20, "all that was asked for has come")
+            in_hand = sum(future.packed is not None for future in futures)
+            # Large ones stay on their workers until they are asked for.
+            assert in_hand == 40 if size > SMALL else 40 < in_hand <= 40 + WINDOW
+            for future in futures[40:]:
+                assert len(future.result()) == size
+        return sizes
+
+    sizes = computing()
+    print(f"gathered {sizes}")
+    assert sum(sizes) == count
+    assert len(sizes) == count if size > SMALL else len(sizes) <= 20
+
+
+@pytest.mark.usefixtures("prefect_api")
 def test_who_blocks_on_one_of_many_does_not_wait_for_the_others(
     runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collector, "INTERVAL", 3600.0)
+    monkeypatch.setattr(gathering, "INTERVAL", 3600.0)
 
     @flow(task_runner=runner)
     def computing() -> None:
@@ -120,7 +187,7 @@ def test_who_blocks_on_one_of_many_does_not_wait_for_the_others(
         heard: list[Any] = []
         for future in futures:
             future.add_done_callback(heard.append)
-        wait_until(lambda: its._timer or its._looking, 20, "what is ready is looked at")
+        wait_until(lambda: its._due < math.inf or its._looking, 20, "what is ready is looked at")
         # The first few came at once; the rest would for an hour not.
         held = [future for future in futures if future.packed is None]
         assert len(held) > 1

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import htcondor2
 import pytest
 from rich.console import Console
 from rich.theme import Theme
@@ -115,9 +116,11 @@ def test_a_flow_in_a_terminal_shows_what_it_waits_for(
 ) -> None:
     script = tmp_path / "waits.py"
     script.write_text(FLOW)
-    with python_in_terminal(str(script)) as there:
+    # The job is idle until it is let go: a machine that is busy draws the line less often than the pool matches jobs.
+    with python_in_terminal(str(script), PREFECT_INTEGRATIONS_HTCDASK_WORKER_REQUIREMENTS="MY.LetGo =?= true") as there:
         there.shows("the gateway starts a Dask scheduler")
-        # How long the job is idle is up to the pool: on a busy machine the line is drawn less often than that.
+        there.shows("waiting for the first worker: 1 idle in HTCondor's queue")
+        htcondor2.Schedd().edit("LetGo isnt true && JobStatus == 1", "LetGo", "true")
         there.shows("waiting for the first worker: 1 started, the worker connects")
         there.shows("the result is 2")
         assert there.end() == 0, there.text

@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as flow_run_runtime
 
-from prefect_htcdask import HTCDaskTaskRunner, kept_work, live, reconnection
+from prefect_htcdask import HTCDaskTaskRunner, kept_work, live, reconnection, states_in_hand
 from prefect_htcdask.by_value import install
 from prefect_htcdask.errors import HTCDaskError, TaskRunLost
 from tests.dask_cluster import dask_cluster, gate
@@ -229,6 +229,40 @@ def test_what_the_scheduler_forgot_is_submitted_again(
     assert len(runs(tmp_path, "in-hand")) == 1
     (line,) = told(caplog, "is there again")
     assert "of 2 unfinished task runs the scheduler has kept 0, and 2 were submitted again; 1 results in hand" in line
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_large_state_in_hand_is_sent_again(
+    wire: Wire, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: bool
+) -> None:
+    """It is Dask data then, which the scheduler has forgotten, or of which it has never heard."""
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> list[bool]:
+        large = marked.submit(tmp_path, "large", 2 * states_in_hand.LIMIT)
+        result = large.result(timeout=PATIENCE)
+        # The scheduler has heard of this task before, as of each whose envelope it must have.
+        first = after.submit(large if kept else 1, tmp_path, "first")
+        wait_until(lambda: first.wrapped_future.status == "finished", PATIENCE, "it has ended")
+        if kept:
+            _keep_nothing(wire)
+        wire.swallow()
+        second = after.submit(large, tmp_path, "second")
+        client = client_of_this_flow()
+        client.outbox.flush()
+        key = large.brought_back.key
+        wire.cut()
+        wait_until(lambda: client.status == "connecting", PATIENCE, "the loss is noticed")
+        wait_until(lambda: key not in wire.scheduler.tasks, PATIENCE, "the scheduler does not have it")
+        wire.mend()
+        found = second.result(timeout=PATIENCE) == result
+        third = after.submit(large, tmp_path, "third").result(timeout=PATIENCE) == result
+        return [found, third]
+
+    assert computing() == [True, True]
+    assert len(runs(tmp_path, "large")) == 1
+    (line,) = told(caplog, "is there again")
+    assert "0, and 2 were submitted again" in line if kept else "1, and 1 were submitted again" in line
 
 
 def _run_counts(flow_run_id: Any) -> dict[str, int]:

@@ -19,7 +19,7 @@ from prefect import flow, task
 from prefect.runtime import flow_run
 from prefect.utilities.annotations import unmapped
 
-from prefect_htcdask import HTCDaskTaskRunner
+from prefect_htcdask import HTCDaskTaskRunner, live
 from tests.counting_proxy import Traffic, counting_proxy
 from tests.waiting import wait_until
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 MB = 1_000_000
 ARRAY = int(os.environ.get("HTCDASK_TEST_ARRAY_MB", "20")) * MB
 """Bytes of the large argument; more than waits at the scheduler (`submission.METADATA_LIMIT`)."""
-TASKS = 40
+TASKS = 100
 RESULT = 1 * MB
 
 
@@ -133,6 +133,50 @@ def test_a_large_shared_argument_is_sent_once_to_each_worker(pool: Pool, recwarn
     # Dask would say to send it once; what is sent with each call it still warns of.
     assert not [warning for warning in recwarn if "large graph" in str(warning.message)]
     assert dask.config.get("distributed.admin.large-graph-warning-threshold") == "10MB"
+
+
+@task
+def an_array(size: int) -> Any:
+    return the_array()[:size]
+
+
+@flow
+def one_result_for_many_submits() -> dict[str, Any]:
+    pool = the_pool()
+    # Until both have the code; and then by somebody who has looked at the result before.
+    few = an_array.submit(1000)
+    few.result()
+    for _ in range(20):
+        answers = [future.result() for future in [first_and_process.submit(number, few) for number in range(4)]]
+        if len({process for _, process in answers}) == 2:
+            break
+    array = an_array.submit(ARRAY)
+    assert len(array.result()) == ARRAY
+    client, workers, data = pool.to_scheduler.now(), pool.of_workers.now(), pool.from_workers()
+    futures = [first_and_process.submit(number, array) for number in range(TASKS)]
+    answers = [future.result() for future in futures]
+    seen = {
+        "answers": answers,
+        "sent": pool.to_scheduler.since(client)[0],
+        "fetched": pool.of_workers.since(workers)[1] + pool.from_workers() - data,
+    }
+    ours = live.find(str(flow_run.id))
+    assert ours is not None
+    key = array.brought_back.key
+    assert key in ours.client.futures
+    del array, futures
+    wait_until(lambda: key not in ours.client.futures, 20, "nobody needs it any more")
+    return seen
+
+
+def test_a_large_result_in_hand_is_sent_once_for_many_submits(pool: Pool, recwarn: pytest.WarningsRecorder) -> None:
+    seen = one_result_for_many_submits.with_options(task_runner=HTCDaskTaskRunner(address=pool.to_scheduler.address))()
+    assert [value for value, _ in seen["answers"]] == [int(value) for value in the_array()[:TASKS]]
+    assert len({process for _, process in seen["answers"]}) == 2, "one worker alone had all the tasks"
+    assert ARRAY <= seen["sent"] < 1.1 * ARRAY
+    # The second worker may have it of the first.
+    assert ARRAY <= seen["fetched"] < 2.2 * ARRAY
+    assert not [warning for warning in recwarn if "large graph" in str(warning.message)]
 
 
 @task
