@@ -21,7 +21,6 @@ from distributed import Client
 from benchmarks.parts import pool
 from benchmarks.task_flow import Order
 from prefect_htcdask import HTCGatewayCluster
-from prefect_htcdask.worker_runtime import flush
 
 MEMORY, DISK = "600 MiB", "100 MiB"
 IDLE_SECONDS = 10.0
@@ -120,7 +119,7 @@ class Workers:
         figures = run_order(order)[0]
         # What is still queued of the tasks' events and logs belongs to them; afterwards workers are idle for longer
         # than the tasks took, which is not known well enough to be subtracted.
-        self.client.run(flush, SETTLE_TIMEOUT)
+        self.client.run(send_what_is_queued)
         scheduler, *workers = self._used_since(before, began, self.processes[1:])
         settled = wait_until_settled(figures["flow_run_id"], order.task_runs) if settle else None
         (server,) = self._used_since(before, began, self.processes[:1])
@@ -189,6 +188,15 @@ def workers(count: int, **environment: str) -> Iterator[Workers]:
         idle = statistics.mean(found.idle[pid] for pid in pids)
         print(f"{count} workers; each takes {1e3 * idle:.0f} ms of CPU a second when idle", file=sys.stderr, flush=True)
         yield found
+
+
+async def send_what_is_queued() -> None:
+    """Have a worker send its queued events and logs; runs in its event loop, in which Prefect's services cannot wait."""
+    import asyncio
+
+    from prefect_htcdask.worker_runtime import flush
+
+    await asyncio.to_thread(flush, 300.0)
 
 
 def cpu_times(processes: list[psutil.Process]) -> dict[int, float]:
