@@ -191,7 +191,7 @@ def workers(count: int, **environment: str) -> Iterator[Workers]:
 
 
 async def send_what_is_queued() -> None:
-    """Have a worker send its queued events and logs; runs in its event loop, in which Prefect's services cannot wait."""
+    """Have a worker send its queued events and logs; runs in its event loop, where Prefect's services cannot wait."""
     import asyncio
 
     from prefect_htcdask.worker_runtime import flush

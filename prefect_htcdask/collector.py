@@ -6,6 +6,8 @@ message; nothing is swallowed and nothing waits for ever.
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 import math
 import threading
@@ -18,18 +20,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from distributed import Client, Future
-from distributed.sizeof import safe_sizeof
 from distributed.utils_comm import retry_operation
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Crashed
 
+from prefect_htcdask.done_callbacks import call_all, call_late
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.future_ends import on_end
-from prefect_htcdask.gathering import UNKNOWN_BYTES, batch_limit, expected_bytes, held_back
+from prefect_htcdask.gathering import MAX_BATCH, batch_size, held_back
 from prefect_htcdask.losses import JobFates, killer_of, lost_reason
 from prefect_htcdask.packed_states import PackedState
 from prefect_htcdask.read_ahead import ReadAhead
 from prefect_htcdask.reconnection import ResumingClient
+from prefect_htcdask.result_sizes import ResultSizes
 from prefect_htcdask.worker_slots import worker_slot_freed
 
 if TYPE_CHECKING:
@@ -81,11 +84,12 @@ class Collector:
         self.condition = threading.Condition()
         self._on_lost = on_lost
         self._asked: dict[int, HTCDaskFuture[Any]] = {}
+        self._ahead: set[int] = set()
         self._awaited: Counter[int] = Counter()
         self._unheard: list[HTCDaskFuture[Any]] = []
         self._ready: deque[HTCDaskFuture[Any]] = deque()
         self._gathers = 0
-        self._result_bytes: float = UNKNOWN_BYTES
+        self._sizes = ResultSizes()
         self._began = 0.0
         self._looking = False
         self._due = math.inf
@@ -97,6 +101,7 @@ class Collector:
     def ask(self, future: HTCDaskFuture[Any]) -> bool:
         """Bring the final state of `future` here as soon as there is one; False where that was asked for before."""
         with self.condition:
+            self._ahead.discard(id(future))
             if future.packed is not None or id(future) in self._asked or self.over:
                 return False
             self._asked[id(future)] = future
@@ -118,8 +123,8 @@ class Collector:
             if not self.ask(future):
                 # Ready perhaps, and held back.
                 self._look_soon()
-            for next_one in self.read_ahead.beside(future, self._result_bytes):
-                self.ask(next_one)
+            if self._failure is None:
+                self._ask_ahead(self.read_ahead.beside(future, self._sizes.expected(future.task_name)))
             deadline = None if timeout is None else time.monotonic() + timeout
             with worker_slot_freed(future.packed is None), self.condition:
                 while future.packed is None and not self.over:
@@ -127,6 +132,13 @@ class Collector:
                     if left <= 0:
                         return
                     self.condition.wait(left)
+
+    def _ask_ahead(self, futures: list[HTCDaskFuture[Any]]) -> None:
+        # All at once: nothing is gathered in between.
+        with self.condition:
+            for future in futures:
+                if self.ask(future):
+                    self._ahead.add(id(future))
 
     @contextmanager
     def _blocked_on(self, future: HTCDaskFuture[Any]) -> Iterator[None]:
@@ -165,7 +177,7 @@ class Collector:
             self.condition.notify_all()
         self._callbacks.shutdown(wait=False)
         if left:
-            threading.Thread(target=_call_late, args=(left,), name="htcdask-callbacks", daemon=True).start()
+            threading.Thread(target=call_late, args=(left,), name="htcdask-callbacks", daemon=True).start()
 
     @property
     def over(self) -> bool:
@@ -212,11 +224,12 @@ class Collector:
         batches: list[list[HTCDaskFuture[Any]]] = []
         with self.condition:
             self._looking = False
-            limit = batch_limit(self._result_bytes)
             while self._ready and self._gathers < MAX_GATHERS:
-                ready = len(self._ready)
-                awaited = ready < limit and any(id(future) in self._awaited for future in self._ready)
-                pause = held_back(ready, len(self._asked), awaited, now - self._began, limit)
+                ready = list(itertools.islice(self._ready, MAX_BATCH))
+                size = batch_size(self._sizes.expected(future.task_name) for future in ready)
+                full = size < len(self._ready) or size == MAX_BATCH
+                awaited = not full and any(id(future) in self._awaited for future in ready)
+                pause = held_back(full, len(self._asked), awaited, now - self._began)
                 if pause:
                     if now + pause < self._due:
                         self._due = now + pause
@@ -224,7 +237,7 @@ class Collector:
                     break
                 self._began = now
                 self._gathers += 1
-                batches.append([self._ready.popleft() for _ in range(min(ready, limit))])
+                batches.append([self._ready.popleft() for _ in range(size)])
         for batch in batches:
             loop.add_callback(self._gather_and_look, batch)
 
@@ -257,10 +270,16 @@ class Collector:
                 return
             states = dict.fromkeys(finished)
             for future in finished.values():
-                if self.over or (isinstance(exc, OSError) and self._try_again(future)):
+                if self.over or self._only_ahead(future) or (isinstance(exc, OSError) and self._try_again(future)):
                     batch.remove(future)
                 elif future.wrapped_future.status == "finished":
                     self._end(future, exc)
+        first, self.on_first = self.on_first, None
+        if first is not None:
+            try:
+                await asyncio.to_thread(first)
+            except Exception:
+                logger.exception("Error as the first final state came")
         ended: list[HTCDaskFuture[Any]] = []
         lost: list[HTCDaskFuture[Any]] = []
         for future in batch:
@@ -274,12 +293,7 @@ class Collector:
                 cast(Any, self.client.loop).add_callback(self._enqueue_when_back, future)
             elif future.packed is None:
                 lost.append(future)
-        if ended:
-            seen = sum(safe_sizeof(future.packed.data) for future in ended if future.packed is not None) / len(ended)
-            self._result_bytes = expected_bytes(self._result_bytes, seen)
-            first, self.on_first = self.on_first, None
-            if first is not None:
-                first()
+        self._see(ended)
         if self._on_collected is not None and ended:
             self._on_collected(ended)
         self._finish(ended)
@@ -301,6 +315,23 @@ class Collector:
                 return cast("dict[str, Any]", answer["data"])
         # It has what cannot be had computed again.
         return cast("dict[str, Any]", await self.client.gather(finished, errors="skip", asynchronous=True))
+
+    def _see(self, ended: list[HTCDaskFuture[Any]]) -> None:
+        by_name: dict[str, list[Any]] = {}
+        for future in ended:
+            if future.packed is not None:
+                by_name.setdefault(future.task_name, []).append(future.packed.data)
+        for name, results in by_name.items():
+            self._sizes.saw(name, results)
+
+    def _only_ahead(self, future: HTCDaskFuture[Any]) -> bool:
+        """Forget that a future was asked for, unless somebody has asked for that very one."""
+        with self.condition:
+            if id(future) not in self._ahead or future._callbacks:
+                return False
+            self._ahead.discard(id(future))
+            self._asked.pop(id(future), None)
+            return True
 
     def _try_again(self, future: HTCDaskFuture[Any]) -> bool:
         """Gather a future later: the connection broke, and the client will say whether its task goes on."""
@@ -336,33 +367,17 @@ class Collector:
             calls = []
             for future in futures:
                 self._asked.pop(id(future), None)
+                self._ahead.discard(id(future))
                 self._broken.pop(id(future), None)
                 calls += [(fn, future) for fn in future._callbacks]
                 future.let_go()
             self.condition.notify_all()
         if calls:
             try:
-                self._callbacks.submit(_call_all, calls)
+                self._callbacks.submit(call_all, calls)
             except RuntimeError:  # closed
                 with suppress(RuntimeError):  # so is this process
-                    threading.Thread(target=_call_all, args=(calls,), name="htcdask-callbacks", daemon=True).start()
-
-
-def _call_all(calls: list[tuple[Callable[[Any], None], Any]]) -> None:
-    for fn, future in calls:
-        try:
-            fn(future)
-        except Exception:
-            logger.exception("Error in a done-callback of task run %s", future._task_run_id)
-
-
-def _call_late(futures: list[HTCDaskFuture[Any]]) -> None:
-    """Call whoever waits for futures that had finished, and were not here, as their collector closed."""
-    for future in futures:
-        with suppress(Exception):
-            future.wait()
-        calls, future._callbacks = future._callbacks, ()
-        _call_all([(fn, future) for fn in calls])  # which not even the Prefect API knows the end of
+                    threading.Thread(target=call_all, args=(calls,), name="htcdask-callbacks", daemon=True).start()
 
 
 _collectors_lock = threading.Lock()

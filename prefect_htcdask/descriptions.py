@@ -14,7 +14,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 from distributed import Client
@@ -49,7 +49,8 @@ class Descriptions:
         self._lock = threading.Lock()
         self._tasks = _Described()
         self._contexts = _Described()
-        self._blobs: dict[str, Place] = {}
+        self._left: dict[tuple[int, str], _Left] = {}
+        self._places: list[Place] = []
         self._held = 0
 
     def envelope(self, task: Task[Any, Any], offers: Offers | None) -> Place:
@@ -63,8 +64,9 @@ class Descriptions:
             known = self._tasks.find(identity)
         if known is not None:
             return known
-        # Another object with the same options, as of each round of a loop, is described in the same words.
-        place = self._leave_once(cloudpickle.dumps({"task": task, "context": context}))
+        # Another object with the same options, as of each round of a loop, is described in the same words. Other
+        # functions that are may still have a cache each.
+        place = self._leave_once(cloudpickle.dumps({"task": task, "context": context}), task.fn)
         with self._lock:
             self._tasks.keep(identity, place, (task, attributes))
         return place
@@ -75,6 +77,14 @@ class Descriptions:
             return blob
         return self._leave_once(blob)
 
+    def takes(self, blob: bytes, limit: int, total: int) -> bool:
+        """Whether bytes are to be left at the scheduler: few, or no more than `limit`, and known or `total` of all."""
+        if len(blob) <= INLINE_LIMIT or len(blob) > limit:
+            return len(blob) <= INLINE_LIMIT
+        words = id(None), hashlib.sha256(blob).hexdigest()
+        with self._lock:
+            return words in self._left or self._held + len(blob) <= total
+
     @property
     def held_bytes(self) -> int:
         """What this object has left at the scheduler, in bytes."""
@@ -84,28 +94,30 @@ class Descriptions:
     def places(self) -> list[Place]:
         """Where the scheduler holds what this object left there."""
         with self._lock:
-            return list(self._blobs.values())
+            return list(self._places)
 
     def forget(self) -> None:
         """Remove this run's part of the metadata."""
         with self._lock:
             self._tasks, self._contexts = _Described(), _Described()
-            self._blobs.clear()
+            self._left.clear()
+            self._places.clear()
             self._held = 0
         self._client.set_metadata([METADATA_ROOT, self._run_id], None)
 
-    def _leave_once(self, blob: bytes) -> Place:
-        digest = hashlib.sha256(blob).hexdigest()
+    def _leave_once(self, blob: bytes, of: object = None) -> Place:
+        words = id(of), hashlib.sha256(blob).hexdigest()
         with self._lock:
-            known = self._blobs.get(digest)
-        if known is None:
-            # Under a name that no other object gives: it takes away what it has left, and nothing else.
-            known = (self._run_id, uuid.uuid4().hex)
-            self._client.set_metadata([METADATA_ROOT, *known], blob)
-            with self._lock:
-                self._held += len(blob)
-                self._blobs[digest] = known
-        return known
+            known = self._left.get(words)
+        if known is not None:
+            return known.place
+        # Under a name that no other object gives: it takes away what it has left, and nothing else.
+        left = _Left((self._run_id, uuid.uuid4().hex), of)
+        self._client.set_metadata([METADATA_ROOT, *left.place], blob)
+        with self._lock:
+            self._held += len(blob)
+            self._places.append(left.place)
+            return self._left.setdefault(words, left).place
 
     def _context(self, offers: Offers | None) -> Place:
         kept = (FlowRunContext.get(), SettingsContext.get(), TaskRunContext.get(), offers)
@@ -190,6 +202,13 @@ def _names(code: CodeType) -> tuple[str, ...]:
     """The global names in a function's code, and in that of the functions in it."""
     inner = (one for one in code.co_consts if isinstance(one, CodeType))
     return tuple(dict.fromkeys([*code.co_names, *(name for one in inner for name in _names(one))]))
+
+
+class _Left(NamedTuple):
+    """Where something is, and what it belongs to, which is kept alive for its identity."""
+
+    place: Place
+    of: object
 
 
 class _Described:

@@ -79,14 +79,9 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
     future is released, and a `CollectedFuture` takes its place.
 
     Attributes:
-        brought_back: Dask's future of the final state, where tasks needed that after it was in hand
-            (`states_in_hand`).
-        times_brought_back: how often that was.
         place, following: its place in the order of submits, and the next in it (`read_ahead`).
     """
 
-    brought_back: distributed.Future[Any] | None = None
-    times_brought_back: int = 0
     place: int = 0
     following: weakref.ref[Any] | None = None
 

@@ -84,7 +84,7 @@ class LiveRun:
         self.submission = Submission(self.client, self.key, self.api_url)
         self._lock = threading.Lock()
         self._unfinished: dict[UUID, HTCDaskFuture[Any]] = {}
-        self._by_id: WeakValueDictionary[UUID, HTCDaskFuture[Any]] = WeakValueDictionary()
+        self._by_key: WeakValueDictionary[str, HTCDaskFuture[Any]] = WeakValueDictionary()
         self._cancelled = False
         self._cancelling = False
         self._cut_short: set[UUID] = set()
@@ -117,7 +117,7 @@ class LiveRun:
         """Hold futures until their task runs end, so that a submitted task runs though nobody keeps its future."""
         with self._lock:
             self._unfinished.update((future._task_run_id, future) for future in futures)
-            self._by_id.update((future._task_run_id, future) for future in futures)
+            self._by_key.update((str(future.wrapped_future.key), future) for future in futures)
         self.collector.read_ahead.follow(futures)
 
     def check(self) -> None:
@@ -144,7 +144,7 @@ class LiveRun:
             verdict=0.0 if self.cluster is None else VERDICT,
             goes_on=lambda: not self._closed and self.collector.failure is None,
             in_hand=self._final_state,
-            results_in_hand=lambda: sum(one.packed is not None for one in list(self._by_id.values())),
+            results_in_hand=lambda: sum(one.packed is not None for one in list(self._by_key.values())),
             log=self.log,
             fail=self.fail,
         )
@@ -308,9 +308,9 @@ class LiveRun:
             )
 
     def _final_state(self, key: str) -> State[Any] | None:
-        """The state in which a task run ended, by a Dask key that ends in its id, where it was collected."""
+        """The state in which a task run ended, by its Dask key, where it was collected."""
         with self._lock:
-            future = self._by_id.get(UUID(key[-36:]))
+            future = self._by_key.get(key)
         packed = future.packed if future is not None else None
         return packed.state if packed is not None and packed.type in (StateType.COMPLETED, StateType.FAILED) else None
 

@@ -31,7 +31,7 @@ class PackedState:
         name: the state's name.
         data: the user's data in it: the result, where it came in a record, else whatever the state's own data is.
         has_result: whether `data` is the result of a completed task run.
-        travels_along: whether the state is small enough to go along with each call that needs it, once that is known.
+        travels_along: whether the state goes along with each call that needs it (`states_in_hand`), once that is known.
     """
 
     __slots__ = ("_pickle", "_state", "data", "has_result", "name", "travels_along", "type")

@@ -1,8 +1,8 @@
 """Asks for the results that somebody is about to ask for, who takes one after another in the order of their submits.
 
 ``[future.result() for future in futures]`` names one future at a time, and each state would come home alone. After a
-few in turn, the next are asked for as well, as a file system reads ahead; only where results are small, for large ones
-stay on their workers until they are asked for.
+few in turn, the next of the same task are asked for as well, as many as were taken, as a file system reads ahead; only
+where that task's results are small, for large ones stay on their workers until they are asked for.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ class Link(Protocol):
     """What stands in a row.
 
     Attributes:
+        task_name: what it is a result of.
         place: its number in the row.
         following: the one that was submitted next, if that is still there.
     """
 
+    task_name: str
     place: int
     following: weakref.ref[Any] | None
 
@@ -66,7 +68,7 @@ class ReadAhead(Generic[L]):
 
         Args:
             future: what is waited for.
-            result_bytes: how large a result is, as far as can be told.
+            result_bytes: how large a result of its task is, as far as can be told.
         """
         with self._lock:
             place, taken = future.place, self._taken
@@ -74,18 +76,20 @@ class ReadAhead(Generic[L]):
                 return []
             self._taken = place
             # Of those that were asked for ahead, whoever finds the states in hand does not wait.
-            if not taken < place <= max(taken + 1, self._asked):
-                self._in_turn, self._asked = 0, 0
+            if not taken < place <= max(taken, self._asked) + 1:
+                self._in_turn, self._asked = 1, 0
                 return []
-            self._in_turn += 1
-            if self._in_turn < IN_TURN or result_bytes > SMALL or self._asked > place + WINDOW // 2:
+            self._in_turn += place - taken
+            window = min(self._in_turn, WINDOW)
+            if window < IN_TURN or result_bytes > SMALL or self._asked > place + window // 2:
                 return []
             last: L | None = self._until() if self._until is not None and self._asked > place else future
             ahead: list[L] = []
-            while last is not None and last.place < place + WINDOW:
+            while last is not None and last.place < place + window:
                 last = last.following() if last.following is not None else None
-                if last is not None:
-                    ahead.append(last)
+                if last is None or last.task_name != future.task_name:
+                    break
+                ahead.append(last)
             if ahead:
                 self._until, self._asked = weakref.ref(ahead[-1]), ahead[-1].place
             return ahead

@@ -24,6 +24,7 @@ from prefect_dask.client import PrefectDaskClient
 
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.graph_sending import send
+from prefect_htcdask.held_state import HeldState
 from prefect_htcdask.interruptible_client import InterruptibleClient
 from prefect_htcdask.kept_work import KEEP, LEAVE, RESUME
 from prefect_htcdask.lost_work import MARK
@@ -78,6 +79,7 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.specs: WeakValueDictionary[str, Spec] = WeakValueDictionary()
+        self.held_states: dict[str, HeldState] = {}
         self._terms: Terms | None = None
         self._there = threading.Event()
         self._there.set()
@@ -230,13 +232,16 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
             raise OSError("no connection")
 
     def _is_ours(self, message: dict[str, Any]) -> bool:
-        return message.get("op") == "update-graph" and any(key in self.specs for key in message["keys"])
+        return message.get("op") == "update-graph" and any(
+            key in self.specs or key in self.held_states for key in message["keys"]
+        )
 
     async def _go_on(self, terms: Terms, keys: list[str], known: set[str], lost_at: float) -> None:
         """Submit again what the scheduler does not know, and hear again what is told to this client."""
         for topic in list(cast(Any, self)._event_handlers):
             self._send_to_scheduler({"op": "subscribe-topic", "topic": topic, "client": self.id})
         lost: list[Spec] = []
+        states: list[HeldState] = []
         for key in keys:
             state = self.futures.get(key)
             if key in known or state is None:
@@ -244,11 +249,13 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
             spec = self.specs.get(key)
             if spec is not None:
                 lost.append(spec)
+            elif (held_state := self.held_states.get(key)) is not None:
+                states.append(held_state)
             else:
                 _cancel(state)
         held: list[Future[Any]] = []
-        if lost:
-            held = await asyncio.to_thread(self._submit_again, terms, lost, known)
+        if lost or states:
+            held = await asyncio.to_thread(self._submit_again, terms, lost, known, states)
         cast(Any, self).loop.call_later(_HELD, held.clear)
         kept = sum(1 for key in known if key in self.specs)
         terms.log(
@@ -258,8 +265,12 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
             f"submitted again; {terms.results_in_hand()} results in hand are kept",
         )
 
-    def _submit_again(self, terms: Terms, lost: list[Spec], known: set[str]) -> list[Future[Any]]:
+    def _submit_again(
+        self, terms: Terms, lost: list[Spec], known: set[str], held_states: list[HeldState]
+    ) -> list[Future[Any]]:
         """Send the graphs; returns what must be wanted until they have come."""
+        held = [one.send(self) for one in held_states]
+        known = known.union(one.key for one in held_states)
         states: dict[str, Any] = {}
 
         def in_hand(key: str) -> bool:
@@ -276,7 +287,6 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
         mark = {"times": 1, "workers": [], "begun": False, "held": False, "why": why}
         wanted = {spec.key for spec in lost}
         order = {spec.key: spec.number for spec in specs}
-        held: list[Future[Any]] = []
         for nodes, keys, options in graphs(specs, states):
             with annotate(**{**options.annotations, MARK: mark}):
                 futures = send(self, nodes, keys, order, options.resources)

@@ -170,7 +170,7 @@ def graphs(specs: Iterable[Spec], states: Mapping[str, Any], batch: int = BATCH)
                 for key in spec.upstream_keys():
                     if key in states and key not in sent:
                         # Not under the task's own name, whose durations Dask learns.
-                        sent[key] = name_in_hand(key[-36:])
+                        sent[key] = f"state_in_hand-{key[-36:]}"
                         nodes[sent[key]] = loads_node(sent[key], cloudpickle.dumps(states[key]))
                         helpers.append(sent[key])
                 if isinstance(spec.shared, SharedData) and spec.shared.key not in brought:
@@ -180,11 +180,6 @@ def graphs(specs: Iterable[Spec], states: Mapping[str, Any], batch: int = BATCH)
                 nodes[spec.key] = spec.node(sent)
             tasks = [key for key in nodes if key not in helpers]
             yield Graph(nodes, [*tasks, *helpers], options)
-
-
-def name_in_hand(task_run_id: str, times: int = 1) -> str:
-    """The key of a node that stands for the final state of a task run, the n-th time that it is brought back."""
-    return f"state_in_hand{f'_{times}' if times > 1 else ''}-{task_run_id}"
 
 
 def loads_node(key: str, blob: bytes) -> GraphTask:

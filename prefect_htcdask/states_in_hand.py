@@ -6,16 +6,21 @@ them: its worker may be gone, and the task run that ended in it must not run aga
 
 from __future__ import annotations
 
-import contextvars
-from contextlib import nullcontext
+import threading
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
+from weakref import WeakValueDictionary
 
 from distributed import Client, Future
 from distributed.protocol.pickle import dumps
 
-from prefect_htcdask.graph_sending import send, sent_once
+from prefect_htcdask.graph_sending import sent_once
+from prefect_htcdask.held_state import HeldState
 from prefect_htcdask.reconnection import ResumingClient
-from prefect_htcdask.resubmission import loads_node, name_in_hand
 
 if TYPE_CHECKING:
     from prefect_htcdask.futures import HTCDaskFuture
@@ -23,38 +28,72 @@ if TYPE_CHECKING:
 LIMIT = 256 * 1024
 """Bytes of a pickled state, at most, that go along with every call; a graph of its own costs about as much CPU time."""
 
+KEPT = 256 * 1024**2
+"""Bytes of states that stay on the cluster for calls to come; the scheduler holds them as well. Others are there for as
+long as a task needs them, and the last one is always kept."""
 
-def brought_back(client: Client, future: HTCDaskFuture[Any]) -> Future[Any] | None:
-    """Dask's future of a state in hand, which lives for as long as `future` does.
 
-    The state is that of the first time: what is changed in a result later, in place, is not sent again.
+class StatesInHand:
+    """Brings states back to the cluster of one client.
 
     Args:
-        client: on whose scheduler tasks need it.
-        future: has its final state.
-
-    Returns:
-        `None` where the state is better sent with each call.
-
-    Raises:
-        TaskRunLost: the connection to the scheduler was given up.
-        Exception: the result cannot be pickled.
+        client: on whose scheduler tasks need them.
     """
-    packed = future.packed
-    assert packed is not None
-    if packed.travels_along is True:
-        return None
-    there = future.brought_back
-    if there is not None and there.client is client and there.status not in ("error", "cancelled"):
-        return there
-    blob = dumps(packed.state)
-    packed.travels_along = len(blob) <= LIMIT
-    if packed.travels_along:
-        return None
-    # A name that was lost with a connection may still be known as cancelled.
-    future.times_brought_back += 1
-    key = name_in_hand(str(future.task_run_id), future.times_brought_back)
-    with client.steady() if isinstance(client, ResumingClient) else nullcontext(), sent_once(len(blob)):
-        # Without the annotations of the task that needs it.
-        future.brought_back = contextvars.Context().run(send, client, {key: loads_node(key, blob)}, [key], {})[0]
-    return future.brought_back
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._lock = threading.Lock()
+        self._there: WeakValueDictionary[UUID, Future[Any]] = WeakValueDictionary()
+        self._kept: OrderedDict[UUID, tuple[Future[Any], int]] = OrderedDict()
+
+    def bring_back(self, future: HTCDaskFuture[Any], resources: Mapping[str, float] | None) -> Future[Any] | None:
+        """Dask's future of a state in hand; whoever needs it holds it.
+
+        The state is that of the first time: what is changed in a result later, in place, is not sent again.
+
+        Args:
+            future: has its final state.
+            resources: what the task that needs it asks Dask for; another worker group may have no workers.
+
+        Returns:
+            `None` where the state is better sent with each call.
+
+        Raises:
+            TaskRunLost: the connection to the scheduler was given up.
+            Exception: the result cannot be pickled.
+        """
+        packed = future.packed
+        assert packed is not None
+        if packed.travels_along:
+            return None
+        # A second thread that needs the same one does not send it again, but waits for the first.
+        with self._lock:
+            there = self._there.get(future.task_run_id)
+            if there is not None and there.status not in ("error", "cancelled"):
+                if future.task_run_id in self._kept:
+                    self._kept.move_to_end(future.task_run_id)
+                return there
+            blob = dumps(packed.state)
+            packed.travels_along = len(blob) <= LIMIT
+            if packed.travels_along:
+                return None
+            # A key of its own each time: Dask may still know another as cancelled.
+            there = self._send(HeldState(f"state_in_hand-{uuid.uuid4()}", packed, resources), blob)
+            self._there[future.task_run_id] = there
+            self._keep(future.task_run_id, there, len(blob))
+            return there
+
+    def _send(self, held: HeldState, blob: bytes) -> Future[Any]:
+        with sent_once(len(blob)):
+            if not isinstance(self._client, ResumingClient):
+                return held.send(self._client, blob)
+            with self._client.steady():
+                self._client.held_states[held.key] = held
+                there = held.send(self._client, blob)
+            weakref.finalize(there, self._client.held_states.pop, held.key, None)
+            return there
+
+    def _keep(self, task_run_id: UUID, there: Future[Any], size: int) -> None:
+        self._kept[task_run_id] = there, size
+        while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > KEPT:
+            self._kept.popitem(last=False)

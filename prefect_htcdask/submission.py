@@ -16,6 +16,7 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -35,11 +36,11 @@ from prefect.utilities.annotations import allow_failure, opaque, quote, unmapped
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
 from prefect_htcdask.descriptions import Descriptions
-from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.graph_sending import send, sent_once
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.resubmission import NO_OPTIONS, SendOptions, SharedData, Spec
 from prefect_htcdask.scheduler_metadata import Place
+from prefect_htcdask.states_in_hand import StatesInHand
 from prefect_htcdask.upstreams import UpstreamFutures
 from prefect_htcdask.worker_groups import Offers
 from prefect_htcdask.worker_runtime import Call
@@ -90,13 +91,13 @@ class Submitted(NamedTuple):
     Attributes:
         task_run_id: its id.
         future: Dask's future of its final state.
-        upstreams: the futures that it needs.
+        upstreams: the futures that it needs, and Dask's futures of states that were brought back for it.
         spec: what it takes to submit it again, where its client may have to.
     """
 
     task_run_id: UUID
     future: Future[Any]
-    upstreams: list[HTCDaskFuture[Any]]
+    upstreams: list[Any]
     spec: Spec | None
 
 
@@ -115,6 +116,7 @@ class Submission:
         self.client = client
         self.offers = offers
         self._described = Descriptions(client, run_id, api_url)
+        self._in_hand = StatesInHand(client)
         self._options = NO_OPTIONS
 
     def submit(
@@ -127,13 +129,15 @@ class Submission:
     ) -> Submitted:
         """Submit one task run that asks Dask for `resources`."""
         envelope = self._described.envelope(task, self.offers)
-        task_run_id, spec, needed = self._describe_call(task, envelope, parameters, wait_for, dependencies or {})
+        bring_back = partial(self._in_hand.bring_back, resources=resources)
+        needed = UpstreamFutures(self.client, bring_back=bring_back)
+        task_run_id, spec = self._describe_call(task, envelope, parameters, wait_for, dependencies or {}, needed)
         if isinstance(self.client, ResumingClient):
             spec.options = self._send_options(resources)
             future = self.client.outbox.put(spec, needed)
         else:
             future = self._send([spec], {}, resources)[0]
-        return Submitted(task_run_id, future, needed.futures, self._kept(spec))
+        return Submitted(task_run_id, future, _needs(needed), self._kept(spec))
 
     def submit_many(
         self,
@@ -153,7 +157,8 @@ class Submission:
         """
         envelope = self._described.envelope(task, self.offers)
         shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
-        holder = UpstreamFutures(self.client)
+        bring_back = partial(self._in_hand.bring_back, resources=resources)
+        holder = UpstreamFutures(self.client, bring_back=bring_back)
         shared = {name: holder.replace(value) for name, value in shared.items()}
         # Values with upstream states in them differ from plain ones in nothing but that Dask has to fill them.
         reference: Any = None
@@ -169,17 +174,18 @@ class Submission:
         needed: list[tuple[UUID, UpstreamFutures]] = []
         waiting = 0
         for number, parameters in enumerate(calls, 1):
-            task_run_id, spec, upstreams = self._describe_call(
+            upstreams = UpstreamFutures(self.client, holder, bring_back)
+            task_run_id, spec = self._describe_call(
                 task,
                 envelope,
                 parameters,
                 wait_for,
                 dependencies,
+                upstreams,
                 shared_names=tuple(shared),
                 shared_reference=reference,
                 shared_inputs=shared_inputs,
                 replaced=own,
-                others=holder,
             )
             specs.append(spec)
             needed.append((task_run_id, upstreams))
@@ -191,7 +197,7 @@ class Submission:
             if extra:
                 anchor, extra = futures_.pop(), {}
             submitted += [
-                Submitted(task_run_id, future, upstreams.futures, self._kept(spec))
+                Submitted(task_run_id, future, _needs(upstreams), self._kept(spec))
                 for (task_run_id, upstreams), future, spec in zip(needed, futures_, specs, strict=True)
             ]
             specs, needed, waiting = [], [], 0
@@ -213,14 +219,14 @@ class Submission:
         parameters: dict[str, Any],
         wait_for: Iterable[Any] | None,
         dependencies: Mapping[str, set[Any]],
+        needed: UpstreamFutures,
         *,
         shared_names: tuple[str, ...] = (),
         shared_reference: Any = None,
         shared_inputs: Mapping[str, set[Any]] | None = None,
         replaced: Mapping[str, Any] | None = None,
-        others: UpstreamFutures | None = None,
-    ) -> tuple[UUID, Spec, UpstreamFutures]:
-        """One task run as a Dask task, with the upstream futures that it needs; to be held until it is sent."""
+    ) -> tuple[UUID, Spec]:
+        """One task run as a Dask task; `needed`, which takes what it needs, is to be held until it is sent."""
         task_run_id = uuid7()
         inputs = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
         inputs.update(shared_inputs or {})
@@ -228,10 +234,9 @@ class Submission:
             if more and name in inputs:
                 inputs[name] = inputs[name] | more
 
-        holder = UpstreamFutures(self.client, others)
-        sent = {name: holder.replace(value) for name, value in parameters.items()}
+        sent = {name: needed.replace(value) for name, value in parameters.items()}
         sent.update(replaced or {})
-        waited = holder.replace_awaited(list(wait_for)) if wait_for else None
+        waited = needed.replace_awaited(list(wait_for)) if wait_for else None
         call = Call(
             task_run_id=task_run_id,
             parameters=sent,
@@ -240,21 +245,21 @@ class Submission:
             dependencies=inputs,
             tags=current_tags(),
             asset_context=_asset_context(task, task_run_id, inputs),
-            upstreams=len(holder.futures),
+            upstreams=len(needed.futures),
         )
         spec = Spec(
             f"{key_prefix(task.name)}-{task_run_id}",
             envelope,
             dumps(call),
             shared_reference,
-            tuple(holder.sources),
+            tuple(needed.sources),
         )
-        return task_run_id, spec, holder
+        return task_run_id, spec
 
     def _share(self, shared: dict[str, Any]) -> tuple[Any, dict[str, Any], Future[Any] | None]:
         """Bring shared parameters where workers find them: inline, at the scheduler, or as Dask data."""
         blob = dumps(shared)
-        if len(blob) <= METADATA_LIMIT and self._described.held_bytes + len(blob) <= METADATA_TOTAL:
+        if self._described.takes(blob, METADATA_LIMIT, METADATA_TOTAL):
             return self._described.put(blob), {}, None
         key = f"shared_parameters-{uuid.uuid4()}"
         return SharedData(key, blob), {key: DataNode(key, blob)}, None
@@ -290,6 +295,10 @@ class Submission:
 
     def _kept(self, spec: Spec) -> Spec | None:
         return spec if isinstance(self.client, ResumingClient) else None
+
+
+def _needs(upstreams: UpstreamFutures) -> list[Any]:
+    return [*upstreams.futures, *upstreams.brought_back]
 
 
 def current_tags() -> tuple[str, ...]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from distributed import Client
+from distributed import Client, Future
 from prefect.futures import PrefectDistributedFuture, PrefectFuture
 from prefect.utilities.annotations import quote
 from prefect.utilities.collections import StopVisiting, visit_collection
 
 from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.outbox import OutboxClient
-from prefect_htcdask.states_in_hand import brought_back
 from prefect_htcdask.worker_runtime import Upstream
 
 if TYPE_CHECKING:
@@ -31,14 +31,23 @@ class UpstreamFutures:
     Args:
         client: sends the call.
         others: upstream futures that the call needs besides; their places are the first.
+        bring_back: makes Dask data of a state in hand, where that is large; else it goes along with the call.
 
     Attributes:
         futures: those that stand in the call as `Upstream`, by its index.
         sources: of each, the task whose state it brings, or only its key.
+        brought_back: Dask's futures of states in hand.
     """
 
-    def __init__(self, client: Client, others: UpstreamFutures | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        others: UpstreamFutures | None = None,
+        bring_back: Callable[[HTCDaskFuture[Any]], Future[Any] | None] = lambda _: None,
+    ) -> None:
         self._client = client
+        self._bring_back = bring_back
+        self.brought_back: list[Future[Any]] = list(others.brought_back) if others else []
         self.futures: list[HTCDaskFuture[Any]] = list(others.futures) if others else []
         self.sources: list[Spec | str] = list(others.sources) if others else []
         self._index: dict[int, int] = {id(future): i for i, future in enumerate(self.futures)}
@@ -80,13 +89,14 @@ class UpstreamFutures:
             packed = packed.without_data()
             return packed.state
         if isinstance(item, HTCDaskFuture) and packed is not None:
-            there = brought_back(self._client, item)
+            there = self._bring_back(item)
             if there is not None:
+                self.brought_back.append(there)
                 return self._upstream(item, there)
         state: State[Any] = item.state
         return state
 
-    def _upstream(self, future: HTCDaskFuture[Any], dask_future: Any) -> Upstream:
+    def _upstream(self, future: HTCDaskFuture[Any], dask_future: Future[Any]) -> Upstream:
         key = str(dask_future.key)
         spec = future.spec
         self._index[id(future)] = len(self.futures)

@@ -64,6 +64,7 @@ KNOW_PREFECT = {
     "source_code",
     "submission",
     "supervisor.flow_watch",
+    "held_state",
     "states_in_hand",
     "sweep",
     "task_run_states",

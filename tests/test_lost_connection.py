@@ -62,6 +62,11 @@ class Wire:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def swallows(self) -> bool:
+        """Whether what is sent does not arrive."""
+        return self._swallows
+
     def swallow(self) -> None:
         """Let nothing more of what is sent arrive, without a word, until it is cut."""
         self._swallows = True
@@ -250,19 +255,48 @@ def test_a_large_state_in_hand_is_sent_again(
         second = after.submit(large, tmp_path, "second")
         client = client_of_this_flow()
         client.outbox.flush()
-        key = large.brought_back.key
+        (key,) = client.held_states
         wire.cut()
         wait_until(lambda: client.status == "connecting", PATIENCE, "the loss is noticed")
         wait_until(lambda: key not in wire.scheduler.tasks, PATIENCE, "the scheduler does not have it")
         wire.mend()
         found = second.result(timeout=PATIENCE) == result
         third = after.submit(large, tmp_path, "third").result(timeout=PATIENCE) == result
-        return [found, third]
+        return [found, third, list(client.held_states) == [key]]
 
-    assert computing() == [True, True]
+    assert computing() == [True, True, True]
     assert len(runs(tmp_path, "large")) == 1
     (line,) = told(caplog, "is there again")
     assert "0, and 2 were submitted again" in line if kept else "1, and 1 were submitted again" in line
+
+
+def test_a_map_that_is_described_while_the_connection_is_lost(wire: Wire, tmp_path: Path) -> None:
+    """What was brought back for its first call is sent again, though no task that needs it has left yet."""
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> list[Any]:
+        large = marked.submit(tmp_path, "large", 2 * states_in_hand.LIMIT)
+        result = large.result(timeout=PATIENCE)
+        after.submit(1, tmp_path, "before").result(timeout=PATIENCE)
+        run = live.find(str(flow_run_runtime.id))
+        assert run is not None
+        describe = run.submission._describe_call
+
+        def describe_slowly(*args: Any, **kwargs: Any) -> Any:
+            described = describe(*args, **kwargs)
+            if wire.swallows:
+                wire.cut()
+                wait_until(lambda: run.client.status == "connecting", PATIENCE, "the loss is noticed")
+                wire.mend()
+                wait_until(lambda: run.client.status == "running", PATIENCE, "it is there again")
+            return described
+
+        run.submission._describe_call = describe_slowly  # type: ignore[method-assign]
+        wire.swallow()
+        mapped = after.map([large, 2], tmp_path, ["one", "two"])
+        return [mapped.result(timeout=PATIENCE) == [result, 2], len(runs(tmp_path, "large"))]
+
+    assert computing() == [True, 1]
 
 
 def _run_counts(flow_run_id: Any) -> dict[str, int]:

@@ -14,6 +14,7 @@ from prefect_htcdask.read_ahead import IN_TURN, SMALL, WINDOW, ReadAhead
 class Submitted:
     """As `HTCDaskFuture`, for its part in a row."""
 
+    task_name: str = "load"
     place: int = 0
     following: weakref.ref[Any] | None = None
 
@@ -33,22 +34,18 @@ def test_all_that_are_taken_in_turn_are_asked_for_ahead(count: int, in_hand_at_o
     """Whatever of what was asked for has come by then is not waited for."""
     reader, futures = row(count)
     asked: set[int] = set()
-    waits = number = 0
+    number = 0
     while number < count:
-        ahead = reader.beside(futures[number], 100)
-        waits += 1
-        places = [one.place for one in ahead]
-        assert all(number + 1 < place <= number + 1 + WINDOW for place in places)
-        assert asked.isdisjoint(places), "asked for twice"
-        asked.update(places)
-        if len(asked) <= IN_TURN or in_hand_at_once == 1:
-            number += 1
-        else:
-            number += min(in_hand_at_once, max(1, max(asked) - number - 1))
-    first = futures[IN_TURN].place if count > IN_TURN else count
-    assert asked <= set(range(first, count + 1))
-    if count > IN_TURN + 1:
-        assert max(asked) == count
+        place = number + 1
+        ahead = [one.place for one in reader.beside(futures[number], 100)]
+        assert all(place < one <= place + min(WINDOW, place) for one in ahead)
+        assert asked.isdisjoint(ahead), "asked for twice"
+        asked.update(ahead)
+        coming = max(asked, default=place) - place
+        number += 1 if in_hand_at_once == 1 else max(1, min(in_hand_at_once, coming))
+    assert asked <= set(range(IN_TURN + 1, count + 1))
+    if count > IN_TURN:
+        assert asked == set(range(IN_TURN + 1, count + 1))
 
 
 @given(st.integers(IN_TURN + 2, 100))
@@ -57,17 +54,29 @@ def test_large_results_are_left_where_they_are(count: int) -> None:
     assert not any(reader.beside(future, SMALL + 1) for future in futures)
 
 
-@given(st.permutations(range(40)))
-def test_who_takes_them_in_no_order_gets_what_was_asked_for(order: list[int]) -> None:
-    reader, futures = row(40)
-    in_turn = 0
-    before = -1
-    for number in order:
-        ahead = reader.beside(futures[number], 100)
-        in_turn = in_turn + 1 if number > before else 0
-        before = number
-        if ahead:
-            assert in_turn >= IN_TURN
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=30))
+def test_a_gap_begins_anew(runs: list[int]) -> None:
+    """Runs of futures that are taken in turn, with one left out between them."""
+    reader, futures = row(sum(runs) + len(runs))
+    number = in_turn = until = 0
+    for run in runs:
+        for nth in range(run):
+            # What was left out may have been asked for ahead, and come by itself.
+            in_turn = in_turn + 1 if nth else in_turn + 2 if number <= until else 1
+            ahead = reader.beside(futures[number], 100)
+            number += 1
+            if ahead:
+                assert in_turn >= IN_TURN
+                until = ahead[-1].place
+        number += 1
+
+
+def test_another_task_s_results_are_not_asked_for() -> None:
+    reader, futures = row(60)
+    for future in futures[30:]:
+        future.task_name = "merge"
+    asked = [one.place for future in futures[:30] for one in reader.beside(future, 100)]
+    assert asked and max(asked) == 30
 
 
 def test_it_ends_at_one_that_nobody_holds_any_more() -> None:
