@@ -102,6 +102,10 @@ class Collector:
         """Bring the final state of `future` here as soon as there is one; False where that was asked for before."""
         with self.condition:
             self._ahead.discard(id(future))
+        return self._ask(future)
+
+    def _ask(self, future: HTCDaskFuture[Any]) -> bool:
+        with self.condition:
             if future.packed is not None or id(future) in self._asked or self.over:
                 return False
             self._asked[id(future)] = future
@@ -123,8 +127,7 @@ class Collector:
             if not self.ask(future):
                 # Ready perhaps, and held back.
                 self._look_soon()
-            if self._failure is None:
-                self._ask_ahead(self.read_ahead.beside(future, self._sizes.expected(future.task_name)))
+            self._ask_ahead(self.read_ahead.beside(future, self._sizes.expected(future.task_name)))
             deadline = None if timeout is None else time.monotonic() + timeout
             with worker_slot_freed(future.packed is None), self.condition:
                 while future.packed is None and not self.over:
@@ -136,8 +139,8 @@ class Collector:
     def _ask_ahead(self, futures: list[HTCDaskFuture[Any]]) -> None:
         # All at once: nothing is gathered in between.
         with self.condition:
-            for future in futures:
-                if self.ask(future):
+            for future in futures if self._failure is None else ():
+                if self._ask(future):
                     self._ahead.add(id(future))
 
     @contextmanager
@@ -293,7 +296,9 @@ class Collector:
                 cast(Any, self.client.loop).add_callback(self._enqueue_when_back, future)
             elif future.packed is None:
                 lost.append(future)
-        self._see(ended)
+        # What failed says nothing of how large a result is.
+        whole = [(one.task_name, one.packed.data) for one in ended if one.packed is not None and one.packed.has_result]
+        self._sizes.saw(whole)
         if self._on_collected is not None and ended:
             self._on_collected(ended)
         self._finish(ended)
@@ -315,14 +320,6 @@ class Collector:
                 return cast("dict[str, Any]", answer["data"])
         # It has what cannot be had computed again.
         return cast("dict[str, Any]", await self.client.gather(finished, errors="skip", asynchronous=True))
-
-    def _see(self, ended: list[HTCDaskFuture[Any]]) -> None:
-        by_name: dict[str, list[Any]] = {}
-        for future in ended:
-            if future.packed is not None:
-                by_name.setdefault(future.task_name, []).append(future.packed.data)
-        for name, results in by_name.items():
-            self._sizes.saw(name, results)
 
     def _only_ahead(self, future: HTCDaskFuture[Any]) -> bool:
         """Forget that a future was asked for, unless somebody has asked for that very one."""

@@ -11,10 +11,11 @@ import hashlib
 import sys
 import threading
 import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import cloudpickle
 from distributed import Client
@@ -49,7 +50,7 @@ class Descriptions:
         self._lock = threading.Lock()
         self._tasks = _Described()
         self._contexts = _Described()
-        self._left: dict[tuple[int, str], _Left] = {}
+        self._left: dict[tuple[int, str], Place] = {}
         self._places: list[Place] = []
         self._held = 0
 
@@ -66,7 +67,7 @@ class Descriptions:
             return known
         # Another object with the same options, as of each round of a loop, is described in the same words. Other
         # functions that are may still have a cache each.
-        place = self._leave_once(cloudpickle.dumps({"task": task, "context": context}), task.fn)
+        place = self._leave_once(cloudpickle.dumps({"task": task, "context": context}), _weakly(task))
         with self._lock:
             self._tasks.keep(identity, place, (task, attributes))
         return place
@@ -105,19 +106,24 @@ class Descriptions:
             self._held = 0
         self._client.set_metadata([METADATA_ROOT, self._run_id], None)
 
-    def _leave_once(self, blob: bytes, of: object = None) -> Place:
+    def _leave_once(self, blob: bytes, of: Any = None) -> Place:
+        """Leave bytes at the scheduler, unless they are there; those that describe a function, once for each."""
         words = id(of), hashlib.sha256(blob).hexdigest()
         with self._lock:
             known = self._left.get(words)
         if known is not None:
-            return known.place
+            return known
         # Under a name that no other object gives: it takes away what it has left, and nothing else.
-        left = _Left((self._run_id, uuid.uuid4().hex), of)
-        self._client.set_metadata([METADATA_ROOT, *left.place], blob)
+        place = (self._run_id, uuid.uuid4().hex)
+        self._client.set_metadata([METADATA_ROOT, *place], blob)
         with self._lock:
             self._held += len(blob)
-            self._places.append(left.place)
-            return self._left.setdefault(words, left).place
+            self._places.append(place)
+            known = self._left.setdefault(words, place)
+        if of is not None:
+            # The identity may be another's afterwards.
+            weakref.finalize(of, self._left.pop, words, None)
+        return known
 
     def _context(self, offers: Offers | None) -> Place:
         kept = (FlowRunContext.get(), SettingsContext.get(), TaskRunContext.get(), offers)
@@ -204,13 +210,6 @@ def _names(code: CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*code.co_names, *(name for one in inner for name in _names(one))]))
 
 
-class _Left(NamedTuple):
-    """Where something is, and what it belongs to, which is kept alive for its identity."""
-
-    place: Place
-    of: object
-
-
 class _Described:
     """Where descriptions are, by the identities of what they describe, which is kept alive for that."""
 
@@ -228,6 +227,11 @@ class _Described:
         while len(self._entries) > MAX_DESCRIBED:
             # The scheduler keeps it: task runs that are still queued fetch it.
             self._entries.popitem(last=False)
+
+
+def _weakly(task: Task[Any, Any]) -> Any:
+    """The task's function, or the task itself where no weak reference can be made to that."""
+    return task.fn if isinstance(task.fn, FunctionType) else task
 
 
 def _client_key(api_url: str | None) -> str:

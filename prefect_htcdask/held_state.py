@@ -5,17 +5,13 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dask.base import annotate
 from distributed import Client, Future
-from distributed.protocol.pickle import dumps
 
-from prefect_htcdask.graph_sending import send
+from prefect_htcdask.graph_sending import send, sent_once
 from prefect_htcdask.resubmission import loads_node
-
-if TYPE_CHECKING:
-    from prefect_htcdask.packed_states import PackedState
 
 URGENT = 1_000_000
 """Priority for Dask: it takes a moment, and whatever needs it has a priority of its own."""
@@ -27,25 +23,20 @@ class HeldState:
 
     Attributes:
         key: of the Dask task whose value it is.
-        packed: the state.
+        blob: the state, pickled: the user may change the result that it came from.
         resources: what that task asks Dask for.
     """
 
     key: str
-    packed: PackedState
+    blob: bytes
     resources: Mapping[str, float] | None
 
-    def send(self, client: Client, blob: bytes | None = None) -> Future[Any]:
-        """Send it on its own; returns Dask's future of it.
-
-        Args:
-            client: sends it.
-            blob: the state, where that is pickled already.
-        """
-        nodes = {self.key: loads_node(self.key, blob if blob is not None else dumps(self.packed.state))}
+    def send(self, client: Client) -> Future[Any]:
+        """Send it on its own, on a connection that is there; returns Dask's future of it."""
         # Without the annotations of the task that needs it, such as the worker that it is for.
-        return contextvars.Context().run(self._send, client, nodes)
+        return contextvars.Context().run(self._send, client)
 
-    def _send(self, client: Client, nodes: Mapping[str, Any]) -> Future[Any]:
-        with annotate(priority=URGENT):
+    def _send(self, client: Client) -> Future[Any]:
+        nodes = {self.key: loads_node(self.key, self.blob)}
+        with sent_once(len(self.blob)), annotate(priority=URGENT):
             return send(client, nodes, nodes, {}, self.resources)[0]

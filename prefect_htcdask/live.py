@@ -253,9 +253,8 @@ class LiveRun:
             self._note_started(left)
             with suppress(Exception):
                 self.client.cancel([future.wrapped_future for future in left], reason="the flow run has ended")
-        if self.cluster is None:
-            with suppress(Exception):
-                self.submission.forget()
+        with suppress(Exception):
+            self.submission.close(forget=self.cluster is None)
         try:
             self.stack.close()
         except Exception as exc:

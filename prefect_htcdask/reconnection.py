@@ -210,7 +210,11 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
                 pause = next(pauses, pause)
                 await asyncio.sleep(min(pause, max(0.0, left)))
                 continue
-            await self._go_on(terms, keys, known, lost_at)
+            try:
+                await self._go_on(terms, keys, known, lost_at)
+            except Exception as exc:
+                # Nobody would read what the scheduler tells.
+                return f"was lost, and what is unfinished could not be submitted again ({exc!r})"
             return ""
         return ""  # closed by this side
 

@@ -1,62 +1,84 @@
 """How large the results of tasks are, by the names of the tasks, as far as some of them have been seen.
 
-Python cannot say how large an object is with all that is in it; its pickle can. That is broken off where it is clear
-that the result is large, and arrays are counted without being copied.
+An estimate, made in the client's event loop: it runs none of the results' own code, such as pickling would, and looks
+at a few hundred objects at most. What it cannot look into is taken for large.
 """
 
 from __future__ import annotations
 
-import pickle
+import sys
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable
+from itertools import islice
+from numbers import Number
+from types import FunctionType
 from typing import Any
 
-import cloudpickle
+from dask.sizeof import sizeof
 
 LARGE = 4 * 1024**2
-"""Bytes from which on nothing is counted any more, and for how large a result is taken whose like was never seen."""
+"""Bytes for which a result is taken whose like was never seen, or that cannot be looked into."""
 
 SAMPLES = 4
 """Results of one name that are looked at in one gather."""
 
+MOST_LOOKS = 300
+"""Objects of one result that are looked at."""
+
+FIRST = 20
+"""Elements of a collection that speak for all."""
+
+DEEPEST = 8
+
 _NAMES = 256
-_SIMPLE = (type(None), bool, int, float, str, bytes)
+_UNKNOWN = sizeof.dispatch(object)
 
 
-class _Enough(Exception):
-    """It is large."""
+def estimated_size(value: Any) -> float:
+    """How large a value is with all that is in it, in bytes."""
+    return _Look().at(value, 0)
 
 
-class _Counter:
-    """A file that only counts."""
+class _Look:
+    def __init__(self) -> None:
+        self._left = MOST_LOOKS
 
-    def __init__(self, limit: int) -> None:
-        self.size = 0
-        self._limit = limit
+    def at(self, value: Any, depth: int) -> float:
+        self._left -= 1
+        if self._left < 0 or depth > DEEPEST:
+            return LARGE
+        kind = type(value)
+        # Never `isinstance`, which asks the value for its class.
+        if issubclass(kind, dict):
+            return sys.getsizeof(value) + self._of(dict.keys(value), depth) + self._of(dict.values(value), depth)
+        if issubclass(kind, (list, tuple, set, frozenset, deque)):
+            return sys.getsizeof(value) + self._of(value, depth)
+        try:
+            # Arrays and tables, as Dask knows them.
+            if sizeof.dispatch(kind) is not _UNKNOWN:
+                return float(sizeof(value))
+            if issubclass(kind, Number) or kind.__module__ == "numpy":
+                return float(getattr(value, "nbytes", 0) or sys.getsizeof(value))
+            if issubclass(kind, type) or kind.__module__.partition(".")[0] in sys.stdlib_module_names:
+                return sys.getsizeof(value)
+            if _all_python(kind):
+                return sys.getsizeof(value) + self._of(object.__getattribute__(value, "__dict__").values(), depth)
+        except Exception:
+            return LARGE
+        return LARGE
 
-    def write(self, data: Any) -> int:
-        return self.add(memoryview(data).nbytes)
-
-    def add(self, size: int) -> int:
-        self.size += size
-        if self.size > self._limit:
-            raise _Enough
-        return size
+    def _of(self, values: Collection[Any], depth: int) -> float:
+        if not values:
+            return 0.0
+        seen = [self.at(one, depth + 1) for one in islice(values, FIRST)]
+        return sum(seen) / len(seen) * len(values)
 
 
-def pickled_size(value: Any, limit: int = LARGE) -> int:
-    """How large a pickle of `value` is, in bytes; `limit` where it is larger, or where there is none."""
-    if type(value) in _SIMPLE:
-        return min(limit, len(value) if isinstance(value, (str, bytes)) else 8)
-    counter = _Counter(limit)
-    try:
-        cloudpickle.Pickler(counter, pickle.HIGHEST_PROTOCOL, lambda part: not counter.add(part.raw().nbytes)).dump(
-            value
-        )
-    except Exception:
-        return limit
-    return counter.size
+def _all_python(kind: type) -> bool:
+    """Whether objects of a class have all that they hold in their ``__dict__``: what is made in C has more."""
+    made_by = [vars(one).get("__new__") for one in kind.__mro__[:-1]]
+    return all(new is None or isinstance(new, (staticmethod, FunctionType)) for new in made_by)
 
 
 class ResultSizes:
@@ -64,19 +86,27 @@ class ResultSizes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._expected: OrderedDict[str, float] = OrderedDict()
+        self._expected: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
-    def saw(self, name: str, results: Sequence[Any]) -> None:
-        """Take results of tasks of one name: of the largest seen, and small again after a few times without any."""
-        every = max(1, len(results) // SAMPLES)
-        seen = max(pickled_size(result) for result in results[::every])
-        with self._lock:
-            self._expected[name] = max(float(seen), self._expected.get(name, seen) / 4)
-            self._expected.move_to_end(name)
-            if len(self._expected) > _NAMES:
-                self._expected.popitem(last=False)
+    def saw(self, results: Iterable[tuple[str, Any]]) -> None:
+        """Take results, each with the name of its task.
+
+        As large as the largest seen are others expected to be; smaller ones only after a few times without any.
+        """
+        by_name: dict[str, list[Any]] = {}
+        for name, result in results:
+            by_name.setdefault(name, []).append(result)
+        for name, group in by_name.items():
+            largest = max(estimated_size(result) for result in group[:: -(-len(group) // SAMPLES)])
+            with self._lock:
+                before, count = self._expected.get(name, (0.0, 0))
+                self._expected[name] = max(largest, before / 4), count + len(group)
+                self._expected.move_to_end(name)
+                if len(self._expected) > _NAMES:
+                    self._expected.popitem(last=False)
 
     def expected(self, name: str) -> float:
-        """How large a result of a task of that name is expected to be, in bytes."""
+        """How large a result of a task of that name is expected to be, in bytes; the first small ones prove little."""
         with self._lock:
-            return self._expected.get(name, LARGE)
+            size, count = self._expected.get(name, (0.0, 0))
+        return max(size, LARGE / max(1, count) ** 2)

@@ -11,14 +11,13 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from distributed import Client, Future
 from distributed.protocol.pickle import dumps
 
-from prefect_htcdask.graph_sending import sent_once
 from prefect_htcdask.held_state import HeldState
 from prefect_htcdask.reconnection import ResumingClient
 
@@ -33,6 +32,9 @@ KEPT = 256 * 1024**2
 long as a task needs them, and the last one is always kept."""
 
 
+_Which: TypeAlias = "tuple[UUID, frozenset[tuple[str, float]]]"
+
+
 class StatesInHand:
     """Brings states back to the cluster of one client.
 
@@ -43,8 +45,9 @@ class StatesInHand:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._lock = threading.Lock()
-        self._there: WeakValueDictionary[UUID, Future[Any]] = WeakValueDictionary()
-        self._kept: OrderedDict[UUID, tuple[Future[Any], int]] = OrderedDict()
+        self._there: WeakValueDictionary[_Which, Future[Any]] = WeakValueDictionary()
+        self._kept: OrderedDict[_Which, Future[Any]] = OrderedDict()
+        self._sizes: WeakKeyDictionary[Future[Any], int] = WeakKeyDictionary()
 
     def bring_back(self, future: HTCDaskFuture[Any], resources: Mapping[str, float] | None) -> Future[Any] | None:
         """Dask's future of a state in hand; whoever needs it holds it.
@@ -66,34 +69,35 @@ class StatesInHand:
         assert packed is not None
         if packed.travels_along:
             return None
+        # One that waits for a GPU is of no use to a task that needs none.
+        which = future.task_run_id, frozenset((resources or {}).items())
         # A second thread that needs the same one does not send it again, but waits for the first.
         with self._lock:
-            there = self._there.get(future.task_run_id)
-            if there is not None and there.status not in ("error", "cancelled"):
-                if future.task_run_id in self._kept:
-                    self._kept.move_to_end(future.task_run_id)
-                return there
-            blob = dumps(packed.state)
-            packed.travels_along = len(blob) <= LIMIT
-            if packed.travels_along:
-                return None
-            # A key of its own each time: Dask may still know another as cancelled.
-            there = self._send(HeldState(f"state_in_hand-{uuid.uuid4()}", packed, resources), blob)
-            self._there[future.task_run_id] = there
-            self._keep(future.task_run_id, there, len(blob))
+            there = self._there.get(which)
+            if there is None or there.status in ("error", "cancelled"):
+                blob = dumps(packed.state)
+                packed.travels_along = len(blob) <= LIMIT
+                if packed.travels_along:
+                    return None
+                # A key of its own each time: Dask may still know another as cancelled.
+                there = self._send(HeldState(f"state_in_hand-{uuid.uuid4()}", blob, resources))
+                self._there[which], self._sizes[there] = there, len(blob)
+            self._kept[which] = there
+            self._kept.move_to_end(which)
+            while len(self._kept) > 1 and sum(self._sizes[one] for one in self._kept.values()) > KEPT:
+                self._kept.popitem(last=False)
             return there
 
-    def _send(self, held: HeldState, blob: bytes) -> Future[Any]:
-        with sent_once(len(blob)):
-            if not isinstance(self._client, ResumingClient):
-                return held.send(self._client, blob)
-            with self._client.steady():
-                self._client.held_states[held.key] = held
-                there = held.send(self._client, blob)
-            weakref.finalize(there, self._client.held_states.pop, held.key, None)
-            return there
+    def close(self) -> None:
+        """Keep nothing any more."""
+        with self._lock:
+            self._kept.clear()
 
-    def _keep(self, task_run_id: UUID, there: Future[Any], size: int) -> None:
-        self._kept[task_run_id] = there, size
-        while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > KEPT:
-            self._kept.popitem(last=False)
+    def _send(self, held: HeldState) -> Future[Any]:
+        if not isinstance(self._client, ResumingClient):
+            return held.send(self._client)
+        with self._client.steady():
+            self._client.held_states[held.key] = held
+            there = held.send(self._client)
+        weakref.finalize(there, self._client.held_states.pop, held.key, None)
+        return there

@@ -208,9 +208,15 @@ class Submission:
         """Where the scheduler holds what this object left there."""
         return self._described.places()
 
-    def forget(self) -> None:
-        """Remove this run's envelopes and shared parameters from the scheduler."""
-        self._described.forget()
+    def close(self, forget: bool) -> None:
+        """Keep nothing on the cluster any more.
+
+        Args:
+            forget: remove this run's envelopes and shared parameters from a scheduler that lives on.
+        """
+        self._in_hand.close()
+        if forget:
+            self._described.forget()
 
     def _describe_call(
         self,

@@ -299,6 +299,29 @@ def test_a_map_that_is_described_while_the_connection_is_lost(wire: Wire, tmp_pa
     assert computing() == [True, 1]
 
 
+def test_what_cannot_be_submitted_again_fails_the_flow(wire: Wire, tmp_path: Path) -> None:
+    """It does not wait for ever for tasks of which nobody hears any more."""
+
+    @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
+    def computing() -> None:
+        kept = gated.submit(tmp_path, "gate")
+        wait_until(lambda: runs(tmp_path, "gate"), PATIENCE, "the gate runs")
+        in_hand = marked.submit(tmp_path, "in-hand")
+        late = after.submit([in_hand, kept], tmp_path, "late")
+        result = in_hand.result(timeout=PATIENCE)
+        assert in_hand.packed.data is result
+        in_hand.packed.data = threading.Lock()
+        _keep_nothing(wire)
+        wire.cut()
+        wait_until(lambda: late.wrapped_future.key not in wire.scheduler.tasks, PATIENCE, "it is forgotten")
+        wire.mend()
+        late.result(timeout=PATIENCE)
+
+    state = computing(return_state=True)
+    (tmp_path / "gate.go").touch()
+    assert state.is_failed() and "could not be submitted again" in (state.message or "")
+
+
 def _run_counts(flow_run_id: Any) -> dict[str, int]:
     with get_client(sync_client=True) as client:
         found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
