@@ -13,7 +13,7 @@ import threading
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -50,7 +50,7 @@ class Descriptions:
         self._lock = threading.Lock()
         self._tasks = _Described()
         self._contexts = _Described()
-        self._left: dict[tuple[int, str], Place] = {}
+        self._left: dict[tuple[int, str], tuple[Place, Callable[[], Any]]] = {}
         self._places: list[Place] = []
         self._held = 0
 
@@ -111,19 +111,17 @@ class Descriptions:
         words = id(of), hashlib.sha256(blob).hexdigest()
         with self._lock:
             known = self._left.get(words)
-        if known is not None:
-            return known
+        # The identity may have been another's.
+        if known is not None and (of is None or known[1]() is of):
+            return known[0]
         # Under a name that no other object gives: it takes away what it has left, and nothing else.
         place = (self._run_id, uuid.uuid4().hex)
         self._client.set_metadata([METADATA_ROOT, *place], blob)
         with self._lock:
             self._held += len(blob)
             self._places.append(place)
-            known = self._left.setdefault(words, place)
-        if of is not None:
-            # The identity may be another's afterwards.
-            weakref.finalize(of, self._left.pop, words, None)
-        return known
+            self._left[words] = place, weakref.ref(of) if of is not None else _nothing
+        return place
 
     def _context(self, offers: Offers | None) -> Place:
         kept = (FlowRunContext.get(), SettingsContext.get(), TaskRunContext.get(), offers)
@@ -227,6 +225,10 @@ class _Described:
         while len(self._entries) > MAX_DESCRIBED:
             # The scheduler keeps it: task runs that are still queued fetch it.
             self._entries.popitem(last=False)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _weakly(task: Task[Any, Any]) -> Any:

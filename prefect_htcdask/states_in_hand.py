@@ -99,5 +99,5 @@ class StatesInHand:
         with self._client.steady():
             self._client.held_states[held.key] = held
             there = held.send(self._client)
-        weakref.finalize(there, self._client.held_states.pop, held.key, None)
+        weakref.finalize(there, self._client.held_states.pop, held.key, None).atexit = False
         return there

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
+import weakref
 from typing import Any
 
 import pytest
@@ -122,3 +124,26 @@ def test_who_takes_away_what_he_left_leaves_the_same_bytes_to_others(local_pool:
         for theirs in other.places():
             client.set_metadata([METADATA_ROOT, *theirs], None)
         assert bytes(client.get_metadata([METADATA_ROOT, *place])) == blob
+
+
+def test_what_was_described_is_not_kept_alive_for_long(local_pool: Any) -> None:
+    def made(number: int) -> Any:
+        @task
+        def one(x: int) -> int:
+            return x + number
+
+        return one
+
+    with local_pool.get_client() as client:
+        descriptions = Descriptions(client, f"run-{uuid.uuid4()}", None)
+        first = made(0)
+        place, function = descriptions.envelope(first, None), weakref.ref(first.fn)
+        assert descriptions.envelope(first, None) == place
+        del first
+        for number in range(MAX_DESCRIBED + 1):
+            descriptions.envelope(made(number), None)
+        gc.collect()
+        assert function() is None
+        # Another function with the same words, and perhaps at the same address, may have a cache of its own.
+        assert descriptions.envelope(made(0), None) != place
+        descriptions.forget()
