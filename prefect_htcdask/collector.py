@@ -298,7 +298,8 @@ class Collector:
                 lost.append(future)
         # What failed says nothing of how large a result is.
         whole = [(one.task_name, one.packed.data) for one in ended if one.packed is not None and one.packed.has_result]
-        self._sizes.saw(whole)
+        with suppress(Exception):
+            self._sizes.saw(whole)
         if self._on_collected is not None and ended:
             self._on_collected(ended)
         self._finish(ended)

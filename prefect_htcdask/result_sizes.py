@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
-from numbers import Number
-from types import FunctionType
+from types import FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
 
 from dask.sizeof import sizeof
@@ -48,37 +48,60 @@ class _Look:
         self._left -= 1
         if self._left < 0 or depth > DEEPEST:
             return LARGE
-        kind = type(value)
-        # Never `isinstance`, which asks the value for its class.
-        if issubclass(kind, dict):
-            return sys.getsizeof(value) + self._of(dict.keys(value), depth) + self._of(dict.values(value), depth)
-        if issubclass(kind, (list, tuple, set, frozenset, deque)):
-            return sys.getsizeof(value) + self._of(value, depth)
         try:
-            # Arrays and tables, as Dask knows them.
-            if sizeof.dispatch(kind) is not _UNKNOWN:
-                return float(sizeof(value))
-            if issubclass(kind, Number) or kind.__module__ == "numpy":
-                return float(getattr(value, "nbytes", 0) or sys.getsizeof(value))
-            if issubclass(kind, type) or kind.__module__.partition(".")[0] in sys.stdlib_module_names:
-                return sys.getsizeof(value)
-            if _all_python(kind):
-                return sys.getsizeof(value) + self._of(object.__getattribute__(value, "__dict__").values(), depth)
+            return self._at(value, type(value), depth)
         except Exception:
+            # Such as a collection that its owner changes just now.
             return LARGE
-        return LARGE
 
-    def _of(self, values: Collection[Any], depth: int) -> float:
-        if not values:
-            return 0.0
+    def _at(self, value: Any, kind: type[Any], depth: int) -> float:
+        # Never `isinstance`, which asks the value for its class; and the methods of the builtins themselves.
+        for base in (list, tuple, set, frozenset, deque):
+            if issubclass(kind, base):
+                elements = self._of(base.__iter__(value), base.__len__(value), depth)
+                return base.__sizeof__(value) + elements + self._attributes(value, kind, depth)
+        if issubclass(kind, dict):
+            count = dict.__len__(value)
+            entries = self._of(dict.keys(value), count, depth) + self._of(dict.values(value), count, depth)
+            return dict.__sizeof__(value) + entries + self._attributes(value, kind, depth)
+        for simple in (str, bytes, bytearray):
+            if issubclass(kind, simple):
+                return simple.__sizeof__(value) + self._attributes(value, kind, depth)
+        if issubclass(kind, (type, FunctionType, ModuleType)):
+            # It travels by its name, or is small.
+            return object.__sizeof__(value)
+        if sizeof.dispatch(kind) is not _UNKNOWN:
+            # Arrays and tables, as Dask knows them; but not what an array refers to.
+            return LARGE if str(getattr(value, "dtype", "")) == "object" else float(sizeof(value))
+        if issubclass(kind, memoryview) or kind.__module__ == "numpy":
+            return float(value.nbytes)
+        return object.__sizeof__(value) + self._attributes(value, kind, depth) if _shows_all(kind) else LARGE
+
+    def _attributes(self, value: Any, kind: type[Any], depth: int) -> float:
+        size = 0.0
+        with suppress(AttributeError):
+            for inside in tuple(object.__getattribute__(value, "__dict__").values()):
+                size += self.at(inside, depth + 1)
+        for one in kind.__mro__:
+            for name, member in vars(one).items():
+                if type(member) is MemberDescriptorType and name not in ("__dict__", "__weakref__"):
+                    with suppress(AttributeError):
+                        size += self.at(member.__get__(value), depth + 1)
+        return size
+
+    def _of(self, values: Iterable[Any], count: int, depth: int) -> float:
         seen = [self.at(one, depth + 1) for one in islice(values, FIRST)]
-        return sum(seen) / len(seen) * len(values)
+        return sum(seen) / len(seen) * count if seen else 0.0
 
 
-def _all_python(kind: type) -> bool:
-    """Whether objects of a class have all that they hold in their ``__dict__``: what is made in C has more."""
-    made_by = [vars(one).get("__new__") for one in kind.__mro__[:-1]]
-    return all(new is None or isinstance(new, (staticmethod, FunctionType)) for new in made_by)
+def _shows_all(kind: type[Any]) -> bool:
+    """Whether all that objects of a class hold is among their attributes: what an extension made holds more."""
+    for one in kind.__mro__[:-1]:
+        ours = one.__module__.partition(".")[0] in sys.stdlib_module_names
+        new = vars(one).get("__new__")
+        if not ours and new is not None and not isinstance(new, (staticmethod, FunctionType)):
+            return False
+    return True
 
 
 class ResultSizes:

@@ -222,6 +222,7 @@ def test_who_blocks_on_one_of_many_does_not_wait_for_the_others(
         futures = nothing.map(range(3 * FEW))
         wait_until(lambda: all_finished(futures), 60, "all have ended")
         its = collector_of_this_flow()
+        its._sizes.saw([("nothing", 1)] * 10)
         its._began = time.monotonic()
         heard: list[Any] = []
         for future in futures:
