@@ -254,8 +254,12 @@ class Script:
 
 
 def unable(ts: Any) -> bool:
-    """Whether a task waits for one that nobody can run."""
-    return bool(ts.waiting_on) and any(needed.state == "no-worker" or unable(needed) for needed in ts.waiting_on)
+    """Whether a task waits for one that nobody can run.
+
+    Or for a failed one: an actor that dies with its worker fails, and Dask lets a task that was being sent to another
+    worker just then wait for it ever after.
+    """
+    return any(needed.state in ("no-worker", "erred") or unable(needed) for needed in ts.waiting_on or ())
 
 
 STEPS = {
