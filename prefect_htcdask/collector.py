@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -121,13 +121,19 @@ class Collector:
             self._enqueue(future)
         return True
 
-    def wait(self, future: HTCDaskFuture[Any], timeout: float | None) -> None:
-        """Block until `future` has its final state, this collector is closed, or `timeout` seconds are over."""
-        with self._blocked_on(future):
+    def wait(self, future: HTCDaskFuture[Any], timeout: float | None, *, of_many: bool = False) -> None:
+        """Block until `future` has its final state, this collector is closed, or `timeout` seconds are over.
+
+        Args:
+            of_many: whether it is one of many that are waited for, and no sooner used than the others.
+        """
+        in_turn = self.read_ahead.take(future)
+        with self._blocked_on(future) if not (of_many or in_turn) else nullcontext():
             if not self.ask(future):
                 # Ready perhaps, and held back.
                 self._look_soon()
-            self._ask_ahead(self.read_ahead.beside(future, self._sizes.expected(future.task_name)))
+            if in_turn and not of_many:
+                self._ask_ahead(self.read_ahead.beside(future, self._sizes.expected(future.task_name)))
             deadline = None if timeout is None else time.monotonic() + timeout
             with worker_slot_freed(future.packed is None), self.condition:
                 while future.packed is None and not self.over:

@@ -267,7 +267,12 @@ class HTCDaskFutureList(PrefectFutureList[R]):
             for future in coming:
                 if isinstance(future, HTCDaskFuture):
                     future.collector.ask(future)
-            super().wait(timeout)
+            deadline = None if timeout is None else time.monotonic() + timeout
+            for future in coming:
+                if isinstance(future, HTCDaskFuture) and future.packed is None:
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    future.collector.wait(future, left, of_many=True)
+            super().wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def result(self: HTCDaskFutureList[R], timeout: float | None = None, raise_on_failure: bool = True) -> list[R]:
         """The results of all, in order; see `prefect.futures.PrefectFutureList.result`."""

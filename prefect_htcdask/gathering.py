@@ -15,10 +15,17 @@ GATHER_BYTES = 64 * 1024**2
 """Bytes of results in one gather, about: they pass the scheduler, which holds those of a gather all at once."""
 
 INTERVAL = 0.05
-"""Seconds from one gather to the next, where many futures are asked for: what is ready by then comes in one."""
+"""Seconds from one gather to the next, at least, where many futures are asked for: what is ready comes in one."""
+
+LONGEST_INTERVAL = 0.25
+"""The same at most."""
+
+INTERVAL_OF_EACH = 0.001
+"""Seconds by which each future that is asked for lengthens the interval: a gather is a round trip to every worker that
+has one of the results, and of many futures none is in a hurry."""
 
 AWAITED_INTERVAL = 0.02
-"""The same where a thread blocks on one of those that are ready, as on each of many in turn."""
+"""The same where a thread blocks on one of those that are ready, and on that alone."""
 
 FEW = 8
 """With so many futures asked for at most, as by a flow that submits a task for each that has ended, none waits."""
@@ -47,9 +54,10 @@ def held_back(full: bool, asked: int, awaited: bool, since: float) -> float:
     Args:
         full: whether as many are ready as are gathered together.
         asked: how many are asked for, ready or not.
-        awaited: whether a thread blocks on one of those that are ready.
+        awaited: whether a thread blocks on one of those that are ready, and not on each of many in turn.
         since: seconds since the last gather began.
     """
     if asked <= FEW or full:
         return 0.0
-    return max(0.0, (AWAITED_INTERVAL if awaited else INTERVAL) - since)
+    interval = min(max(INTERVAL, INTERVAL_OF_EACH * asked), LONGEST_INTERVAL)
+    return max(0.0, (AWAITED_INTERVAL if awaited else interval) - since)

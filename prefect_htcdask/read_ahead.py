@@ -63,25 +63,29 @@ class ReadAhead(Generic[L]):
                 last = future
             self._last = weakref.ref(last) if last is not None else None
 
+    def take(self, future: L) -> bool:
+        """Whether somebody who waits for a future takes one after the other in the order of their submits."""
+        with self._lock:
+            place, taken = future.place, self._taken
+            if place and place != taken:
+                self._taken = place
+                # Of those that were asked for ahead, whoever finds the states in hand does not wait.
+                if taken < place <= max(taken, self._asked) + 1:
+                    self._in_turn += place - taken
+                else:
+                    self._in_turn, self._asked = 1, 0
+            return bool(place) and self._in_turn >= IN_TURN
+
     def beside(self, future: L, result_bytes: float) -> list[L]:
-        """The futures to ask for ahead, as somebody waits for one.
+        """The futures to ask for ahead, where one is taken in turn.
 
         Args:
             future: what is waited for.
             result_bytes: how large a result of its task is, as far as can be told.
         """
         with self._lock:
-            place, taken = future.place, self._taken
-            if not place or place == taken:
-                return []
-            self._taken = place
-            # Of those that were asked for ahead, whoever finds the states in hand does not wait.
-            if not taken < place <= max(taken, self._asked) + 1:
-                self._in_turn, self._asked = 1, 0
-                return []
-            self._in_turn += place - taken
-            window = min(self._in_turn, WINDOW)
-            if window < IN_TURN or result_bytes > SMALL or self._asked > place + window // 2:
+            place, window = future.place, min(self._in_turn, WINDOW)
+            if result_bytes > SMALL or self._asked > place + window // 2:
                 return []
             last: L | None = self._until() if self._until is not None and self._asked > place else future
             ahead: list[L] = []

@@ -29,6 +29,11 @@ def row(count: int) -> tuple[ReadAhead[Submitted], list[Submitted]]:
     return reader, futures
 
 
+def ahead_of(reader: ReadAhead[Submitted], future: Submitted, size: float = 100) -> list[Submitted]:
+    """As a collector asks."""
+    return reader.beside(future, size) if reader.take(future) else []
+
+
 @given(st.integers(1, 400), st.integers(1, WINDOW))
 def test_all_that_are_taken_in_turn_are_asked_for_ahead(count: int, in_hand_at_once: int) -> None:
     """Whatever of what was asked for has come by then is not waited for."""
@@ -37,7 +42,7 @@ def test_all_that_are_taken_in_turn_are_asked_for_ahead(count: int, in_hand_at_o
     number = 0
     while number < count:
         place = number + 1
-        ahead = [one.place for one in reader.beside(futures[number], 100)]
+        ahead = [one.place for one in ahead_of(reader, futures[number])]
         assert all(place < one <= place + min(WINDOW, place) for one in ahead)
         assert asked.isdisjoint(ahead), "asked for twice"
         asked.update(ahead)
@@ -51,7 +56,7 @@ def test_all_that_are_taken_in_turn_are_asked_for_ahead(count: int, in_hand_at_o
 @given(st.integers(IN_TURN + 2, 100))
 def test_large_results_are_left_where_they_are(count: int) -> None:
     reader, futures = row(count)
-    assert not any(reader.beside(future, SMALL + 1) for future in futures)
+    assert not any(ahead_of(reader, future, SMALL + 1) for future in futures)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=30))
@@ -63,7 +68,7 @@ def test_a_gap_begins_anew(runs: list[int]) -> None:
         for nth in range(run):
             # What was left out may have been asked for ahead, and come by itself.
             in_turn = in_turn + 1 if nth else in_turn + 2 if number <= until else 1
-            ahead = reader.beside(futures[number], 100)
+            ahead = ahead_of(reader, futures[number])
             number += 1
             if ahead:
                 assert in_turn >= IN_TURN
@@ -75,17 +80,17 @@ def test_another_task_s_results_are_not_asked_for() -> None:
     reader, futures = row(60)
     for future in futures[30:]:
         future.task_name = "merge"
-    asked = [one.place for future in futures[:30] for one in reader.beside(future, 100)]
+    asked = [one.place for future in futures[:30] for one in ahead_of(reader, future)]
     assert asked and max(asked) == 30
 
 
 def test_it_ends_at_one_that_nobody_holds_any_more() -> None:
     reader, futures = row(60)
     del futures[30]
-    asked = [one.place for future in futures[:20] for one in reader.beside(future, 100)]
+    asked = [one.place for future in futures[:20] for one in ahead_of(reader, future)]
     assert asked and max(asked) == 30
 
 
 def test_one_that_was_never_submitted_here_has_no_place() -> None:
     reader, _ = row(3)
-    assert reader.beside(Submitted(), 100) == []
+    assert not reader.take(Submitted())
