@@ -182,8 +182,10 @@ def workers(count: int, **environment: str) -> Iterator[Workers]:
             {},
         )
         # Imports, first connections and caches have had their time then, as in the floor's process.
-        run_order(Order("ours", "map", WARM_UP * count, 0, found.address, found.security))
+        first = Order("ours", "map", WARM_UP * count, 0, found.address, found.security)
+        first_run = run_order(first)[0]["flow_run_id"]
         client.run(send_what_is_queued)
+        wait_until_settled(first_run, first.task_runs)
         time.sleep(2)
         before = cpu_times(found.processes)
         time.sleep(IDLE_SECONDS)
