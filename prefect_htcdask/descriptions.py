@@ -74,17 +74,15 @@ class Descriptions:
 
     def put(self, blob: bytes) -> bytes | Place:
         """Leave bytes at the scheduler, unless they are few; returns them, or where they are."""
-        if len(blob) <= INLINE_LIMIT:
-            return blob
-        return self._leave_once(blob)
+        return blob if len(blob) <= INLINE_LIMIT else self._leave_once(blob)
 
-    def takes(self, blob: bytes, limit: int, total: int) -> bool:
-        """Whether bytes are to be left at the scheduler: few, or no more than `limit`, and known or `total` of all."""
+    def put_within(self, blob: bytes, limit: int, total: int) -> bytes | Place | None:
+        """As `put`, but for more than `limit` bytes, and for what would make it more than `total` of all: `None`."""
         if len(blob) <= INLINE_LIMIT or len(blob) > limit:
-            return len(blob) <= INLINE_LIMIT
-        words = id(None), hashlib.sha256(blob).hexdigest()
-        with self._lock:
-            return words in self._left or self._held + len(blob) <= total
+            return blob if len(blob) <= INLINE_LIMIT else None
+        words = _words(blob)
+        known = self._find(words)
+        return known or (self._leave(words, blob) if self.held_bytes + len(blob) <= total else None)
 
     @property
     def held_bytes(self) -> int:
@@ -108,12 +106,16 @@ class Descriptions:
 
     def _leave_once(self, blob: bytes, of: Any = None) -> Place:
         """Leave bytes at the scheduler, unless they are there; those that describe a function, once for each."""
-        words = id(of), hashlib.sha256(blob).hexdigest()
+        words = _words(blob, of)
+        return self._find(words, of) or self._leave(words, blob, of)
+
+    def _find(self, words: tuple[int, str], of: Any = None) -> Place | None:
         with self._lock:
             known = self._left.get(words)
         # The identity may have been another's.
-        if known is not None and (of is None or known[1]() is of):
-            return known[0]
+        return known[0] if known is not None and (of is None or known[1]() is of) else None
+
+    def _leave(self, words: tuple[int, str], blob: bytes, of: Any = None) -> Place:
         # Under a name that no other object gives: it takes away what it has left, and nothing else.
         place = (self._run_id, uuid.uuid4().hex)
         self._client.set_metadata([METADATA_ROOT, *place], blob)
@@ -225,6 +227,10 @@ class _Described:
         while len(self._entries) > MAX_DESCRIBED:
             # The scheduler keeps it: task runs that are still queued fetch it.
             self._entries.popitem(last=False)
+
+
+def _words(blob: bytes, of: Any = None) -> tuple[int, str]:
+    return id(of), hashlib.sha256(blob).hexdigest()
 
 
 def _nothing() -> None:

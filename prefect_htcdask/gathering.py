@@ -24,9 +24,6 @@ INTERVAL_OF_EACH = 0.001
 """Seconds by which each future that is asked for lengthens the interval: a gather is a round trip to every worker that
 has one of the results, and of many futures none is in a hurry."""
 
-AWAITED_INTERVAL = 0.02
-"""The same where a thread blocks on one of those that are ready, and on that alone."""
-
 FEW = 8
 """With so many futures asked for at most, as by a flow that submits a task for each that has ended, none waits."""
 
@@ -48,6 +45,11 @@ def batch_size(result_bytes: Iterable[float]) -> int:
     return count
 
 
+def interval(asked: int) -> float:
+    """Seconds from one gather to the next, where so many futures are asked for."""
+    return min(max(INTERVAL, INTERVAL_OF_EACH * asked), LONGEST_INTERVAL)
+
+
 def held_back(full: bool, asked: int, awaited: bool, since: float) -> float:
     """For how many seconds futures that are ready wait for others, to be gathered in one round trip with them.
 
@@ -57,7 +59,6 @@ def held_back(full: bool, asked: int, awaited: bool, since: float) -> float:
         awaited: whether a thread blocks on one of those that are ready, and not on each of many in turn.
         since: seconds since the last gather began.
     """
-    if asked <= FEW or full:
+    if awaited or asked <= FEW or full:
         return 0.0
-    interval = min(max(INTERVAL, INTERVAL_OF_EACH * asked), LONGEST_INTERVAL)
-    return max(0.0, (AWAITED_INTERVAL if awaited else interval) - since)
+    return max(0.0, interval(asked) - since)

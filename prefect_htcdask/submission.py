@@ -265,8 +265,9 @@ class Submission:
     def _share(self, shared: dict[str, Any]) -> tuple[Any, dict[str, Any], Future[Any] | None]:
         """Bring shared parameters where workers find them: inline, at the scheduler, or as Dask data."""
         blob = dumps(shared)
-        if self._described.takes(blob, METADATA_LIMIT, METADATA_TOTAL):
-            return self._described.put(blob), {}, None
+        reference = self._described.put_within(blob, METADATA_LIMIT, METADATA_TOTAL)
+        if reference is not None:
+            return reference, {}, None
         key = f"shared_parameters-{uuid.uuid4()}"
         return SharedData(key, blob), {key: DataNode(key, blob)}, None
 

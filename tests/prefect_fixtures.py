@@ -88,6 +88,14 @@ def local_pool(prefect_server: PrefectServer) -> Iterator[Any]:
         yield cluster
 
 
+@pytest.fixture
+def runner(local_pool: Any) -> Any:
+    """A runner whose flow runs share that pool."""
+    from prefect_htcdask import HTCDaskTaskRunner
+
+    return HTCDaskTaskRunner(cluster=local_pool)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Show the server's log below the failure of a test that uses it."""

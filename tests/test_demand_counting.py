@@ -256,10 +256,13 @@ class Script:
 def unable(ts: Any) -> bool:
     """Whether a task waits for one that nobody can run.
 
-    Or for a failed one: an actor that dies with its worker fails, and Dask lets a task that was being sent to another
-    worker just then wait for it ever after.
+    Or for a dead actor: it fails with its worker, and Dask lets a task that was being sent to another worker just then
+    wait for it ever after.
     """
-    return any(needed.state in ("no-worker", "erred") or unable(needed) for needed in ts.waiting_on or ())
+    return any(
+        needed.state == "no-worker" or (needed.actor and needed.state == "erred") or unable(needed)
+        for needed in ts.waiting_on or ()
+    )
 
 
 STEPS = {

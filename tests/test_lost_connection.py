@@ -2,126 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import urlparse
+from typing import Any
 
 import dask
-import distributed
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as flow_run_runtime
 
-from prefect_htcdask import HTCDaskTaskRunner, kept_work, live, reconnection, states_in_hand
-from prefect_htcdask.by_value import install
+from prefect_htcdask import HTCDaskTaskRunner, live, reconnection, states_in_hand
 from prefect_htcdask.errors import HTCDaskError, TaskRunLost
-from tests.dask_cluster import dask_cluster, gate
 from tests.test_task_reruns import after, gated, history, marked, runs
+from tests.this_flow import client_of_this_flow, run_of_this_flow
 from tests.waiting import wait_until
+from tests.wire import PATIENCE, Wire, nothing_is_kept, pool, wire
+
+__all__ = ["pool", "wire"]
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
-
-
-PATIENCE = 90.0
-"""Seconds for anything that has to come about; short by far on an idle machine."""
-
-
-class Wire:
-    """Passes connections on to a scheduler, and can be cut: then both ends see theirs closed."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
-        url = urlparse(scheduler.address)
-        self._target = (url.hostname, url.port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._whole, self._swallows = True, False
-        self._ends: list[socket.socket] = []
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # flows that mention it travel to workers
-
-    def has(self, future: Any) -> bool:
-        """Whether the scheduler knows the task of a future of ours."""
-        return future.wrapped_future.key in self.scheduler.tasks
-
-    def cut(self) -> None:
-        """Close all connections, and take no new ones until it is mended."""
-        self._whole = False
-        ends, self._ends = self._ends, []
-        for end in ends:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def swallows(self) -> bool:
-        """Whether what is sent does not arrive."""
-        return self._swallows
-
-    def swallow(self) -> None:
-        """Let nothing more of what is sent arrive, without a word, until it is cut."""
-        self._swallows = True
-
-    def mend(self) -> None:
-        """Let connections through again."""
-        self._whole, self._swallows = True, False
-
-    def close(self) -> None:
-        """Take no more connections."""
-        self.cut()
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                if not self._whole:
-                    near.close()
-                    continue
-                far = socket.create_connection(self._target)
-                self._ends += [near, far]
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._pump, args=(source, sink, sink is far), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, there: bool) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                if not (there and self._swallows):
-                    sink.sendall(data)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.fixture
-def pool() -> Iterator[distributed.LocalCluster]:
-    """Two workers of one thread, whose own connections to the scheduler nobody touches."""
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def wire(pool: distributed.LocalCluster) -> Iterator[Wire]:
-    """What lies between the flow's process and the scheduler."""
-    with closing(Wire(pool.scheduler)) as made:
-        yield made
-
-
-def client_of_this_flow() -> Any:
-    run = live.find(str(flow_run_runtime.id))
-    assert run is not None
-    return run.client
 
 
 def told(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
@@ -164,7 +66,7 @@ def test_tasks_run_on_while_the_connection_is_away(
         assert len(runs(tmp_path, name)) == 1, name
     (line,) = told(caplog, "is there again")
     assert "of 4 unfinished task runs the scheduler has kept 4, and 0 were submitted again; 1 results in hand" in line
-    assert _nothing_is_kept(wire.scheduler)
+    assert nothing_is_kept(wire.scheduler)
 
 
 def test_what_the_scheduler_never_got_is_submitted_again(
@@ -278,8 +180,7 @@ def test_a_map_that_is_described_while_the_connection_is_lost(wire: Wire, tmp_pa
         large = marked.submit(tmp_path, "large", 2 * states_in_hand.LIMIT)
         result = large.result(timeout=PATIENCE)
         after.submit(1, tmp_path, "before").result(timeout=PATIENCE)
-        run = live.find(str(flow_run_runtime.id))
-        assert run is not None
+        run = run_of_this_flow()
         describe = run.submission._describe_call
 
         def describe_slowly(*args: Any, **kwargs: Any) -> Any:
@@ -441,95 +342,3 @@ def test_a_flow_that_ends_while_the_connection_is_away(wire: Wire, tmp_path: Pat
     assert state.is_failed() and "the end" in (state.message or "")
     assert time.monotonic() - started < 60
     (tmp_path / "gate.go").touch()
-
-
-def test_work_is_kept_for_a_time_only_and_for_those_who_asked(pool: distributed.LocalCluster, tmp_path: Path) -> None:
-    """A flow's process that is killed leaves its tasks in a warm pool no longer than that."""
-    scheduler: Any = pool.scheduler
-
-    def future_of(client: distributed.Client) -> distributed.Future[Any]:
-        future = client.submit(max, [1, len(str(client.id))], pure=False)
-        future.result(timeout=20)
-        return future
-
-    def vanish(client: distributed.Client) -> None:
-        cast(Any, client).status = "closed"
-        cast(Any, client).loop.add_callback(cast(Any, client).scheduler_comm.abort)
-
-    with (
-        distributed.Client(pool, set_as_default=False) as asked,
-        distributed.Client(pool, set_as_default=False) as not_,
-    ):
-        install(asked, kept_work.KeptWork())
-        asked.sync(cast(Any, asked).scheduler.htcdask_keep, client=asked.id, seconds=2)
-        kept, gone = future_of(asked), future_of(not_)
-        since = time.monotonic()
-        vanish(asked)
-        vanish(not_)
-        wait_until(lambda: gone.key not in scheduler.tasks, PATIENCE, "nobody keeps this")
-        assert kept.key in scheduler.tasks or time.monotonic() - since > 2
-        wait_until(lambda: kept.key not in scheduler.tasks, PATIENCE, "nobody keeps that any more")
-        assert time.monotonic() - since >= 2
-    assert not scheduler.plugins[kept_work.KeptWork.name].seconds
-    assert _nothing_is_kept(scheduler)
-
-
-def _nothing_is_kept(scheduler: Any) -> bool:
-    clients = scheduler.clients
-    return bool(
-        wait_until(lambda: not [name for name in clients if "stand-in" in name], PATIENCE, "no stand-in is left")
-    )
-
-
-def wait_at_gate(number: int) -> int:
-    gate(0).wait(PATIENCE)
-    return number
-
-
-def test_tasks_are_not_blamed_for_workers_that_were_lost_with_the_client() -> None:
-    """A proxy's end takes the connections of all workers, one after the other: a task goes from one to the next."""
-
-    async def losing() -> list[tuple[str, int]]:
-        async with dask_cluster() as cluster:
-            scheduler: Any = cluster.scheduler
-            await scheduler.register_scheduler_plugin(kept_work.KeptWork(), idempotent=True)
-            with closing(Wire(scheduler)) as wire:
-                for number in range(16):
-                    cluster.workers.append(
-                        await distributed.Worker(wire.address, nthreads=1, dashboard=False, name=f"htcdask-{number}.0")
-                    )
-                client = distributed.Client(wire.address, asynchronous=True, set_as_default=False)
-                async with client:
-                    await cast(Any, client).scheduler.htcdask_keep(client=client.id, seconds=60)
-                    futures = [client.submit(wait_at_gate, n, key=f"wait{n}-{n}") for n in range(16)]
-                    await cluster.until(
-                        lambda: sum(len(ws.processing) for ws in scheduler.workers.values()) == 16, "all are at work"
-                    )
-                    wire.cut()
-                    await cluster.until(lambda: not scheduler.workers, "all workers are lost")
-                    await asyncio.sleep(2 * kept_work.AT_ONCE)
-                    found = [(task.state, task.suspicious) for task in scheduler.tasks.values()]
-                    gate(0).set()
-                    del futures
-                    return found
-
-    assert asyncio.run(losing()) == [("queued", 0)] * 16
-
-
-def test_tasks_are_blamed_for_a_worker_that_is_lost_alone() -> None:
-    async def losing() -> list[int]:
-        async with dask_cluster() as cluster:
-            scheduler: Any = cluster.scheduler
-            await scheduler.register_scheduler_plugin(kept_work.KeptWork(), idempotent=True)
-            worker = await cluster.add_worker()
-            future = cluster.client.submit(wait_at_gate, 1, key="wait-1")
-            await cluster.until(lambda: scheduler.workers[worker.address].processing, "it is at work")
-            scheduler.stream_comms[worker.address].abort()
-            await cluster.until(lambda: not scheduler.workers, "the worker is lost")
-            await cluster.until(lambda: scheduler.tasks["wait-1"].suspicious, "it is blamed")
-            await asyncio.sleep(kept_work.AT_ONCE)
-            gate(0).set()
-            assert future.key == "wait-1"
-            return [task.suspicious for task in scheduler.tasks.values()]
-
-    assert asyncio.run(losing()) == [1]

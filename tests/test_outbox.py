@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import dask
-import distributed
 import pytest
-from dask.base import get_annotations
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect import flow, task
@@ -21,9 +17,10 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from prefect_htcdask import HTCDaskTaskRunner, live, outbox, resubmission
-from tests.test_lost_connection import PATIENCE, Wire, client_of_this_flow, pool, wire
 from tests.test_task_reruns import marked, runs
+from tests.this_flow import client_of_this_flow, graphs
 from tests.waiting import wait_until
+from tests.wire import PATIENCE, Wire, pool, wire
 
 __all__ = ["pool", "wire"]
 
@@ -41,37 +38,6 @@ def nothing(x: Any) -> Any:
 @task
 def one_more(x: int) -> int:
     return x + 1
-
-
-@pytest.fixture
-def runner(local_pool: distributed.LocalCluster) -> HTCDaskTaskRunner:
-    return HTCDaskTaskRunner(cluster=local_pool)
-
-
-class Sizes(list[int]):
-    """Sizes of graphs, and the annotations that each was sent with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.annotations: list[dict[str, Any]] = []
-
-
-@contextmanager
-def graphs() -> Iterator[Sizes]:
-    """The graphs that this flow run sends meanwhile."""
-    client, sizes = client_of_this_flow(), Sizes()
-    to_futures = client._graph_to_futures
-
-    def noted(graph: Any, keys: list[Any], *args: Any, **kwargs: Any) -> Any:
-        sizes.append(len(keys))
-        sizes.annotations.append(get_annotations())
-        return to_futures(graph, keys, *args, **kwargs)
-
-    client._graph_to_futures = noted
-    try:
-        yield sizes
-    finally:
-        del client._graph_to_futures
 
 
 def held_back(monkeypatch: pytest.MonkeyPatch) -> None:

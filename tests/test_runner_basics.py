@@ -26,11 +26,6 @@ from prefect_htcdask import HTCDaskTaskRunner, get_async_dask_client, get_dask_c
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
-@pytest.fixture
-def runner(local_pool: distributed.LocalCluster) -> HTCDaskTaskRunner:
-    return HTCDaskTaskRunner(cluster=local_pool)
-
-
 @task
 def double(x: int) -> int:
     return 2 * x

@@ -8,23 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import dask
-import distributed
 import pytest
 from prefect import flow, task
-from prefect.runtime import flow_run
 from prefect.utilities.annotations import unmapped
 
-from prefect_htcdask import HTCDaskTaskRunner, graph_sending, live, states_in_hand, submission
+from prefect_htcdask import HTCDaskTaskRunner, graph_sending, states_in_hand, submission
 from prefect_htcdask.states_in_hand import LIMIT
-from tests.test_outbox import graphs
+from tests.this_flow import client_of_this_flow, graphs, run_of_this_flow
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
-
-
-@pytest.fixture
-def runner(local_pool: distributed.LocalCluster) -> HTCDaskTaskRunner:
-    return HTCDaskTaskRunner(cluster=local_pool)
 
 
 @task
@@ -50,12 +43,6 @@ def gate(directory: Path, number: int) -> None:
     (directory / f"{number}.begun").touch()
     while not (directory / "go").exists():
         time.sleep(0.02)
-
-
-def client_of_this_flow() -> Any:
-    run = live.find(str(flow_run.id))
-    assert run is not None
-    return run.client
 
 
 def scheduler_of_this_flow() -> Any:
@@ -229,10 +216,9 @@ def test_nothing_is_held_while_the_connection_is_waited_for(runner: HTCDaskTaskR
         (large,) = in_hand(1)
         client = client_of_this_flow()
         with futures.ThreadPoolExecutor(1) as pool, client._sending:
-            run = live.find(str(flow_run.id))
-            assert run is not None
-            sending = pool.submit(run.submission._in_hand.bring_back, large, None)
-            wait_until(run.submission._in_hand._lock.locked, 20, "it is being sent")
+            states = run_of_this_flow().submission._in_hand
+            sending = pool.submit(states.bring_back, large, None)
+            wait_until(states._lock.locked, 20, "it is being sent")
             assert not futures.wait([sending], timeout=0.2).done
             assert graph_sending._configuring.acquire(timeout=5), "it waits, and so does everybody else"
             graph_sending._configuring.release()

@@ -6,7 +6,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -107,21 +107,29 @@ def length(value: bytes) -> int:
     return len(value)
 
 
-@flow
-def one_map() -> dict[str, Any]:
-    pool, array = the_pool(), the_array()
+def until_both_take_part(few: Callable[[], list[tuple[int, int]]]) -> None:
+    """Both workers are connected and have the code then: one that still imports Prefect leaves all to the other."""
     for _ in range(20):
-        # Until both are connected and have the code: one that still imports Prefect leaves all tasks to the other.
-        answers = first_and_process.map(range(4), array=unmapped(array[:10])).result()
-        if len({process for _, process in answers}) == 2:
+        if len({process for _, process in few()}) == 2:
             break
+
+
+def crossing(all_tasks: Callable[[], list[tuple[int, int]]]) -> dict[str, Any]:
+    """What tasks answer, and the bytes that they make the client send and the workers fetch."""
+    pool = the_pool()
     client, workers, data = pool.to_scheduler.now(), pool.of_workers.now(), pool.from_workers()
-    answers = first_and_process.map(range(TASKS), array=unmapped(array)).result()
     return {
-        "answers": answers,
+        "answers": all_tasks(),
         "sent": pool.to_scheduler.since(client)[0],
         "fetched": pool.of_workers.since(workers)[1] + pool.from_workers() - data,
     }
+
+
+@flow
+def one_map() -> dict[str, Any]:
+    array = the_array()
+    until_both_take_part(lambda: first_and_process.map(range(4), array=unmapped(array[:10])).result())
+    return crossing(lambda: first_and_process.map(range(TASKS), array=unmapped(array)).result())
 
 
 def test_a_large_shared_argument_is_sent_once_to_each_worker(pool: Pool, recwarn: pytest.WarningsRecorder) -> None:
@@ -140,26 +148,19 @@ def an_array(size: int) -> Any:
     return the_array()[:size]
 
 
+def of_each(count: int, array: Any) -> list[tuple[int, int]]:
+    futures = [first_and_process.submit(number, array) for number in range(count)]
+    return [future.result() for future in futures]
+
+
 @flow
 def one_result_for_many_submits() -> dict[str, Any]:
-    pool = the_pool()
-    # Until both have the code; and then by somebody who has looked at the result before.
     few = an_array.submit(1000)
     few.result()
-    for _ in range(20):
-        answers = [future.result() for future in [first_and_process.submit(number, few) for number in range(4)]]
-        if len({process for _, process in answers}) == 2:
-            break
+    until_both_take_part(lambda: of_each(4, few))
     array = an_array.submit(ARRAY)
     assert len(array.result()) == ARRAY
-    client, workers, data = pool.to_scheduler.now(), pool.of_workers.now(), pool.from_workers()
-    futures = [first_and_process.submit(number, array) for number in range(TASKS)]
-    answers = [future.result() for future in futures]
-    return {
-        "answers": answers,
-        "sent": pool.to_scheduler.since(client)[0],
-        "fetched": pool.of_workers.since(workers)[1] + pool.from_workers() - data,
-    }
+    return crossing(lambda: of_each(TASKS, array))
 
 
 def test_a_large_result_in_hand_is_sent_once_for_many_submits(pool: Pool, recwarn: pytest.WarningsRecorder) -> None:
