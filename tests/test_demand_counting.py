@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
+import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -22,6 +25,8 @@ ASKED: list[dict[str, float] | None] = [None, None, {"htcdask-group-cpu": 1}, {"
 WORKERS = [{}, {"htcdask-group-cpu": 2}, {"htcdask-group-gpu": 2, "GPU": 1}, {"GPU": 4}]
 ENDS = ["ends", "ends", "fails", "secedes", "reschedules", "kills"]
 DEADLINE = 30.0
+ENDING = threading.Event()
+"""Set once a script lets everything end: no task takes its worker away then, for nobody would start another."""
 
 
 def task(number: int, end: str, *inputs: Any) -> int:
@@ -35,7 +40,7 @@ def task(number: int, end: str, *inputs: Any) -> int:
         from distributed import Reschedule
 
         raise Reschedule
-    if end == "kills" and random.random() < 0.5:
+    if end == "kills" and not ENDING.is_set() and random.random() < 0.5:
         worker = get_worker()
         worker.loop.add_callback(worker.close, executor_wait=False, nanny=False)
     return number
@@ -177,7 +182,8 @@ class Script:
     async def scatter(self) -> None:
         """Data that no task made; waits for a worker."""
         if self.cluster.scheduler.running:
-            self.futures.append(await self.cluster.client.scatter(self.random.random(), broadcast=True))
+            with suppress(ValueError):  # the last worker that ran has been paused meanwhile
+                self.futures.append(await self.cluster.client.scatter(self.random.random(), broadcast=True))
 
     async def actor(self) -> None:
         """An actor, which dies with its worker."""
@@ -219,12 +225,14 @@ class Script:
     async def run(self, steps: list[str]) -> None:
         """Carry the steps out, then let everything end."""
         watch = asyncio.ensure_future(self.watch())
+        ENDING.clear()
         for name in steps:
             step: Callable[[], Coroutine[Any, Any, None]] = getattr(self, name)
             await step()
             self.check()
             for _ in range(self.random.randrange(20)):
                 await asyncio.sleep(0)
+        ENDING.set()
         for number in range(self.number + 1):
             gate(number).set()
         for worker in self.cluster.workers:
@@ -263,6 +271,15 @@ def unable(ts: Any) -> bool:
         needed.state == "no-worker" or (needed.actor and needed.state == "erred") or unable(needed)
         for needed in ts.waiting_on or ()
     )
+
+
+@pytest.fixture(autouse=True)
+def modules_are_known_by_their_files() -> None:
+    """Dask asks for the module of what it pickles, the first time at a look at each module's file.
+
+    In a thread beside our loop, which checks at every turn, each of these looks waits its turn: 20 s in all.
+    """
+    inspect.getmodule(compile("", "of no module", "exec"))
 
 
 STEPS = {
