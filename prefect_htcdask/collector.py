@@ -292,15 +292,18 @@ class Collector:
         ended: list[HTCDaskFuture[Any]] = []
         lost: list[HTCDaskFuture[Any]] = []
         for future in batch:
-            state = states.get(str(future.wrapped_future.key))
+            key = str(future.wrapped_future.key)
+            state = states.get(key)
             if isinstance(state, State):
                 future.packed = PackedState(state)
                 ended.append(future)
-            elif self.over and str(future.wrapped_future.key) in finished:
+            elif future.packed is not None or (self.over and key in finished):
                 continue  # its client has closed meanwhile
             elif future.wrapped_future.status in COMING:
                 cast(Any, self.client.loop).add_callback(self._enqueue_when_back, future)
-            elif future.packed is None:
+            elif future.wrapped_future.status == "finished" and key not in finished:
+                self._enqueue(future)  # lost as this began, and computed again by now
+            elif future.wrapped_future.status != "finished" or not self._try_again(future):
                 lost.append(future)
         # What failed says nothing of how large a result is.
         whole = [(one.task_name, one.packed.data) for one in ended if one.packed is not None and one.packed.has_result]
@@ -382,18 +385,3 @@ class Collector:
             except RuntimeError:  # closed
                 with suppress(RuntimeError):  # so is this process
                     threading.Thread(target=call_all, args=(calls,), name="htcdask-callbacks", daemon=True).start()
-
-
-_collectors_lock = threading.Lock()
-_collectors: dict[str, Collector] = {}
-
-
-def collector_of(client: Client) -> Collector:
-    """This process's collector for a client that no live run owns, such as a worker's own one."""
-    with _collectors_lock:
-        for key in [key for key, collector in _collectors.items() if collector.client.status == "closed"]:
-            _collectors.pop(key).close()
-        collector = _collectors.get(client.id)
-        if collector is None:
-            collector = _collectors[client.id] = Collector(client)
-        return collector

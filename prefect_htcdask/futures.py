@@ -24,7 +24,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect_dask.task_runners import PrefectDaskFuture
 
-from prefect_htcdask.collector import COMING, Collector, collector_of
+from prefect_htcdask.client_collectors import collector_of
+from prefect_htcdask.collector import COMING, Collector
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.packed_states import PackedState
 from prefect_htcdask.worker_slots import free_worker_slot, worker_slot_freed

@@ -7,7 +7,7 @@ from typing import Any, cast
 import distributed
 from distributed import Client
 
-from prefect_htcdask.collector import collector_of
+from prefect_htcdask.client_collectors import collector_of
 from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT
 from prefect_htcdask.submission import Submission

@@ -294,6 +294,56 @@ def test_what_a_submit_needs_stays_on_the_cluster_until_it_is_sent(runner: HTCDa
     computing()
 
 
+@pytest.mark.usefixtures("prefect_api")
+def test_what_was_lost_as_a_gather_began_and_is_back_as_it_ends_is_gathered_again(runner: HTCDaskTaskRunner) -> None:
+    """The state's ways are set here by hand: no worker can be killed between two lines of ours."""
+
+    @flow(task_runner=runner)
+    def computing() -> int:
+        future = nothing.submit(7)
+        wait_until(lambda: all_finished([future]), 60, "it has ended")
+        its = collector_of_this_flow()
+        state: Any = future.wrapped_future._state
+
+        async def gathered() -> None:
+            state.lose()
+            its.on_first = lambda: its.client.loop.add_callback(state.finish)
+            await its._gather([future])
+
+        future.wrapped_future.client.sync(gathered)
+        return future.result(timeout=20)
+
+    assert computing() == 7
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("times", [1, collector.MAX_BROKEN, collector.MAX_BROKEN + 1])
+def test_what_was_not_there_is_gathered_again_but_not_for_ever(
+    runner: HTCDaskTaskRunner, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a task that had failed as Dask looked for its result, and runs again."""
+    monkeypatch.setattr(collector, "POLL", 0.02)
+
+    @flow(task_runner=runner)
+    def computing() -> int:
+        future = nothing.submit(7)
+        wait_until(lambda: all_finished([future]), 60, "it has ended")
+        its = collector_of_this_flow()
+        whole, left = its._states, [None] * times
+
+        async def less(finished: Any) -> Any:
+            return await whole(finished) if not left else left.pop() or dict.fromkeys(finished)
+
+        its._states = less  # type: ignore[method-assign]
+        return future.result(timeout=20)
+
+    if times > collector.MAX_BROKEN:
+        with pytest.raises(TaskRunLost, match="finished"):
+            computing()
+    else:
+        assert computing() == 7
+
+
 class Awkward(Exception):
     """Pickles, and does not unpickle, as many exceptions of users' own."""
 
