@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -171,6 +171,7 @@ def workers(count: int, **environment: str) -> Iterator[Workers]:
         cluster.get_client(set_as_default=False) as client,
     ):
         client.wait_for_workers(count, timeout=180)
+        client.run(preload())  # for both runners
         pids = sorted(client.run(os.getpid).values())
         found = Workers(
             cluster.scheduler_address,
@@ -194,6 +195,17 @@ def workers(count: int, **environment: str) -> Iterator[Workers]:
         idle = statistics.mean(found.idle[pid] for pid in pids)
         print(f"{count} workers; each takes {1e3 * idle:.0f} ms of CPU a second when idle", file=sys.stderr, flush=True)
         yield found
+
+
+def preload() -> Callable[..., Any]:
+    """Does on a worker what the preload of a flow run's own workers does; it travels by value."""
+
+    async def set_up(dask_worker: Any) -> None:
+        from prefect_htcdask.worker_runtime import dask_setup
+
+        await dask_setup(dask_worker)
+
+    return set_up
 
 
 async def send_what_is_queued() -> None:

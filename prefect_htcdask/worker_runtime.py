@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import time
 from collections.abc import Coroutine
@@ -212,11 +213,17 @@ def executing_keys(dask_worker: Worker) -> list[str]:
 async def dask_setup(worker: Worker) -> None:
     """Dask preload: import Prefect before the first task run has to wait for it, and have events outlast an outage."""
     import prefect.task_engine  # noqa: F401
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
 
     from prefect_htcdask.flow_run_log import relay
-    from prefect_htcdask.worker_events import keep_trying
+    from prefect_htcdask.worker_events import keep_trying, send_in_batches
 
     keep_trying()
+    send_in_batches(EventsWorker, APILogWorker)
+    # What has been imported by now stays: no later collection has to look at it again, for an eighth of a second each.
+    gc.collect()
+    gc.freeze()
     if flow_run_id := getattr(worker, "flow_run_id", None):
         relay(worker, flow_run_id)
 
