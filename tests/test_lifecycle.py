@@ -241,7 +241,8 @@ def test_an_evicted_worker_s_task_runs_again_elsewhere(
             "a new worker",
         )
         assert client.submit(lambda: 1).result(timeout=30) == 1
-        assert "ended by signal SIGKILL" in texts(messages, "log")
+        # The new worker may be the evicted one's job, started again: then the reason comes after it.
+        wait_until(lambda: "ended by signal SIGKILL" in texts(messages, "log"), 20, "the reason is told")
 
 
 SECRET = "s3cr3t-of-the-flow"
