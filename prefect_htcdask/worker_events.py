@@ -47,9 +47,11 @@ def send_in_batches(*services: Any) -> None:
 
 def _taking_batches(init: Any) -> Any:
     @wraps(init)
-    def init_with_batches(self: Any, *args: Any) -> None:
-        init(self, *args)
-        self._queue_get_thread = BatchThread(self)
+    def init_with_batches(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        # Private to Prefect: where a later release has neither, its services go on as they do there.
+        if hasattr(self, "_queue_get_thread") and hasattr(self, "_queue"):
+            self._queue_get_thread = BatchThread(self)
 
     return init_with_batches
 

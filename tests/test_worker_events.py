@@ -99,6 +99,15 @@ def test_what_cannot_be_handled_spares_the_rest() -> None:
     assert service.handled == [12, 14]
 
 
+def test_services_of_another_kind_are_left_as_they_are() -> None:
+    class Other:
+        def __init__(self, name: str, *, size: int = 0) -> None:
+            self.name, self.size = name, size
+
+    send_in_batches(Other)
+    assert vars(Other("other", size=2)) == {"name": "other", "size": 2}
+
+
 PRELOADED = """
 import asyncio, gc, types
 from prefect.events.clients import NullEventsClient
