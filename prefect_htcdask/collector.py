@@ -298,11 +298,10 @@ class Collector:
                 future.packed = PackedState(state)
                 ended.append(future)
             elif future.packed is not None or (self.over and key in finished):
-                continue  # its client has closed meanwhile
+                continue  # it has its end, or its client has closed meanwhile
             elif future.wrapped_future.status in COMING:
                 cast(Any, self.client.loop).add_callback(self._enqueue_when_back, future)
-            elif future.wrapped_future.status == "finished" and key not in finished:
-                self._enqueue(future)  # lost as this began, and computed again by now
+            # What is finished without being here was lost as this began, and has been computed again.
             elif future.wrapped_future.status != "finished" or not self._try_again(future):
                 lost.append(future)
         # What failed says nothing of how large a result is.
@@ -341,7 +340,7 @@ class Collector:
             return True
 
     def _try_again(self, future: HTCDaskFuture[Any]) -> bool:
-        """Gather a future later: the connection broke, and the client will say whether its task goes on."""
+        """Gather a future later, once the client says that its task goes on; False after too many times."""
         with self.condition:
             times = self._broken[id(future)] = self._broken.get(id(future), 0) + 1
         if times > MAX_BROKEN:

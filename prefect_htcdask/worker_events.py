@@ -36,7 +36,8 @@ def send_in_batches(*services: Any) -> None:
     """Have this process's services of Prefect take all that came within `PAUSE` from their queues at once.
 
     For each item, Prefect has a thread wait for the queue and wakes the service's event loop (prefect 3.8,
-    `_QueueServiceBase._main_loop`). Of the CPU time of a short task run, which has three events, that is a quarter.
+    `_QueueServiceBase._main_loop`). Of the engine's CPU time for a no-op task run, with its three events, that is a
+    fifth.
 
     Args:
         services: classes of services, such as `prefect.events.worker.EventsWorker`.
