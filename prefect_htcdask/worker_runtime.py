@@ -217,10 +217,12 @@ async def dask_setup(worker: Worker) -> None:
     from prefect.logging.handlers import APILogWorker
 
     from prefect_htcdask.flow_run_log import relay
+    from prefect_htcdask.worker_console import without_highlighting
     from prefect_htcdask.worker_events import keep_trying, send_in_batches
 
     keep_trying()
     send_in_batches(EventsWorker, APILogWorker)
+    without_highlighting()
     # What has been imported by now stays: no later collection has to look at it again, for an eighth of a second each.
     gc.collect()
     gc.freeze()

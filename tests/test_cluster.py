@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
@@ -44,6 +45,9 @@ def test_scale_submits_and_removes_the_difference_only(
         cluster.scale(1)
         wait_until(lambda: len(jobs_of(queue, cluster.name)) == 1, 30, "one job")
         assert client.submit(lambda: 6 * 7).result(timeout=30) == 42
+        # Collections of garbage are as rare as in a worker of `dask worker`.
+        (threshold,) = client.run(gc.get_threshold).values()
+        assert tuple(threshold) == tuple(3 * count for count in gc.get_threshold())
         name = cluster.name
         assert name in repr(cluster) and name in cluster._repr_html_()
     assert jobs_of(queue, name) == []

@@ -72,6 +72,7 @@ KNOW_PREFECT = {
     "task_runner",
     "unawaited",
     "upstreams",
+    "worker_console",
     "worker_context",
     "worker_events",
     "worker_jobs",

@@ -248,7 +248,10 @@ def configure_dask(sandbox: Path) -> None:
 
 async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     import asyncio
+    import gc
 
+    # As `dask worker` has it (distributed.cli.dask_worker): what many small messages leave behind is looked at less.
+    gc.set_threshold(*(3 * count for count in gc.get_threshold()))
     configure_dask(sandbox)
     from prefect_htcdask import worker_leave
 
@@ -282,7 +285,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
         stagger = config.get("lifetime_stagger") or 0.0  # its default is resolved where the settings are
         loop.call_later(worker_leave.drains_after(lifetime, stagger, job_id) - _seconds_up(), due.set)
     leaving = asyncio.ensure_future(told.wait())
-    joining = asyncio.ensure_future(_join(worker))
+    joining = asyncio.ensure_future(worker)
     await asyncio.wait([joining, leaving], return_when=asyncio.FIRST_COMPLETED)
     if not joining.done():
         # Removed while it still looks for its scheduler, which may be gone: there is nothing to hand back, and the
@@ -318,10 +321,6 @@ _STARTED = time.monotonic()
 
 def _seconds_up() -> float:
     return time.monotonic() - _STARTED
-
-
-async def _join(worker: Any) -> None:
-    await worker
 
 
 async def _beat(sandbox: Path) -> None:
