@@ -17,7 +17,7 @@ GATHER_BYTES = 64 * 1024**2
 INTERVAL = 0.05
 """Seconds from one gather to the next, at least, where many futures are asked for: what is ready comes in one."""
 
-LONGEST_INTERVAL = 0.25
+LONGEST_INTERVAL = 0.5
 """The same at most."""
 
 INTERVAL_OF_EACH = 0.001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -45,7 +46,8 @@ def test_scale_submits_and_removes_the_difference_only(
         cluster.scale(1)
         wait_until(lambda: len(jobs_of(queue, cluster.name)) == 1, 30, "one job")
         assert client.submit(lambda: 6 * 7).result(timeout=30) == 42
-        # Collections of garbage are as rare as in a worker of `dask worker`.
+        # Its process is scheduled as a batch job, and collects garbage as seldom as one of `dask worker`.
+        assert client.submit(os.sched_getscheduler, 0).result(timeout=30) == os.SCHED_BATCH
         (threshold,) = client.run(gc.get_threshold).values()
         assert tuple(threshold) == tuple(3 * count for count in gc.get_threshold())
         name = cluster.name

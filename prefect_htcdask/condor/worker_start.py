@@ -248,13 +248,12 @@ def configure_dask(sandbox: Path) -> None:
 
 async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     import asyncio
-    import gc
 
-    # As `dask worker` has it (distributed.cli.dask_worker): what many small messages leave behind is looked at less.
-    gc.set_threshold(*(3 * count for count in gc.get_threshold()))
     configure_dask(sandbox)
-    from prefect_htcdask import worker_leave
+    from prefect_htcdask import worker_leave, worker_process
 
+    worker_process.be_a_batch_process()
+    worker_process.collect_seldom()
     job_id, starts = job_identity()
     worker = worker_leave.LeavingWorker(
         config["scheduler_address"],

@@ -1,0 +1,53 @@
+"""What a worker asks of its kernel and its interpreter, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from prefect_htcdask import worker_process
+
+ASKING = """
+import gc, os, subprocess, sys, threading
+from prefect_htcdask import worker_process
+
+before, after = (getattr(os, name) for name in sys.argv[1:])
+os.sched_setscheduler(0, before, os.sched_param(0))
+nice, thresholds = os.nice(3), gc.get_threshold()
+worker_process.be_a_batch_process()
+worker_process.collect_seldom()
+found = []
+thread = threading.Thread(target=lambda: found.append(os.sched_getscheduler(0)))
+thread.start()
+thread.join()
+child = subprocess.run([sys.executable, "-c", "import os; print(os.sched_getscheduler(0))"], capture_output=True)
+assert [os.sched_getscheduler(0), found[0], int(child.stdout)] == [after] * 3
+assert os.nice(0) == nice
+assert all(now == 3 * then for now, then in zip(gc.get_threshold(), thresholds, strict=True))
+"""
+
+
+@pytest.mark.parametrize(
+    "before, after", [("SCHED_OTHER", "SCHED_BATCH"), ("SCHED_BATCH", "SCHED_BATCH"), ("SCHED_IDLE", "SCHED_IDLE")]
+)
+def test_an_ordinary_process_becomes_a_batch_process(before: str, after: str) -> None:
+    """With the threads and processes that it starts; a site that gave it less still does."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASKING, before, after], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_that_may_not_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mock, since no sandbox that forbids the call can be had everywhere."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    worker_process.be_a_batch_process()
+    monkeypatch.delattr(os, "sched_setscheduler")
+    worker_process.be_a_batch_process()
