@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from typing import Any
 
 from distributed import Client
@@ -18,7 +19,7 @@ from distributed import Client
 from benchmarks.parts import server
 from benchmarks.result import Result
 from benchmarks.task_flow import Order
-from benchmarks.task_load import run_order, send_what_is_queued, workers
+from benchmarks.task_load import run_order, workers
 
 TASKS = int(os.environ.get("BENCH_SOAK_TASKS", "20000"))
 RUNS = int(os.environ.get("BENCH_SOAK_RUNS", "320"))
@@ -26,6 +27,8 @@ WORKERS = 2
 PARTS = 4
 GROWTH_GOAL = 512
 """Bytes for each task that a worker has run: 10,000 of them leave it at most 5 MB larger."""
+CONFIRM_TIMEOUT = 120.0
+"""Seconds that the API may take to confirm the last events; Prefect asks it every 30 s."""
 
 
 def run() -> Result:
@@ -69,12 +72,26 @@ def grown(before: list[dict[str, Any]], after: list[dict[str, Any]], tasks: floa
 
 
 def look_at(client: Client) -> list[dict[str, Any]]:
-    """The workers' memory and what their caches hold, once they have sent all that waits to be sent.
+    """The workers' memory and what their caches hold, once the API has confirmed all their events.
 
-    Prefect keeps an event until the API has confirmed it, 700 of them or for half a minute: megabytes that come and go.
+    Prefect keeps each event until then, 700 of them or for half a minute: megabytes that come and go. Its services must
+    not be drained for this: it keeps a stopped one, and all that this holds, until the process ends (prefect 3.8,
+    `_QueueServiceBase.start`).
     """
-    client.run(send_what_is_queued)
+    deadline = time.monotonic() + CONFIRM_TIMEOUT
+    while any(client.run(unconfirmed).values()):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"after {CONFIRM_TIMEOUT:.0f} s there are events that the API has not confirmed")
+        time.sleep(1)
     return [answer for _, answer in sorted(client.run(held_here).items())]
+
+
+def unconfirmed() -> int:
+    """How many events this worker process keeps, queued or sent; runs on the worker. They are private to Prefect."""
+    from prefect.events.worker import EventsWorker
+
+    services = [service for service in list(EventsWorker._instances.values()) if isinstance(service, EventsWorker)]
+    return sum(service._queue.qsize() + len(service._client._unconfirmed_events) for service in services)
 
 
 def held_here(dask_worker: Any) -> dict[str, Any]:
