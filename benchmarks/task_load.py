@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import httpx
@@ -87,7 +87,7 @@ def on_average(rounds: list[Spent]) -> Spent:
     """The mean of what several flows took that were measured alike."""
     names = [field.name for field in fields(Spent) if getattr(rounds[0], field.name) is not None]
     means = {name: statistics.mean(getattr(spent, name) for spent in rounds) for name in names}
-    return Spent(**{**asdict(rounds[0]), **means})
+    return replace(rounds[0], **means)
 
 
 @dataclass

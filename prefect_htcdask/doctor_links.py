@@ -228,7 +228,7 @@ class Chain:
         self._await(self._workers, timeout, f"no worker joined within worker.start_timeout = {timeout:.0f} s")
         jobs = self._jobs()
         self._leases = {job.job_id: job.lease_expires for job in jobs}
-        return f"HTCondor jobs {', '.join(job.job_id for job in jobs)}: {len(self._workers())} workers joined"
+        return f"HTCondor jobs {', '.join(job.job_id for job in jobs)}; workers that joined: {len(self._workers())}"
 
     def compare_versions(self) -> str:
         check_versions(self._client)
