@@ -44,6 +44,18 @@ _CONFIG = {
 }
 
 
+class _Worker(Worker):
+    """Closes without waiting for its threads.
+
+    Dask joins them with a lock held that all workers of a process share (`distributed.threadpoolexecutor`), and a
+    thread that is about to secede waits for that lock: both for 30 s, and all other threads that secede with them.
+    """
+
+    async def close(self, timeout: float = 30, executor_wait: bool = False, *args: Any, **kwargs: Any) -> str | None:
+        """See `Worker.close`."""
+        return await super().close(timeout, False, *args, **kwargs)
+
+
 @dataclass
 class Cluster:
     """A scheduler with the plugin, a client, and workers to add and take."""
@@ -64,7 +76,7 @@ class Cluster:
         """Start a worker named as ours are."""
         self.started += 1
         kwargs.setdefault("name", f"htcdask-{self.started}.0")
-        worker = await Worker(
+        worker = await _Worker(
             self.scheduler.address, nthreads=nthreads, resources=resources or {}, dashboard=False, **kwargs
         )
         self.workers.append(worker)
@@ -125,7 +137,7 @@ async def dask_cluster(
             for event in GATES.values():
                 event.set()
             for worker in cluster.workers:
-                await worker.close(executor_wait=False, nanny=False)
+                await worker.close(nanny=False)
 
 
 def recount(scheduler: Scheduler, offers: Mapping[str, Mapping[str, float]] | None) -> dict[str, Any]:
