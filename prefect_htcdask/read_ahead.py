@@ -15,8 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 IN_TURN = 8
 """So many have to be taken in the order of their submits first."""
 
-WINDOW = 256
-"""Futures that are asked for ahead, at most: 16 MiB of results."""
+WINDOW = 512
+"""Futures that are asked for ahead, at most: 32 MiB of results. Gathers of so many are as far apart as can be."""
 
 SMALL = 64 * 1024
 """Bytes of a result, at most, as others have been."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client
+from distributed import Client, Worker
 
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
@@ -46,10 +46,15 @@ def test_scale_submits_and_removes_the_difference_only(
         cluster.scale(1)
         wait_until(lambda: len(jobs_of(queue, cluster.name)) == 1, 30, "one job")
         assert client.submit(lambda: 6 * 7).result(timeout=30) == 42
-        # Its process is scheduled as a batch job, and collects garbage as seldom as one of `dask worker`.
+        # Its process is scheduled as a batch job, collects garbage as seldom as one of `dask worker`, and ticks seldom.
         assert client.submit(os.sched_getscheduler, 0).result(timeout=30) == os.SCHED_BATCH
         (threshold,) = client.run(gc.get_threshold).values()
         assert tuple(threshold) == tuple(3 * count for count in gc.get_threshold())
+
+        def tick(dask_worker: Worker) -> float:
+            return dask_worker.periodic_callbacks["tick"].callback_time
+
+        assert list(client.run(tick).values()) == [100]
         name = cluster.name
         assert name in repr(cluster) and name in cluster._repr_html_()
     assert jobs_of(queue, name) == []
@@ -136,7 +141,7 @@ def test_tasks_open_clients_of_their_own(new_cluster: NewCluster) -> None:
         return int(get_client().submit(lambda: 1).result(timeout=20))
 
     def by_address(address: str) -> int:
-        from distributed import Client
+        from distributed import Client, Worker
 
         with Client(address, set_as_default=False) as client:
             return int(client.submit(lambda: 2).result(timeout=20))

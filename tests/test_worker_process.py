@@ -51,3 +51,26 @@ def test_one_that_may_not_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     worker_process.be_a_batch_process()
     monkeypatch.delattr(os, "sched_setscheduler")
     worker_process.be_a_batch_process()
+
+
+@pytest.mark.parametrize("asked, ticks", [({}, 10), ({"DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "50ms"}, 20)])
+def test_ticks_are_fewer_unless_somebody_has_said_how_many(asked: dict[str, str], ticks: int) -> None:
+    """A second, of a real Dask server."""
+    ticking = """
+import asyncio
+from distributed import Scheduler
+from prefect_htcdask import worker_process
+
+async def main():
+    worker_process.tick_seldom()
+    async with Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as server:
+        print(1000 / server.periodic_callbacks["tick"].callback_time)
+
+asyncio.run(main())
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("DASK_")} | asked
+    done = subprocess.run(
+        [sys.executable, "-c", ticking], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == ticks

@@ -254,6 +254,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
 
     worker_process.be_a_batch_process()
     worker_process.collect_seldom()
+    worker_process.tick_seldom()
     job_id, starts = job_identity()
     worker = worker_leave.LeavingWorker(
         config["scheduler_address"],
