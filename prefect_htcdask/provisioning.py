@@ -192,7 +192,7 @@ def _api_url(context: FlowRunContext | None) -> str | None:
 
 def _send_code(client: distributed.Client, flow: Any | None, with_package: bool) -> None:
     plugin = source_code.make_plugin(source_code.collect(flow), source_code.own_package() if with_package else None)
-    client.register_plugin(plugin)
+    source_code.send(client, plugin)
 
 
 def _logger(runner: HTCDaskTaskRunner, context: FlowRunContext | None) -> Logger:

@@ -17,13 +17,15 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from dask.utils import format_bytes
+from distributed import Client
 from distributed.diagnostics.plugin import WorkerPlugin
 
 SKIPPED_DIRECTORIES = frozenset(
@@ -34,6 +36,9 @@ SOURCE_SUFFIXES = frozenset(
 )
 MAX_DATA_FILE = 1024**2
 """Bytes; a larger file that is no Python source is taken for data and stays behind."""
+
+PLUGIN_PREFIX = "prefect-htcdask-"
+"""How the names of the worker plugins begin."""
 
 MAX_TOTAL = 50 * 1024**2
 MAX_FILES = 5000
@@ -220,14 +225,18 @@ def own_package() -> CodeArchive:
 def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> WorkerPlugin:
     """A worker plugin that brings `code`, and `package` where it is missing, and flushes Prefect at the worker's end.
 
-    The plugin's class is made in here, so that it travels by value: neither scheduler nor worker need this package.
+    Its name says what is in it. The plugin's class is made in here, so that it travels by value: neither scheduler nor
+    worker need this package.
     """
 
     home = (socket.gethostname(), os.getpid())
 
     class PrefectHTCDaskPlugin(WorkerPlugin):
         idempotent = False
-        name = f"prefect-htcdask-{code.digest if code else 'none'}-{package.digest if package else 'none'}"
+        name = f"{PLUGIN_PREFIX}{code.digest if code else 'none'}-{package.digest if package else 'none'}"
+
+        def __init__(self) -> None:
+            self.paths: list[str] = []
 
         def setup(self, worker: Any) -> None:
             import contextlib
@@ -242,20 +251,23 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
 
             def install(archive: Any) -> None:
                 content = zipfile.ZipFile(io.BytesIO(archive.data))
-                if shared(archive, content):
-                    # The files beside the modules, which do not travel, are then found as well.
-                    targets = [root for root, _ in archive.roots]
-                else:
-                    targets = [unpack(archive, content)]
-                missing = [target for target in targets if target not in sys.path]
-                if not missing:
-                    return
-                # Another version of the same modules, left by an earlier flow run on a warm worker.
+                # The files beside the modules, which do not travel, are found as well where the modules are shared.
+                mine = [root for root, _ in archive.roots] if shared(archive, content) else [unpack(archive, content)]
+                self.paths += mine
+                # What flow runs before this one have brought: another version of the same modules, perhaps.
+                others = [
+                    path
+                    for plugin in worker.plugins.values()
+                    for path in getattr(plugin, "paths", ())
+                    if type(plugin).__name__ == type(self).__name__ and path not in mine
+                ]
                 for name, module in list(sys.modules.items()):
                     filename = getattr(module, "__file__", None) or ""
-                    if name.partition(".")[0] in archive.names and "prefect_htcdask_code" in filename:
+                    if name.partition(".")[0] in archive.names and filename.startswith(tuple(f"{p}/" for p in others)):
                         del sys.modules[name]
-                sys.path[:0] = missing
+                behind = min((sys.path.index(path) for path in others if path in sys.path), default=len(sys.path))
+                front = [path for path in mine if path not in sys.path[:behind]]
+                sys.path[:] = front + [path for path in sys.path if path not in front]
                 importlib.invalidate_caches()
 
             def shared(archive: Any, content: zipfile.ZipFile) -> bool:
@@ -300,3 +312,24 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
             await dask_teardown(worker)
 
     return PrefectHTCDaskPlugin()
+
+
+def send(client: Client, plugin: WorkerPlugin) -> None:
+    """Register `plugin` with the scheduler of `client`, unless it was the last of its kind to be registered there.
+
+    A cluster that serves one flow run after another has the code then, on all of its workers. Another version that
+    came in between is in front of it on them: it is sent once more, and comes last to those that join later.
+    """
+
+    def have(dask_scheduler: Any, name: str, prefix: str) -> bool:
+        """Whether it is there; if it is not the last, as if it were not. Runs on the scheduler."""
+        registered = [one for one in dask_scheduler.worker_plugins if one.startswith(prefix)]
+        if registered[-1:] == [name]:
+            return True
+        dask_scheduler.worker_plugins.pop(name, None)
+        return False
+
+    with suppress(Exception):  # a scheduler that runs no functions for its clients is sent everything
+        if client.run_on_scheduler(have, name=cast(Any, plugin).name, prefix=PLUGIN_PREFIX):
+            return
+    client.register_plugin(plugin)

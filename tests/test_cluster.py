@@ -141,7 +141,7 @@ def test_tasks_open_clients_of_their_own(new_cluster: NewCluster) -> None:
         return int(get_client().submit(lambda: 1).result(timeout=20))
 
     def by_address(address: str) -> int:
-        from distributed import Client, Worker
+        from distributed import Client
 
         with Client(address, set_as_default=False) as client:
             return int(client.submit(lambda: 2).result(timeout=20))

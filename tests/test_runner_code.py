@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Client, Worker
 
 from prefect_htcdask import source_code
 
@@ -31,7 +33,10 @@ def _dask(directory: Path, *command: str) -> subprocess.Popen[bytes]:
     """A Dask scheduler or worker that starts in a directory of its own and gets no path from here."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.Popen(
-        [sys.executable, "-m", "dask", *command, "--scheduler-file", str(directory / "s.json"), "--no-dashboard"],
+        [
+            *(sys.executable, "-m", "dask", *command, "--host", "127.0.0.1"),
+            *("--scheduler-file", str(directory / "s.json"), "--no-dashboard"),
+        ],
         cwd=directory,
         env=environment,
     )
@@ -124,6 +129,60 @@ def test_a_package_reaches_workers_that_share_no_files(
             if process is not None and process.poll() is None:
                 process.terminate()
                 process.wait(20)
+
+
+def _said(client: Client) -> dict[str, str]:
+    """What each worker's version of the module says."""
+
+    def said() -> str:
+        import importlib
+
+        return str(importlib.import_module("analysis.version").SAYS)
+
+    return dict(client.run(said))
+
+
+def _plugins(client: Client) -> dict[str, list[tuple[str, int]]]:
+    """The code that each worker has been sent, each time anew as another object."""
+
+    def plugins(dask_worker: Worker) -> list[tuple[str, int]]:
+        return [(name, id(one)) for name, one in dask_worker.plugins.items() if name.startswith("prefect-htcdask-")]
+
+    return dict(client.run(plugins))
+
+
+@pytest.mark.parametrize("files_are_shared", [False, True])
+def test_workers_run_the_last_version_and_are_sent_it_once(
+    files_are_shared: bool, scheduler: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Flow runs that share a cluster, of code that is changed, and changed back."""
+    directory, address = scheduler
+    archives = {}
+    for says in ("one", "two"):
+        source = tmp_path / says
+        _write(source, {**FILES, "analysis/version.py": f"SAYS = {says!r}\n"})
+        archives[says] = _archive(source, "analysis.flows")
+        if not files_are_shared:
+            shutil.rmtree(source)
+    plugins = {says: source_code.make_plugin(archive, None) for says, archive in archives.items()}
+    workers = [_dask(directory, "worker", "--nthreads", "1", "--no-nanny")]
+    try:
+        with Client(address, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=60)
+            for says in ("one", "two", "one"):
+                source_code.send(client, plugins[says])
+                assert set(_said(client).values()) == {says}
+                sent = _plugins(client)
+                source_code.send(client, plugins[says])
+                assert _plugins(client) == sent
+            workers.append(_dask(directory, "worker", "--nthreads", "1", "--no-nanny"))
+            client.wait_for_workers(2, timeout=60)
+            assert list(_said(client).values()) == ["one", "one"]
+    finally:
+        for process in workers:
+            process.terminate()
+        for process in workers:
+            process.wait(20)
 
 
 def _archive(root: Path, module: str) -> source_code.CodeArchive:
