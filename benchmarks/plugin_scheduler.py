@@ -80,7 +80,7 @@ async def main(mode: str) -> None:
     """Serve until the input ends."""
     logging.getLogger("distributed").setLevel(logging.WARNING)
     with dask.config.set({"distributed.admin.system-monitor.log-length": 10}):
-        scheduler = await Scheduler(host="127.0.0.1", port=0, dashboard=False)
+        scheduler = await Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0", dashboard=False)
     timed: dict[str, Timed] = {}
     clock, wrapper = clock_cost(), wrapper_cost()
     if mode != "none":

@@ -126,7 +126,9 @@ async def dask_cluster(
     GATES.clear()
     async with AsyncExitStack() as stack:
         stack.enter_context(dask.config.set({**_CONFIG, **(config or {})}))
-        scheduler = await stack.enter_async_context(Scheduler(host="127.0.0.1", port=0, dashboard=False))
+        scheduler = await stack.enter_async_context(
+            Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0", dashboard=False)
+        )
         client = await stack.enter_async_context(Client(scheduler.address, asynchronous=True, set_as_default=False))
         cluster = Cluster(scheduler, client)
         await scheduler.register_scheduler_plugin(DemandPlugin(0, offers), idempotent=True)

@@ -83,7 +83,7 @@ def local_pool(prefect_server: PrefectServer) -> Iterator[Any]:
     import distributed
 
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", resources={"GPU": 1}
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", resources={"GPU": 1}
     ) as cluster:
         yield cluster
 

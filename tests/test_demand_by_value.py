@@ -32,7 +32,10 @@ async def main():
         sys.exit("the package can be imported here, so that this tests nothing")
     with open(sys.argv[1], "rb") as file:
         plugin = file.read()
-    async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler, rpc(scheduler.address) as remote:
+    async with (
+        Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0", dashboard=False) as scheduler,
+        rpc(scheduler.address) as remote,
+    ):
         await remote.register_scheduler_plugin(plugin=plugin, name="htcdask", idempotent=True)
         granted = await remote.htcdask_claim(owner="test")
         async with Client(scheduler.address, asynchronous=True, set_as_default=False) as client:

@@ -56,7 +56,9 @@ def unheard(fails: bool) -> str:
 @pytest.fixture
 def pool() -> Iterator[distributed.LocalCluster]:
     """One worker of its own, which is mute afterwards."""
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
+    ) as cluster:
         yield cluster
 
 

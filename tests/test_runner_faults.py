@@ -30,7 +30,9 @@ def frail_pool() -> Iterator[distributed.LocalCluster]:
 
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
+        ) as cluster,
     ):
         yield cluster
 
@@ -143,15 +145,16 @@ def test_the_scheduler_is_lost(tmp_path: Path) -> None:
     import subprocess
     import sys
 
+    options = ["--host", "127.0.0.1", "--scheduler-file", "s.json", "--no-dashboard"]
     scheduler = subprocess.Popen(
-        [sys.executable, "-m", "dask", "scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", "s.json"],
+        [sys.executable, "-m", "dask", "scheduler", "--port", "0", *options],
         cwd=tmp_path,
     )
     worker = None
     try:
         _until(lambda: (tmp_path / "s.json").exists())
         worker = subprocess.Popen(
-            [sys.executable, "-m", "dask", "worker", "--scheduler-file", "s.json", "--nthreads", "1", "--no-dashboard"],
+            [sys.executable, "-m", "dask", "worker", "--nthreads", "1", *options],
             cwd=tmp_path,
         )
         import json

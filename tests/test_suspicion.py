@@ -96,7 +96,9 @@ class _This:
 @asynccontextmanager
 async def pool() -> AsyncIterator[Pool]:
     async with AsyncExitStack() as stack:
-        scheduler = await stack.enter_async_context(Scheduler(port=0, dashboard=False))
+        scheduler = await stack.enter_async_context(
+            Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0", dashboard=False)
+        )
         client = await stack.enter_async_context(Client(scheduler.address, asynchronous=True))
         suspicions = Suspicions()
         scheduler.add_plugin(Plugin(suspicions))

@@ -59,10 +59,11 @@ def named_pool(tmp_path: Path) -> Iterator[str]:
     A worker is started for each file ``want-NAME``; what a flow refers to otherwise would travel with it.
     """
     with ExitStack() as stack:
+        options = ["--scheduler-file", "s.json", "--no-dashboard"]
 
         def start(*arguments: str) -> subprocess.Popen[bytes]:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dask", *arguments, "--scheduler-file", "s.json", "--no-dashboard"],
+                [sys.executable, "-m", "dask", *arguments, "--host", "127.0.0.1", *options],
                 cwd=tmp_path,
                 env={**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"},
             )

@@ -19,7 +19,9 @@ COUNT = 30
 
 @pytest.fixture(scope="module")
 def one_worker() -> Iterator[distributed.LocalCluster]:
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
+    ) as cluster:
         yield cluster
 
 

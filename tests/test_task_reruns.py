@@ -24,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 @pytest.fixture
 def pool() -> Iterator[distributed.LocalCluster]:
     """Two workers of one thread that a test may kill; each is started again."""
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
+    ) as cluster:
         yield cluster
 
 

@@ -31,7 +31,9 @@ from prefect_htcdask.worker_leave import (
 @asynccontextmanager
 async def cluster(workers: int, **options: Any) -> AsyncIterator[tuple[Scheduler, list[LeavingWorker], Client]]:
     async with AsyncExitStack() as stack:
-        scheduler = await stack.enter_async_context(Scheduler(port=0, dashboard=False))
+        scheduler = await stack.enter_async_context(
+            Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0", dashboard=False)
+        )
         started = [
             await stack.enter_async_context(LeavingWorker(scheduler.address, nthreads=1, name=f"w{n}", **options))
             for n in range(workers)

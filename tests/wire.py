@@ -91,7 +91,9 @@ class Wire:
 @pytest.fixture
 def pool() -> Iterator[distributed.LocalCluster]:
     """Two workers of one thread, whose own connections to the scheduler nobody touches."""
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
+    ) as cluster:
         yield cluster
 
 
