@@ -2,7 +2,7 @@
 
 In the first half their caches fill, which hold fewer envelopes than that; what they grow by in the second stays. Each
 quarter is told as well: what leaks goes on at the same rate, and shows in the number of blocks of memory that the
-interpreter has given out. Bytes alone may rise once by some megabytes as a table of its own is doubled.
+interpreter has given out. Bytes alone were seen to rise once by 2 MB, most likely as a table of its own was doubled.
 
 Dask's profiler is off: it keeps call stacks for each of the last 1,000 seconds, which is no growth of ours. Nor is what
 Dask remembers of the last 100,000 keys (`dask.utils.key_split`), some 300 bytes each, which is emptied before each

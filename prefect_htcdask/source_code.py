@@ -37,11 +37,11 @@ SOURCE_SUFFIXES = frozenset(
 MAX_DATA_FILE = 1024**2
 """Bytes; a larger file that is no Python source is taken for data and stays behind."""
 
-PLUGIN_PREFIX = "prefect-htcdask-"
-"""How the names of the worker plugins begin."""
-
 MAX_TOTAL = 50 * 1024**2
 MAX_FILES = 5000
+
+PLUGIN_PREFIX = "prefect-htcdask-"
+"""How the names of the worker plugins begin."""
 
 logger = logging.getLogger("prefect.task_runner.htcdask")
 

@@ -144,9 +144,10 @@ def _said(client: Client) -> dict[str, str]:
 
 def _plugins(client: Client) -> dict[str, list[tuple[str, int]]]:
     """The code that each worker has been sent, each time anew as another object."""
+    prefix = source_code.PLUGIN_PREFIX
 
     def plugins(dask_worker: Worker) -> list[tuple[str, int]]:
-        return [(name, id(one)) for name, one in dask_worker.plugins.items() if name.startswith("prefect-htcdask-")]
+        return [(name, id(one)) for name, one in dask_worker.plugins.items() if name.startswith(prefix)]
 
     return dict(client.run(plugins))
 
@@ -173,6 +174,7 @@ def test_workers_run_the_last_version_and_are_sent_it_once(
                 source_code.send(client, plugins[says])
                 assert set(_said(client).values()) == {says}
                 sent = _plugins(client)
+                assert all(sent.values())
                 source_code.send(client, plugins[says])
                 assert _plugins(client) == sent
             workers.append(_dask(directory, "worker", "--nthreads", "1", "--no-nanny"))
