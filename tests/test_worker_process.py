@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import re
+import struct
 import subprocess
 import sys
 
@@ -13,6 +17,7 @@ from prefect_htcdask import worker_process
 ASKING = """
 import gc, os, subprocess, sys, threading
 from prefect_htcdask import worker_process
+from tests.test_worker_process import slice_of_this_thread
 
 before, after = (getattr(os, name) for name in sys.argv[1:])
 os.sched_setscheduler(0, before, os.sched_param(0))
@@ -20,25 +25,46 @@ nice, thresholds = os.nice(3), gc.get_threshold()
 worker_process.be_a_batch_process()
 worker_process.collect_seldom()
 found = []
-thread = threading.Thread(target=lambda: found.append(os.sched_getscheduler(0)))
+
+def look():
+    found.append([os.sched_getscheduler(0), slice_of_this_thread()])
+
+look()
+thread = threading.Thread(target=look)
 thread.start()
 thread.join()
-child = subprocess.run([sys.executable, "-c", "import os; print(os.sched_getscheduler(0))"], capture_output=True)
-assert [os.sched_getscheduler(0), found[0], int(child.stdout)] == [after] * 3
+child = "import os; from tests.test_worker_process import *; print([os.sched_getscheduler(0), slice_of_this_thread()])"
+found.append(eval(subprocess.run([sys.executable, "-c", child], capture_output=True).stdout))
+assert found == [[after, found[0][1]]] * 3, found
+print(found[0][1])
 assert os.nice(0) == nice
 assert all(now == 3 * then for now, then in zip(gc.get_threshold(), thresholds, strict=True))
 """
+
+
+SCHED_GETATTR = {"x86_64": 315, "aarch64": 275, "ppc64le": 356}
+KNOWS_SLICES = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2]) >= (6, 12)
+
+
+def slice_of_this_thread() -> int:
+    """In nanoseconds, as the kernel tells it; 0 where it knows of none."""
+    found = ctypes.create_string_buffer(48)
+    number = SCHED_GETATTR.get(platform.machine(), -1)
+    ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.c_int(0), found, ctypes.c_uint(48), ctypes.c_uint(0))
+    return int(struct.unpack("=IIQiIQQQ", found.raw)[5])
 
 
 @pytest.mark.parametrize(
     "before, after", [("SCHED_OTHER", "SCHED_BATCH"), ("SCHED_BATCH", "SCHED_BATCH"), ("SCHED_IDLE", "SCHED_IDLE")]
 )
 def test_an_ordinary_process_becomes_a_batch_process(before: str, after: str) -> None:
-    """With the threads and processes that it starts; a site that gave it less still does."""
+    """With the threads and processes that it starts, and with its slices; a site that gave it less still does."""
     done = subprocess.run(
         [sys.executable, "-c", ASKING, before, after], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+    asks = before == "SCHED_OTHER" and KNOWS_SLICES
+    assert (int(done.stdout) == 1e9 * worker_process.SLICE) == asks, done.stdout
 
 
 def test_one_that_may_not_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
