@@ -10,7 +10,7 @@ import distributed
 from prefect.context import FlowRunContext, SettingsContext
 from prefect.logging.loggers import get_run_logger
 
-from prefect_htcdask import source_code
+from prefect_htcdask import code_plugin, source_code
 from prefect_htcdask.api_identity import current_api
 from prefect_htcdask.by_value import install
 from prefect_htcdask.first_worker import FirstWorker, log_console
@@ -191,8 +191,8 @@ def _api_url(context: FlowRunContext | None) -> str | None:
 
 
 def _send_code(client: distributed.Client, flow: Any | None, with_package: bool) -> None:
-    plugin = source_code.make_plugin(source_code.collect(flow), source_code.own_package() if with_package else None)
-    source_code.send(client, plugin)
+    plugin = code_plugin.make_plugin(source_code.collect(flow), source_code.own_package() if with_package else None)
+    code_plugin.send(client, plugin)
 
 
 def _logger(runner: HTCDaskTaskRunner, context: FlowRunContext | None) -> Logger:

@@ -2,7 +2,7 @@
 
 cloudpickle carries a flow and its tasks by value, but whatever they import has to be importable where they run. So
 the modules that do not come from an installed package travel as one zip, named by its content, in a Dask worker
-plugin: every worker, also one that joins later, unpacks it and puts it on `sys.path` before it gets a task.
+plugin (`code_plugin`).
 """
 
 from __future__ import annotations
@@ -12,21 +12,17 @@ import io
 import logging
 import os
 import site
-import socket
 import sys
 import sysconfig
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from dask.utils import format_bytes
-from distributed import Client
-from distributed.diagnostics.plugin import WorkerPlugin
 
 SKIPPED_DIRECTORIES = frozenset(
     {"__pycache__", "node_modules", "site-packages", "dist-packages", "venv", "env", "build", "dist", "htmlcov"}
@@ -39,9 +35,6 @@ MAX_DATA_FILE = 1024**2
 
 MAX_TOTAL = 50 * 1024**2
 MAX_FILES = 5000
-
-PLUGIN_PREFIX = "prefect-htcdask-"
-"""How the names of the worker plugins begin."""
 
 logger = logging.getLogger("prefect.task_runner.htcdask")
 
@@ -220,116 +213,3 @@ def own_package() -> CodeArchive:
     directory = Path(prefect_htcdask.__file__).resolve().parent
     _add(files, directory.parent, _walk(directory))
     return _pack(files)
-
-
-def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> WorkerPlugin:
-    """A worker plugin that brings `code`, and `package` where it is missing, and flushes Prefect at the worker's end.
-
-    Its name says what is in it. The plugin's class is made in here, so that it travels by value: neither scheduler nor
-    worker need this package.
-    """
-
-    home = (socket.gethostname(), os.getpid())
-
-    class PrefectHTCDaskPlugin(WorkerPlugin):
-        idempotent = False
-        name = f"{PLUGIN_PREFIX}{code.digest if code else 'none'}-{package.digest if package else 'none'}"
-
-        def __init__(self) -> None:
-            self.paths: list[str] = []
-
-        def setup(self, worker: Any) -> None:
-            import contextlib
-            import importlib
-            import importlib.util
-            import io
-            import os
-            import socket
-            import sys
-            import tempfile
-            import zipfile
-
-            def install(archive: Any) -> None:
-                content = zipfile.ZipFile(io.BytesIO(archive.data))
-                # The files beside the modules, which do not travel, are found as well where the modules are shared.
-                mine = [root for root, _ in archive.roots] if shared(archive, content) else [unpack(archive, content)]
-                self.paths += mine
-                # What flow runs before this one have brought: another version of the same modules, perhaps.
-                others = [
-                    path
-                    for plugin in worker.plugins.values()
-                    for path in getattr(plugin, "paths", ())
-                    if type(plugin).__name__ == type(self).__name__ and path not in mine
-                ]
-                for name, module in list(sys.modules.items()):
-                    filename = getattr(module, "__file__", None) or ""
-                    if name.partition(".")[0] in archive.names and filename.startswith(tuple(f"{p}/" for p in others)):
-                        del sys.modules[name]
-                behind = min((sys.path.index(path) for path in others if path in sys.path), default=len(sys.path))
-                front = [path for path in mine if path not in sys.path[:behind]]
-                sys.path[:] = front + [path for path in sys.path if path not in front]
-                importlib.invalidate_caches()
-
-            def shared(archive: Any, content: zipfile.ZipFile) -> bool:
-                try:
-                    for root, members in archive.roots:
-                        for member in members:
-                            with open(os.path.join(root, member), "rb") as file:
-                                if file.read() != content.read(member):
-                                    return False
-                except OSError:
-                    return False
-                return True
-
-            def unpack(archive: Any, content: zipfile.ZipFile) -> str:
-                parent = os.path.join(worker.local_directory or tempfile.gettempdir(), "prefect_htcdask_code")
-                os.makedirs(parent, mode=0o700, exist_ok=True)
-                target = os.path.join(parent, archive.digest)
-                if not os.path.isdir(target):
-                    unpacked = tempfile.mkdtemp(dir=parent)
-                    content.extractall(unpacked)
-                    # Another worker of this host may be faster; the content is the same.
-                    with contextlib.suppress(OSError):
-                        os.rename(unpacked, target)
-                return target
-
-            if (socket.gethostname(), os.getpid()) == home:
-                return
-            if package is not None and importlib.util.find_spec("prefect_htcdask") is None:
-                install(package)
-            if code is not None:
-                install(code)
-
-        async def teardown(self, worker: Any) -> None:
-            from distributed.worker import WORKER_ANY_RUNNING
-
-            if worker.status in WORKER_ANY_RUNNING:
-                # Another flow run's plugin takes this one's place. The worker goes on, and the services that send
-                # Prefect's events and logs with it: once stopped, they are kept by Prefect for ever.
-                return
-            from prefect_htcdask.worker_runtime import dask_teardown
-
-            await dask_teardown(worker)
-
-    return PrefectHTCDaskPlugin()
-
-
-def send(client: Client, plugin: WorkerPlugin) -> None:
-    """Register `plugin` with the scheduler of `client`, unless it was the last of its kind to be registered there.
-
-    A cluster that serves one flow run after another has the code then, on all of its workers. Another version that
-    came in between is in front of it on them: it is sent once more, and comes last to those that join later.
-    """
-
-    def have(dask_scheduler: Any, name: str, prefix: str) -> bool:
-        """Whether it is there; if it is not the last, as if it were not. Runs on the scheduler."""
-        registered = [one for one in dask_scheduler.worker_plugins if one.startswith(prefix)]
-        if registered[-1:] == [name]:
-            return True
-        dask_scheduler.worker_plugins.pop(name, None)
-        return False
-
-    with suppress(Exception):  # a scheduler that runs no functions for its clients is sent everything
-        if client.run_on_scheduler(have, name=cast(Any, plugin).name, prefix=PLUGIN_PREFIX):
-            return
-    client.register_plugin(plugin)

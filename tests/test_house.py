@@ -31,6 +31,7 @@ KNOW_PREFECT = {
     "cli",
     "cli_flow_runs",
     "clients",
+    "code_plugin",
     "collector",
     "credentials",
     "cluster_owners",

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from distributed import Client, Worker
 
-from prefect_htcdask import source_code
+from prefect_htcdask import code_plugin, source_code
 
 
 def _write(root: Path, files: dict[str, str]) -> None:
@@ -144,7 +144,7 @@ def _said(client: Client) -> dict[str, str]:
 
 def _plugins(client: Client) -> dict[str, list[tuple[str, int]]]:
     """The code that each worker has been sent, each time anew as another object."""
-    prefix = source_code.PLUGIN_PREFIX
+    prefix = code_plugin.PLUGIN_PREFIX
 
     def plugins(dask_worker: Worker) -> list[tuple[str, int]]:
         return [(name, id(one)) for name, one in dask_worker.plugins.items() if name.startswith(prefix)]
@@ -165,17 +165,17 @@ def test_workers_run_the_last_version_and_are_sent_it_once(
         archives[says] = _archive(source, "analysis.flows")
         if not files_are_shared:
             shutil.rmtree(source)
-    plugins = {says: source_code.make_plugin(archive, None) for says, archive in archives.items()}
+    plugins = {says: code_plugin.make_plugin(archive, None) for says, archive in archives.items()}
     workers = [_dask(directory, "worker", "--nthreads", "1", "--no-nanny")]
     try:
         with Client(address, set_as_default=False) as client:
             client.wait_for_workers(1, timeout=60)
             for says in ("one", "two", "one"):
-                source_code.send(client, plugins[says])
+                code_plugin.send(client, plugins[says])
                 assert set(_said(client).values()) == {says}
                 sent = _plugins(client)
                 assert all(sent.values())
-                source_code.send(client, plugins[says])
+                code_plugin.send(client, plugins[says])
                 assert _plugins(client) == sent
             workers.append(_dask(directory, "worker", "--nthreads", "1", "--no-nanny"))
             client.wait_for_workers(2, timeout=60)
