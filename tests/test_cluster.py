@@ -12,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 from distributed import Client, Worker
 
+from prefect_htcdask import worker_process
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
+from tests import time_slices
 from tests.cluster_fixtures import SMALL, gateway_clusters, jobs_of, texts
 from tests.waiting import wait_until
 
@@ -48,6 +51,13 @@ def test_scale_submits_and_removes_the_difference_only(
         assert client.submit(lambda: 6 * 7).result(timeout=30) == 42
         # Its process is scheduled as a batch job, collects garbage as seldom as one of `dask worker`, and ticks seldom.
         assert client.submit(os.sched_getscheduler, 0).result(timeout=30) == os.SCHED_BATCH
+        look = time_slices.slice_of_this_thread
+        cloudpickle.register_pickle_by_value(time_slices)  # a worker cannot import it
+        try:
+            asked = client.submit(lambda: look()).result(timeout=30)
+        finally:
+            cloudpickle.unregister_pickle_by_value(time_slices)
+        assert (asked == 1e9 * worker_process.SLICE) == time_slices.KNOWN
         (threshold,) = client.run(gc.get_threshold).values()
         assert tuple(threshold) == tuple(3 * count for count in gc.get_threshold())
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
-import re
-import struct
 import subprocess
 import sys
 
 import pytest
 
 from prefect_htcdask import worker_process
+from tests import time_slices
 
 ASKING = """
 import gc, os, subprocess, sys, threading
 from prefect_htcdask import worker_process
-from tests.test_worker_process import slice_of_this_thread
+from tests.time_slices import slice_of_this_thread
 
 before, after = (getattr(os, name) for name in sys.argv[1:])
 os.sched_setscheduler(0, before, os.sched_param(0))
@@ -33,25 +30,13 @@ look()
 thread = threading.Thread(target=look)
 thread.start()
 thread.join()
-child = "import os; from tests.test_worker_process import *; print([os.sched_getscheduler(0), slice_of_this_thread()])"
+child = "import os; from tests.time_slices import *; print([os.sched_getscheduler(0), slice_of_this_thread()])"
 found.append(eval(subprocess.run([sys.executable, "-c", child], capture_output=True).stdout))
 assert found == [[after, found[0][1]]] * 3, found
 print(found[0][1])
 assert os.nice(0) == nice
 assert all(now == 3 * then for now, then in zip(gc.get_threshold(), thresholds, strict=True))
 """
-
-
-SCHED_GETATTR = {"x86_64": 315, "aarch64": 275, "ppc64le": 356}
-KNOWS_SLICES = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2]) >= (6, 12)
-
-
-def slice_of_this_thread() -> int:
-    """In nanoseconds, as the kernel tells it; 0 where it knows of none."""
-    found = ctypes.create_string_buffer(48)
-    number = SCHED_GETATTR.get(platform.machine(), -1)
-    ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.c_int(0), found, ctypes.c_uint(48), ctypes.c_uint(0))
-    return int(struct.unpack("=IIQiIQQQ", found.raw)[5])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +48,7 @@ def test_an_ordinary_process_becomes_a_batch_process(before: str, after: str) ->
         [sys.executable, "-c", ASKING, before, after], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    asks = before == "SCHED_OTHER" and KNOWS_SLICES
+    asks = before == "SCHED_OTHER" and time_slices.KNOWN
     assert (int(done.stdout) == 1e9 * worker_process.SLICE) == asks, done.stdout
 
 
