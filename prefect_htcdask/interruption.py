@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 _lock = threading.Lock()
 _running: dict[int, str] = {}
+_interrupted: set[int] = set()
+"""Threads that were interrupted in what they run now."""
 
 
 @contextmanager
@@ -27,14 +29,19 @@ def interruptible(run_key: str) -> Iterator[None]:
     finally:
         with _lock:
             _running.pop(thread, None)
-        # One that is still on its way would hit whatever the thread does next.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+            was_interrupted = thread in _interrupted
+            _interrupted.discard(thread)
+        if was_interrupted:
+            # One that is still on its way would hit whatever the thread does next. Not after every task run: with the
+            # GIL in hand, the call waits for the interpreter's list of threads (see `worker_profile`).
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
 
 
 def interrupt(run_key: str) -> int:
     """Interrupt the functions of a live run in this process, and return how many; for `Client.run`."""
     with _lock:
         threads = [thread for thread, running in _running.items() if running == run_key]
+        _interrupted.update(threads)
         for thread in threads:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(asyncio.CancelledError))
     return len(threads)

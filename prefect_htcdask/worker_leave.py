@@ -24,6 +24,7 @@ from distributed.metrics import time as wall_time
 from distributed.worker_state_machine import FreeKeysEvent
 
 from prefect_htcdask.scaling.demand import DRAIN as DRAIN
+from prefect_htcdask.worker_profile import ProfiledWorker
 
 HANDED_BACK = "htcdask-handed-back"
 """Topic of the scheduler's events that tells of each task taken from a worker before it was done."""
@@ -46,7 +47,7 @@ _CLOSED = 0.8
 Say = Callable[[str], None]
 
 
-class LeavingWorker(Worker):
+class LeavingWorker(ProfiledWorker):
     """A Dask worker that does not wait for the threads of its tasks when it closes: its process ends anyway.
 
     Attributes:
