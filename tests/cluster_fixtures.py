@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from dask_gateway import Gateway
 from dask_gateway.auth import BasicAuth
@@ -88,6 +89,17 @@ def gateway_clusters(endpoint: EmbeddedEndpoint) -> list[str]:
         auth=BasicAuth(endpoint.username, endpoint.password),
     ) as gateway:
         return [report.name for report in gateway.list_clusters()]
+
+
+def supervisors(runs: Path) -> list[int]:
+    """Process ids of the living supervisors whose run directories are in `runs`."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            ours = process.environ().get("PREFECT_INTEGRATIONS_HTCDASK_CONDOR_DIRECTORY") == str(runs)
+            if ours and "prefect_htcdask.supervisor" in process.cmdline():
+                found.append(process.pid)
+    return found
 
 
 def texts(messages: list[dict[str, Any]], *kinds: str) -> str:

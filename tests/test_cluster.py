@@ -21,7 +21,7 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
 from tests import time_slices
-from tests.cluster_fixtures import SMALL, gateway_clusters, jobs_of, texts
+from tests.cluster_fixtures import SMALL, gateway_clusters, jobs_of, supervisors, texts
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.pool
@@ -230,7 +230,9 @@ def test_two_supervisors_never_both_submit(new_cluster: NewCluster, queue: Sched
     wait_until(lambda: len(jobs_of(queue, cluster.name)) == 2, 20, "two jobs")
 
 
-def test_a_cluster_may_outlive_its_process(condor_environment: EmbeddedEndpoint, queue: ScheddClient) -> None:
+def test_a_cluster_may_outlive_its_process(
+    condor_environment: EmbeddedEndpoint, queue: ScheddClient, tmp_path: Path
+) -> None:
     code = f"""
         from prefect_htcdask import HTCGatewayCluster
 
@@ -254,6 +256,8 @@ def test_a_cluster_may_outlive_its_process(condor_environment: EmbeddedEndpoint,
     cluster.shutdown()
     wait_until(lambda: jobs_of(queue, name) == [], 15, "no job left")
     assert name not in gateway_clusters(condor_environment)
+    # It asks the gateway, which may be stopped after this test: of one that is away, nothing is concluded for long.
+    wait_until(lambda: not supervisors(tmp_path / "runs"), 30, "its supervisor has ended")
 
 
 def test_a_plain_client_s_cluster_can_be_given_workers(
