@@ -110,9 +110,6 @@ MUST_NOT_IMPORT = {
 PURE = {"advice", "condor.worker_job", "report", "scaling.policy", "supervisor.timeline"}
 """Functions from values to values."""
 
-LONGER_THAN_400_LINES: dict[str, str] = {}
-"""Each with the reason why it is not divided."""
-
 
 def modules() -> dict[str, Path]:
     """The package's modules, named as within it: ``condor.schedd``."""
@@ -203,17 +200,6 @@ def test_pure_modules_know_neither_prefect_nor_dask_nor_htcondor(name: str) -> N
         todo |= ours - reached
     for module in reached:
         assert not outsiders(module, MODULES[module]) & forbidden, f"by way of {module}"
-
-
-def test_no_file_grows_beyond_reading() -> None:
-    lengths = {
-        path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")
-    }
-    too_long = {name: length for name, length in lengths.items() if length > 400}
-    assert too_long.keys() <= LONGER_THAN_400_LINES.keys()
-    assert max(lengths.values()) < 600
-    divided = LONGER_THAN_400_LINES.keys() - too_long.keys()
-    assert not divided, f"{divided} need no reason any more"
 
 
 def test_every_setting_is_described() -> None:
