@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from prefect_htcdask.task_runner import HTCDaskTaskRunner
     from prefect_htcdask.worker_groups import worker_group
 
+__version__ = "0.1.0"
+"""Compared with the workers', whose copy of this package has no metadata of a distribution beside it."""
+
 _HOMES = {
     "HTCDaskCondorCredentials": "blocks",
     "HTCDaskError": "errors",

@@ -12,7 +12,10 @@ from prefect_htcdask.errors import VersionMismatchError
 from prefect_htcdask.resolution import is_loopback
 from prefect_htcdask.settings import SettingsError
 
-CHECKED_PACKAGES = ("dask", "distributed", "prefect")
+CHECKED_PACKAGES = ("dask", "distributed", "prefect", "prefect_htcdask")
+
+NOT_AT_SCHEDULERS = ("prefect", "prefect_htcdask")
+"""Packages that a scheduler does without: what it runs of ours is sent by value."""
 
 
 def check_api_reachable(url: str | None, workers_are_local: bool) -> None:
@@ -39,14 +42,16 @@ def check_api_reachable(url: str | None, workers_are_local: bool) -> None:
 
 
 def check_versions(client: Client) -> None:
-    """Refuse versions of Python, dask, distributed or Prefect that differ between the parts of the cluster.
+    """Refuse versions of Python, dask, distributed, Prefect or this package that differ between a cluster's parts.
 
-    Python counts by its minor version, of scheduler and workers; Prefect by the workers' (a scheduler needs none).
+    Python counts by its minor version; Prefect and this package count on workers only, since a scheduler needs neither.
+    Worker jobs bring this package in the flow's version; other Dask workers (`cluster=`, `address=`) have one of their
+    own, or none.
 
     Raises:
         VersionMismatchError: says which part runs which version.
     """
-    compare_versions(cast("dict[str, Any]", client.get_versions(packages=["prefect"])))
+    compare_versions(cast("dict[str, Any]", client.get_versions(packages=list(NOT_AT_SCHEDULERS))))
 
 
 def compare_versions(versions: dict[str, Any]) -> None:
@@ -67,7 +72,7 @@ def compare_versions(versions: dict[str, Any]) -> None:
     for name, part in parts:
         theirs = _of_interest(part)
         for what, version in mine.items():
-            if what == "prefect" and name == "the scheduler":
+            if what in NOT_AT_SCHEDULERS and name == "the scheduler":
                 continue
             if theirs.get(what) != version:
                 problems.append(f"{name} has {what} {theirs.get(what) or '(none)'}, the flow has {version}")

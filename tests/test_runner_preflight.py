@@ -13,14 +13,14 @@ from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 
 from prefect_htcdask.errors import VersionMismatchError
-from prefect_htcdask.preflight import compare_versions, warn_of_local_storage
+from prefect_htcdask.preflight import NOT_AT_SCHEDULERS, compare_versions, warn_of_local_storage
 
 
 @pytest.fixture(scope="module")
 def versions(local_pool: distributed.LocalCluster) -> dict[str, Any]:
     """What a real client, scheduler and two workers say of their versions."""
     with distributed.Client(local_pool, set_as_default=False) as client:
-        found: dict[str, Any] = client.get_versions(packages=["prefect"])
+        found: dict[str, Any] = client.get_versions(packages=list(NOT_AT_SCHEDULERS))
         return found
 
 
@@ -28,7 +28,7 @@ def test_equal_versions_pass(versions: dict[str, Any]) -> None:
     compare_versions(versions)
 
 
-@pytest.mark.parametrize("package", ["dask", "distributed", "prefect"])
+@pytest.mark.parametrize("package", ["dask", "distributed", "prefect", "prefect_htcdask"])
 def test_a_workers_other_version_is_named(versions: dict[str, Any], package: str) -> None:
     changed = copy.deepcopy(versions)
     address = next(iter(changed["workers"]))
@@ -47,10 +47,19 @@ def test_the_schedulers_python_counts_by_its_minor_version(versions: dict[str, A
         compare_versions(changed)
 
 
-def test_a_scheduler_needs_no_prefect(versions: dict[str, Any]) -> None:
+@pytest.mark.parametrize("package", NOT_AT_SCHEDULERS)
+def test_a_scheduler_needs_neither_prefect_nor_this_package(versions: dict[str, Any], package: str) -> None:
     changed = copy.deepcopy(versions)
-    changed["scheduler"]["packages"]["prefect"] = None
+    changed["scheduler"]["packages"][package] = None
     compare_versions(changed)
+
+
+def test_workers_without_this_package_are_named(versions: dict[str, Any]) -> None:
+    changed = copy.deepcopy(versions)
+    address = next(iter(changed["workers"]))
+    changed["workers"][address]["packages"]["prefect_htcdask"] = None
+    with pytest.raises(VersionMismatchError, match=rf"worker at {address} has prefect_htcdask \(none\)"):
+        compare_versions(changed)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dask_gateway_server.tls import new_keypair
 
 from prefect_htcdask.condor import worker_start
+from prefect_htcdask.condor.staging import zip_package
+from prefect_htcdask.embedded.ports import free_port
 from tests.waiting import wait_until
 
 
@@ -177,6 +180,35 @@ def test_versions_that_differ_end_the_worker_before_it_starts(sandbox: Path) -> 
     assert status == worker_start.EXIT_VERSIONS
     assert "python" in stderr and "2.7 on the flow's host" in stderr and "dask" in stderr and "worker.python" in stderr
     assert not (sandbox / worker_start.SECRETS_FILE).exists(), "secrets are read once, then gone"
+
+
+def test_an_installed_package_of_another_version_is_not_used(sandbox: Path, tmp_path: Path) -> None:
+    """Neither by the worker nor by the process that speaks to the scheduler for it."""
+    installed = tmp_path / "installed" / "prefect_htcdask"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("raise SystemExit('an installed prefect_htcdask was imported')")
+    zip_package(sandbox / worker_start.PACKAGE_FILE)
+    certificate, key = new_keypair("test")
+    (sandbox / worker_start.CERTIFICATE_FILE).write_bytes(certificate)
+    (sandbox / worker_start.KEY_FILE).write_bytes(key)
+    config = json.loads((sandbox / worker_start.CONFIG_FILE).read_text())
+    nobody_there = {"scheduler_address": f"tls://127.0.0.1:{free_port()}", "death_timeout": 1, "nthreads": 1}
+    (sandbox / worker_start.CONFIG_FILE).write_text(json.dumps({**config, **nobody_there}))
+    (sandbox / worker_start.ADDRESS_FILE).write_text("tls://127.0.0.1:1")
+    # The second has nothing to say: this worker speaks for itself.
+    for process, outcome in (("run_worker", "could not join the scheduler"), ("speak_for", "")):
+        code = f"import runpy, sys; runpy.run_path(sys.argv[1])['{process}'](__import__('pathlib').Path(sys.argv[2]))"
+        done = subprocess.run(
+            [sys.executable, "-c", code, worker_start.__file__, str(sandbox)],
+            env={**os.environ, "PYTHONPATH": str(installed.parent)},
+            cwd=sandbox,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert "an installed prefect_htcdask was imported" not in done.stderr
+        assert outcome in done.stderr, done.stderr
 
 
 def test_an_interpreter_without_dask_says_so(sandbox: Path) -> None:

@@ -198,8 +198,7 @@ def run_worker(sandbox: Path) -> int:
     # Set here rather than by the starter: neither the job ad nor /proc/PID/environ shows them.
     os.environ.update(json.loads(secrets_path.read_text()))
     secrets_path.unlink()
-    # At the end: an installed package of the site's own comes first.
-    sys.path.append(str(sandbox / PACKAGE_FILE))
+    use_package_of_flow(sandbox)
     try:
         import distributed  # noqa: F401  (whether it can be imported is the question)
     except ImportError as exc:
@@ -229,6 +228,14 @@ def run_worker(sandbox: Path) -> int:
     import asyncio
 
     return asyncio.run(_run_worker(config, sandbox))
+
+
+def use_package_of_flow(sandbox: Path) -> None:
+    """Import prefect_htcdask from the job's own copy, which is the flow's version whatever a host or image has.
+
+    An installed one of another version would not know the calls and modules that the flow names.
+    """
+    sys.path.insert(0, str(sandbox / PACKAGE_FILE))
 
 
 def configure_dask(sandbox: Path) -> None:
@@ -352,7 +359,7 @@ def speak_for(sandbox: Path) -> int:
     """Tell the scheduler that this job's worker lives, until it can say so itself. Returns the exit status."""
     import asyncio
 
-    sys.path.append(str(sandbox / PACKAGE_FILE))
+    use_package_of_flow(sandbox)
     asyncio.run(_speak_for(sandbox, (sandbox / ADDRESS_FILE).read_text()))
     return 0
 
@@ -380,7 +387,7 @@ def say_farewell(sandbox: Path) -> int:
 
     if not (sandbox / ADDRESS_FILE).exists():
         return 0  # it never joined
-    sys.path.append(str(sandbox / PACKAGE_FILE))
+    use_package_of_flow(sandbox)
     asyncio.run(_say_farewell(sandbox, (sandbox / ADDRESS_FILE).read_text()))
     say("the worker did not listen: a task keeps its process busy; its tasks were handed back for it")
     return 0
