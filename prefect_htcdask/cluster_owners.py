@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import classad2
-
 from prefect_htcdask.api_identity import api_identity
 from prefect_htcdask.condor.worker_job import (
     API_ATTRIBUTE,
@@ -37,13 +35,12 @@ def owners_by_history(parts: Parts, clusters: Iterable[str], since: float) -> li
     wanted = list(clusters)[:_MOST_CLUSTERS]
     if not wanted:
         return []
-    user = oneshot.call(parts.schedd, "user")
-    constraint = (
-        f"User == {classad2.quote(user)} && {FLOW_RUN_ATTRIBUTE} =!= undefined && EnteredCurrentStatus > {int(since)} "
+    condition = (
+        f"{FLOW_RUN_ATTRIBUTE} =!= undefined && EnteredCurrentStatus > {int(since)} "
         f"&& ({' || '.join(cluster_constraint(name) for name in wanted)})"
     )
     projection = [CLUSTER_ATTRIBUTE, FLOW_RUN_ATTRIBUTE, API_ATTRIBUTE, "HTCDaskAttempt", "JobBatchName"]
-    ads = oneshot.call(parts.schedd, "history", constraint, projection, _MOST_ADS)
+    ads = oneshot.call(parts.schedd, "history", condition, projection, _MOST_ADS)
     return list({str(ad[CLUSTER_ATTRIBUTE]): _of_ad(ad) for ad in ads}.values())
 
 

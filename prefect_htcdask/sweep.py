@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import classad2
 from prefect.client.base import ServerType
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
@@ -268,10 +267,9 @@ def _keep_still_reporting(
 def _remove(parts: Parts, swept: Swept) -> None:
     if not swept.leftovers:
         return
-    mine = f"User == {classad2.quote(oneshot.call(parts.schedd, 'user'))}"
     for leftover in swept.leftovers:
-        constraint = f"{flow_run_constraint(leftover.flow_run_id, leftover.before_attempt)} && {mine}"
         if leftover.job_ids:
+            constraint = flow_run_constraint(leftover.flow_run_id, leftover.before_attempt)
             reason = f"prefect_htcdask sweep: {leftover.why}"
             swept.jobs_removed += oneshot.call(parts.schedd, "remove", constraint, reason)
     names = [name for leftover in swept.leftovers for name in leftover.clusters]

@@ -6,14 +6,13 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import classad2
-
 from prefect_htcdask.condor.diagnosis import SPOOLING, Category, diagnose_hold
 from prefect_htcdask.condor.worker_job import (
     API_ATTRIBUTE,
     CLUSTER_ATTRIBUTE,
     FLOW_RUN_ATTRIBUTE,
     GROUP_ATTRIBUTE,
+    flow_run_constraint,
     group_constraint,
 )
 from prefect_htcdask.resolution import Parts
@@ -93,11 +92,10 @@ def worker_jobs(parts: Parts, flow_run_id: str | None = None) -> list[WorkerJob]
     Raises:
         SupervisorError: the schedd could not be asked; the message names the setting and the remedy.
     """
-    user = oneshot.call(parts.schedd, "user")
-    constraint = f"{CLUSTER_ATTRIBUTE} =!= undefined && User == {classad2.quote(user)}"
+    condition = f"{CLUSTER_ATTRIBUTE} =!= undefined"
     if flow_run_id is not None:
-        constraint += f" && {FLOW_RUN_ATTRIBUTE} == {classad2.quote(flow_run_id)}"
-    ads = oneshot.call(parts.schedd, "query", constraint, _PROJECTION)
+        condition += f" && {flow_run_constraint(flow_run_id)}"
+    ads = oneshot.call(parts.schedd, "query", condition, _PROJECTION)
     return [_worker_job(ad) for ad in sorted(ads, key=lambda ad: (ad["ClusterId"], ad["ProcId"]))]
 
 

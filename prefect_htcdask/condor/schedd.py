@@ -1,12 +1,17 @@
 """The schedd, as far as worker jobs need it: locate, submit, renew, remove, query.
 
+Every constraint names our own user: `ScheddClient` adds the owner itself, so that no caller can forget it. What other
+users write into their ads is neither edited, removed, counted nor explained.
+
 The bindings hold the GIL during calls to a schedd, so this module is used in the supervisor and in one-shot processes
 only, never in the flow's own.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,9 +25,21 @@ import htcondor2
 from .token import TokenDirectory
 from .worker_job import LEASE_ATTRIBUTE, string_literal
 
+logger = logging.getLogger(__name__)
+
+_EDIT_REFUSED = re.compile(r"Unable to (edit jobs?\b|commit transaction)")
+"""What the bindings say of an edit that the schedd answered with a refusal (htcondor2/schedd.cpp)."""
+
+_NOBODY = frozenset({"", "unauthenticated", "unmapped"})
+"""Names of a schedd's for who has not proved to be anybody."""
+
 
 class ScheddError(RuntimeError):
     """The schedd cannot be had or refused. The message says which, why, and what to do."""
+
+
+class EditRefused(ScheddError):
+    """The schedd answered, and did not take an edit: one refusal stands for all jobs that the edit was to change."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,7 @@ class ScheddClient:
     def __init__(self, address: ScheddAddress) -> None:
         self.address = address
         self._schedd: Any = None
+        self._owner: str | None = None
         self._token: TokenDirectory | None = None
         if address.config_file:
             if not os.access(address.config_file, os.R_OK):
@@ -138,7 +156,7 @@ class ScheddClient:
 
     def _unreachable(self, where: str, exc: Exception) -> str:
         named = f"condor.schedd = {self.address.schedd!r}" if self.address.schedd else "the schedd"
-        if "authenticat" in str(exc).lower():
+        if any(word in str(exc) for word in ("uthenticat", "DENIED")):
             return (
                 f"{named} does not accept our login (collector: {where}): {exc}. Check condor.token_file or "
                 "condor.credentials_block, and the authentication methods of condor.config_file"
@@ -160,8 +178,10 @@ class ScheddClient:
         except ScheddError:
             raise
         except Exception as exc:
+            if _EDIT_REFUSED.search(str(exc)):
+                raise EditRefused(f"{what}: the schedd refused: {exc}") from exc
             # A restarted schedd has a new address: look it up again at the next call.
-            self._schedd = None
+            self._schedd = self._owner = None
             where = self.address.collector or htcondor2.param.get("COLLECTOR_HOST") or "no COLLECTOR_HOST configured"
             raise ScheddError(f"{what}: {self._unreachable(where, exc)}") from exc
 
@@ -187,6 +207,31 @@ class ScheddClient:
             )
         return user
 
+    def _mine(self, condition: str) -> str:
+        """The constraint for those of our own jobs that meet a condition.
+
+        Raises:
+            ScheddError: the schedd does not say who we are, so that no job is known to be ours.
+        """
+        if self._owner is None:
+            # Without its domain: a schedd gives jobs the Owner that it knows us as, and a User of its own UID_DOMAIN,
+            # from wherever our login is; by default it compares owners without their domains, too (HTCondor,
+            # qmgmt.cpp, SetAttribute and UserCheck2). A job's AccountingGroup changes neither.
+            try:
+                user = self.user()
+            except ScheddError:
+                # A ping does not tell a schedd that is away from one that does not let us in; a question does.
+                self._call("the queue could not be read", "query", "false", ["ClusterId"], limit=1)
+                raise
+            name, _, domain = user.partition("@")
+            if name in _NOBODY or domain in _NOBODY - {""}:
+                raise ScheddError(
+                    f"the schedd knows us as {user!r} only, and so no job as ours. Check condor.token_file or "
+                    "condor.credentials_block, and the schedd's map of users (CERTIFICATE_MAPFILE)"
+                )
+            self._owner = name
+        return f"Owner =?= {string_literal(self._owner)} && ({condition})"  # `==` takes Anne for anne
+
     def submit(self, commands: Mapping[str, str], count: int) -> list[str]:
         """Submit `count` jobs in one transaction.
 
@@ -206,57 +251,91 @@ class ScheddClient:
             except ScheddError:
                 # They would be held for their input for ever, while others are submitted in their place.
                 with suppress(ScheddError):
-                    self.remove(f"ClusterId == {result.cluster()}", "prefect_htcdask: its input could not be spooled")
+                    self.remove(_ids_of(result), "prefect_htcdask: its input could not be spooled")
                 raise
-        cluster, first = result.cluster(), result.first_proc()
-        return [f"{cluster}.{proc}" for proc in range(first, first + result.num_procs())]
+        return _ids_of(result)
 
-    def renew(self, constraint: str, duration: float) -> int:
-        """Move the lease of jobs to `duration` seconds from now; returns how many jobs there were.
+    def renew(self, condition: str, duration: float) -> int:
+        """Move the lease of our jobs that meet a condition to `duration` seconds from now; returns how many they were.
 
         SetDirty makes the schedd tell the shadows: the shadow judges a running job's periodic expressions.
+
+        Raises:
+            ScheddError: the schedd is unreachable, or refused for jobs that are in the queue; the others were renewed.
         """
         expires = int(time.time() + duration)
-        if not self.query(constraint, ["ClusterId"], limit=1):
+        if not self.query(condition, ["ClusterId"], limit=1):
             return 0  # an edit that matches no job raises
+        try:
+            return self._move_lease(self._mine(condition), expires)
+        except EditRefused as exc:
+            return self._renew_each(condition, expires, exc)
+
+    def _move_lease(self, jobs: Sequence[str] | str, expires: int) -> int:
         edited: int = self._call(
             "the lease of the worker jobs could not be renewed",
             "edit",
-            constraint,
+            jobs if isinstance(jobs, str) else list(jobs),
             LEASE_ATTRIBUTE,
             str(expires),
             htcondor2.TransactionFlag.SetDirty,
         )
         return edited
 
+    def _renew_each(self, condition: str, expires: int, refusal: EditRefused) -> int:
+        """Renew by ids what the schedd did not take as a whole: one job that it refuses stands in nobody else's way."""
+        parts = [ids] if (ids := self._ids(condition)) else []
+        while parts:
+            ids = parts.pop()
+            try:
+                self._move_lease(ids, expires)
+            except EditRefused:
+                half = len(ids) // 2
+                parts += [ids[:half], ids[half:]] if half else []
+        # The bindings do not wait for the answer to each edit: only the queue tells what was done.
+        renewed = self._ids(f"({condition}) && {LEASE_ATTRIBUTE} >= {expires}")
+        if left := sorted(set(self._ids(condition)) - set(renewed)):
+            raise ScheddError(f"{refusal} (jobs {', '.join(left[:3])}{'…' if len(left) > 3 else ''})") from refusal
+        logger.warning("%s; %d jobs were renewed by their ids", refusal, len(renewed))
+        return len(renewed)
+
+    def _ids(self, condition: str) -> list[str]:
+        return [f"{ad['ClusterId']}.{ad['ProcId']}" for ad in self.query(condition, ["ClusterId", "ProcId"])]
+
     def remove(self, jobs: Sequence[str] | str, reason: str) -> int:
-        """Remove jobs, given by ids or by one constraint; returns how many were told to go."""
+        """Remove jobs, given by ids or, those of our own, by a condition; returns how many were told to go."""
         if not jobs:
             return 0
-        spec = jobs if isinstance(jobs, str) else list(jobs)
+        spec = self._mine(jobs) if isinstance(jobs, str) else list(jobs)
         # A plain string is dropped by the bindings: the reason goes as (text, code).
         result = self._call("worker jobs could not be removed", "act", htcondor2.JobAction.Remove, spec, (reason, 1))
         return int(result["TotalSuccess"]) if result else 0
 
-    def forget(self, constraint: str, reason: str) -> int:
-        """Take jobs out of the queue that are being removed and do not go (`condor_rm -forcex`); returns how many."""
-        action = htcondor2.JobAction.RemoveX
+    def forget(self, condition: str, reason: str) -> int:
+        """Take our jobs out of the queue that are being removed and do not go (`condor_rm -forcex`); returns how many.
+
+        Args:
+            condition: which of them.
+            reason: the reason, for the job ads.
+        """
+        constraint, action = self._mine(condition), htcondor2.JobAction.RemoveX
         result = self._call("worker jobs could not be forgotten", "act", action, constraint, (reason, 1))
         return int(result["TotalSuccess"]) if result else 0
 
-    def query(self, constraint: str, projection: Sequence[str] = (), limit: int = -1) -> list[dict[str, Any]]:
-        """Job ads in the queue that meet a constraint, as plain dictionaries of evaluated values."""
+    def query(self, condition: str, projection: Sequence[str] = (), limit: int = -1) -> list[dict[str, Any]]:
+        """Ads of our jobs in the queue that meet a condition, as plain dictionaries of evaluated values."""
+        constraint = self._mine(condition)
         ads = self._call("the queue could not be read", "query", constraint, list(projection), limit=limit)
         return [_plain_ad(ad) for ad in ads]
 
-    def history(self, constraint: str, projection: Sequence[str], limit: int = 1000) -> list[dict[str, Any]]:
-        """Ads of jobs that left the queue, newest first."""
-        ads = self._call("the history could not be read", "history", constraint, list(projection), limit)
+    def history(self, condition: str, projection: Sequence[str], limit: int = 1000) -> list[dict[str, Any]]:
+        """Ads of our jobs that left the queue and meet a condition, newest first."""
+        ads = self._call("the history could not be read", "history", self._mine(condition), list(projection), limit)
         return [_plain_ad(ad) for ad in ads]
 
-    def waiting_job(self, constraint: str) -> classad2.ClassAd | None:
-        """The ad of an idle job that meets a constraint, with its expressions as they are; `None` if there is none."""
-        idle = f"({constraint}) && JobStatus == 1"
+    def waiting_job(self, condition: str) -> classad2.ClassAd | None:
+        """The ad of an idle job of ours that meets a condition, with its expressions as they are, if there is one."""
+        idle = self._mine(f"({condition}) && JobStatus == 1")
         ads = self._call("the queue could not be read", "query", idle, [], limit=1)
         return ads[0] if ads else None
 
@@ -298,6 +377,12 @@ class ScheddClient:
             return list(collector.query(kind, constraint, list(attributes)))
         except Exception as exc:  # the bindings raise many kinds for one fault
             raise ScheddError(f"the collector could not be asked for {what}: {exc}") from exc
+
+
+def _ids_of(result: Any) -> list[str]:
+    """Ids of the jobs that a submission made."""
+    cluster, first = result.cluster(), result.first_proc()
+    return [f"{cluster}.{proc}" for proc in range(first, first + result.num_procs())]
 
 
 def _token_in(path: Path) -> str:

@@ -60,7 +60,7 @@ def call(schedd: ScheddSettings, operation: str, *arguments: Any, timeout: float
 
 
 def remove_jobs(schedd: ScheddSettings, cluster_name: str) -> int:
-    """Remove the worker jobs of a gateway cluster, whoever submitted them; returns how many there were.
+    """Remove our worker jobs of a gateway cluster; returns how many there were.
 
     Raises:
         SupervisorError: the schedd could not be asked.
