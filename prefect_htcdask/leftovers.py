@@ -57,6 +57,7 @@ def find_leftovers(
     jobs: Iterable[WorkerJob],
     flow_runs: Mapping[str, FlowRun],
     clusters: Iterable[ClusterRecord] = (),
+    records: Iterable[ClusterRecord] = (),
     kept: Iterable[str] = (),
     abandoned: Iterable[str] = (),
 ) -> list[Leftover]:
@@ -66,6 +67,7 @@ def find_leftovers(
         jobs: worker jobs of flow runs.
         flow_runs: those of the flow runs that the Prefect API knows, by id.
         clusters: gateway clusters of flow runs that run or start.
+        records: what run directories say of any clusters: a job's ad that says otherwise is not believed.
         kept: ids of flow runs to be left alone.
         abandoned: ids of flow runs whose process is gone, though Prefect does not say that they are over.
     """
@@ -79,14 +81,15 @@ def find_leftovers(
         mine.name = mine.name or record.flow_run_name
         mine.clusters.append(record)
     spared, lost = set(kept), set(abandoned)
+    told = {record.cluster: record for record in records}
     leftovers = []
     for flow_run_id, mine in signs.items():
         if flow_run_id in spared:
             continue
         why, before = judge(flow_runs.get(flow_run_id), flow_run_id in lost)
         over = [job for job in mine.jobs if before is None or job.attempt < before]
-        names = {job.cluster for job in over if job.cluster}
-        names |= {record.cluster for record in mine.clusters if before is None or record.attempt < before}
+        names = {record.cluster for record in mine.clusters if before is None or record.attempt < before}
+        names |= {job.cluster for job in over if job.cluster and _is_told_of(job, told.get(job.cluster))}
         if over or names:
             leftovers.append(
                 Leftover(
@@ -99,6 +102,11 @@ def find_leftovers(
                 )
             )
     return leftovers
+
+
+def _is_told_of(job: WorkerJob, record: ClusterRecord | None) -> bool:
+    """Whether a job's cluster belongs to its flow run's attempt, as far as the cluster's own record says."""
+    return record is None or (record.flow_run_id, record.attempt) == (job.flow_run_id, job.attempt)
 
 
 def judge(flow_run: FlowRun | None, abandoned: bool = False) -> tuple[str, int | None]:

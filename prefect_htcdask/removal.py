@@ -91,6 +91,8 @@ def remove_attempts(
     removed = Removed()
     records = [trace.record for trace in cluster_traces(settings, since=0) if trace.record is not None]
     mine = [record for record in records if record.flow_run_id == flow_run_id and record.attempt <= last]
+    # What a cluster's own record says of it, a job's ad does not change.
+    not_mine = {record.cluster for record in records} - {record.cluster for record in mine}
     others = {record.cluster: api_of(record) for record in mine if api and api_of(record) not in ("", api)}
     names = {record.cluster for record in mine}
     constraint = flow_run_constraint(flow_run_id, before_attempt=last + 1, api=api)
@@ -99,7 +101,7 @@ def remove_attempts(
             parts.schedd, "query", flow_run_constraint(flow_run_id, last + 1), [CLUSTER_ATTRIBUTE, API_ATTRIBUTE]
         )
         clusters = {str(job[CLUSTER_ATTRIBUTE]): str(job.get(API_ATTRIBUTE) or "") for job in jobs}
-        names |= clusters.keys()
+        names |= clusters.keys() - not_mine
         others |= {cluster: named for cluster, named in clusters.items() if api and named not in ("", api)}
         if clusters.keys() - others.keys():
             removed.jobs = oneshot.call(parts.schedd, "remove", constraint, f"prefect_htcdask: {why}")

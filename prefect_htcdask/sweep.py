@@ -174,7 +174,7 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
         _keep_still_reporting(over, unfinished, signs, now, swept)
         kept = {one.flow_run_id for one in swept.kept}
         kept |= {flow_run_id for other in swept.other_apis for flow_run_id in other.flow_run_ids}
-        swept.leftovers = find_leftovers(jobs, flow_runs, there_too, kept, abandoned)
+        swept.leftovers = find_leftovers(jobs, flow_runs, there_too, records, kept, abandoned)
         lost = {key: task_runs for key, task_runs in unfinished.items() if key not in kept}
         swept.unfinished_task_runs = {key: len(task_runs) for key, task_runs in lost.items()}
         if not dry_run:

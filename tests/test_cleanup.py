@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import subprocess
 import sys
 import textwrap
@@ -193,6 +194,33 @@ def test_each_end_removes_the_jobs_of_its_attempt_only(
     assert later.name in gateway_clusters(condor_environment)
     told = cleanup_of(run, "succeeded")
     assert told["by"] == "hook" and told["problems"] == []
+
+
+@pytest.mark.pool
+def test_a_job_that_names_another_flow_run_s_cluster(
+    new_cluster: Callable[..., HTCGatewayCluster],
+    queue: ScheddClient,
+    condor_environment: EmbeddedEndpoint,
+    api: SyncPrefectClient,
+    tmp_path: Path,
+) -> None:
+    """Of our own user even: what a cluster is for, its record in our run directory says."""
+    over, running = new_run(api, Running(), Crashed()), new_run(api, Running())
+    cluster = new_cluster(flow_run=tag_of(running), requirements="false")
+    cluster.scale(1)
+    (job,) = wait_until(lambda: jobs_of(queue, cluster.name), 20, "the job is in the queue")
+    (ad,) = queue.query(f"ClusterId == {job.split('.')[0]}", ["HTCDaskClusterName"])
+    attributes = {
+        "My.HTCDaskClusterName": json.dumps(ad["HTCDaskClusterName"]),
+        "My.PrefectFlowRunId": json.dumps(str(over.id)),
+        "My.HTCDaskAttempt": "1",
+    }
+    description = {"executable": "/bin/true", "hold": "true", "initialdir": str(tmp_path), **attributes}
+    (wrong,) = queue.submit(description, 1)
+    remove_leftover_jobs(nothing, over, Crashed())
+    wait_until(lambda: wrong not in jobs_of(queue), 20, "the job of the flow run that is over is removed")
+    assert cluster.name in gateway_clusters(condor_environment), "the cluster of the one that runs is not stopped"
+    assert jobs_of(queue, cluster.name) == [job]
 
 
 @pytest.mark.pool

@@ -69,6 +69,16 @@ def test_jobs_of_an_unknown_flow_run_are_left_over() -> None:
     assert find_leftovers([job("1.0", "a")], {}, kept=["a"]) == []
 
 
+def test_a_job_s_word_on_its_cluster_is_not_taken_against_the_cluster_s_record() -> None:
+    """The ad of a job is written by whoever submits it."""
+    runs = {"over": flow_run(Completed()), "runs": flow_run(Running(), run_count=2)}
+    theirs, other = record_of("cluster-1", "runs", 2), record_of("cluster-2", "over", 2)
+    jobs = [job("1.0", "over", attempt=1), job("1.1", "over", attempt=2), job("1.2", "over", attempt=3)]
+    (leftover,) = find_leftovers(jobs, runs, records=[theirs, other])
+    assert leftover.clusters == ("cluster-2", "cluster-3"), "of the third no record tells"
+    assert leftover.job_ids == ("1.0", "1.1", "1.2")
+
+
 def test_only_earlier_attempts_of_a_retried_flow_run_are_left_over() -> None:
     jobs = [job("1.0", "a", attempt=1), job("2.0", "a", attempt=2)]
     (leftover,) = find_leftovers(jobs, {"a": flow_run(Running(), run_count=2)})
