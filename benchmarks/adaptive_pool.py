@@ -124,23 +124,25 @@ def run() -> Result:
 @contextmanager
 def _ours() -> Iterator[tuple[Client, str]]:
     from prefect_htcdask import HTCGatewayCluster
+    from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
 
     with HTCGatewayCluster(memory=MEMORY, disk=DISK, requirements=REQUIREMENTS) as cluster:
         cluster.adapt(minimum=0, maximum=MAXIMUM)
         with cluster.get_client() as client:
-            yield client, f'HTCDaskClusterName == "{cluster.name}"'
+            yield client, cluster_constraint(cluster_digest(cluster.name))
 
 
 @contextmanager
 def _fixed() -> Iterator[tuple[Client, str]]:
     from prefect_htcdask import HTCGatewayCluster
+    from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
 
     with (
         HTCGatewayCluster(memory=MEMORY, disk=DISK, requirements=REQUIREMENTS) as cluster,
         cluster.get_client() as client,
     ):
         cluster.scale(MAXIMUM)
-        yield client, f'HTCDaskClusterName == "{cluster.name}"'
+        yield client, cluster_constraint(cluster_digest(cluster.name))
 
 
 @contextmanager

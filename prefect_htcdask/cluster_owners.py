@@ -26,7 +26,7 @@ def owners_by_history(parts: Parts, clusters: Iterable[str], since: float) -> li
 
     Args:
         parts: gateway and schedd.
-        clusters: names of clusters; a hundred of them are asked for.
+        clusters: digests of clusters' names; a hundred of them are asked for.
         since: Unix time in seconds; jobs that left the queue earlier are not looked at.
 
     Raises:
@@ -37,7 +37,7 @@ def owners_by_history(parts: Parts, clusters: Iterable[str], since: float) -> li
         return []
     condition = (
         f"{FLOW_RUN_ATTRIBUTE} =!= undefined && EnteredCurrentStatus > {int(since)} "
-        f"&& ({' || '.join(cluster_constraint(name) for name in wanted)})"
+        f"&& ({' || '.join(cluster_constraint(digest) for digest in wanted)})"
     )
     projection = [CLUSTER_ATTRIBUTE, FLOW_RUN_ATTRIBUTE, API_ATTRIBUTE, "HTCDaskAttempt", "JobBatchName"]
     ads = oneshot.call(parts.schedd, "history", condition, projection, _MOST_ADS)

@@ -17,6 +17,7 @@ from dask.utils import format_bytes
 from prefect.settings import get_current_settings
 
 from prefect_htcdask.collection import PrivateGateway
+from prefect_htcdask.condor.worker_job import cluster_digest
 from prefect_htcdask.doctor import Broken, Link, NotTried
 from prefect_htcdask.doctor_tasks import digest, reach, read
 from prefect_htcdask.gateway import HTCGatewayCluster
@@ -326,7 +327,7 @@ class Chain:
         return list(self._client.nthreads())
 
     def _jobs(self) -> list[WorkerJob]:
-        return [job for job in worker_jobs(self.parts) if job.cluster == self.cluster.name]
+        return [job for job in worker_jobs(self.parts) if job.cluster == cluster_digest(self.cluster.name)]
 
     def _await(self, condition: Callable[[], T], timeout: float, complaint: str, pause: float = 0.2) -> T:
         """Wait until `condition()` is true, and return what it gave.

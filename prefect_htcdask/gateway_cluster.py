@@ -18,7 +18,7 @@ from .gateway_checks import ask_for_options, check_scheduler_versions
 from .hand_off import gateway_access, hand_off, scheduler_plugin, start_supervisor
 from .interruptible_client import InterruptibleClient
 from .resolution import Parts, resolve_parts, worker_offers, worker_specs
-from .run_files import record_cluster, run_directory
+from .run_files import cluster_directory, record_cluster
 from .scaling.demand import PLUGIN_NAME
 from .scaling_requests import adapt_request, hold_request, scale_request, worker_count
 from .settings import HTCDaskSettings, WorkerSettings, load_settings
@@ -178,8 +178,8 @@ class HTCGatewayCluster(GatewayCluster):
 
     @property
     def run_directory(self) -> Path:
-        """Where the workers' logs are."""
-        return run_directory(self.settings, self.name)
+        """Where the workers' logs are. Its name is what the worker jobs have in HTCDaskClusterName."""
+        return cluster_directory(self.settings, self.name)
 
     # Start
 

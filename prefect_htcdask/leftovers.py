@@ -24,7 +24,7 @@ class Leftover:
         before_attempt: only attempts before this one are left over; `None`: all.
         why: the reason, as a clause.
         job_ids: jobs in the queue.
-        clusters: gateway clusters, those of the jobs and those that run without a job.
+        clusters: gateway clusters, those of the jobs and those that run without a job, by the digests of their names.
     """
 
     flow_run_id: str

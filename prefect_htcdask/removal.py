@@ -15,7 +15,7 @@ from prefect.exceptions import ObjectNotFound
 
 from prefect_htcdask.api_identity import current_api
 from prefect_htcdask.cluster_owners import api_of
-from prefect_htcdask.condor.worker_job import API_ATTRIBUTE, CLUSTER_ATTRIBUTE, flow_run_constraint
+from prefect_htcdask.condor.worker_job import API_ATTRIBUTE, CLUSTER_ATTRIBUTE, cluster_digest, flow_run_constraint
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.gateway import HTCGateway
 from prefect_htcdask.gateway_checks import ask_for_options
@@ -94,14 +94,14 @@ def remove_attempts(
     # What a cluster's own record says of it, a job's ad does not change.
     not_mine = {record.cluster for record in records} - {record.cluster for record in mine}
     others = {record.cluster: api_of(record) for record in mine if api and api_of(record) not in ("", api)}
-    names = {record.cluster for record in mine}
+    digests = {record.cluster for record in mine}
     constraint = flow_run_constraint(flow_run_id, before_attempt=last + 1, api=api)
     try:
         jobs = oneshot.call(
             parts.schedd, "query", flow_run_constraint(flow_run_id, last + 1), [CLUSTER_ATTRIBUTE, API_ATTRIBUTE]
         )
         clusters = {str(job[CLUSTER_ATTRIBUTE]): str(job.get(API_ATTRIBUTE) or "") for job in jobs}
-        names |= clusters.keys() - not_mine
+        digests |= clusters.keys() - not_mine
         others |= {cluster: named for cluster, named in clusters.items() if api and named not in ("", api)}
         if clusters.keys() - others.keys():
             removed.jobs = oneshot.call(parts.schedd, "remove", constraint, f"prefect_htcdask: {why}")
@@ -113,8 +113,8 @@ def remove_attempts(
             f"the Prefect API at {api} does not know the flow run, and {len(others)} of its clusters belong to the one "
             f"at {named}: sweep with that API's settings"
         )
-        names -= others.keys()
-    removed.clusters, problems = stop_clusters(parts, names)
+        digests -= others.keys()
+    removed.clusters, problems = stop_clusters(parts, digests)
     removed.problems += [problem for problem in problems if problem not in removed.problems]
     return removed
 
@@ -129,22 +129,25 @@ def running_clusters(gateway: HTCGateway) -> list[str]:
     return sorted(report.name for report in gateway.list_clusters())
 
 
-def stop_clusters(parts: Parts, names: Iterable[str]) -> tuple[list[str], list[str]]:
+def stop_clusters(parts: Parts, digests: Iterable[str]) -> tuple[list[str], list[str]]:
     """Stop gateway clusters, and remove the jobs that their supervisors may have submitted meanwhile.
+
+    Args:
+        parts: gateway and schedd.
+        digests: digests of the clusters' names; which are this user's, and how they are called, the gateway says.
 
     Returns:
         the names of those that were there, and what was in the way of stopping others.
     """
-    wanted = sorted(set(names))
+    wanted = set(digests)
     stopped: list[str] = []
     problems: list[str] = []
     if not wanted:
         return stopped, problems
     try:
         with HTCGateway(parts=parts) as gateway:
-            running = set(running_clusters(gateway))
-            for name in wanted:
-                if name not in running:
+            for name in running_clusters(gateway):
+                if cluster_digest(name) not in wanted:
                     continue
                 try:
                     gateway.stop_cluster(name)

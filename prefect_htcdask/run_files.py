@@ -16,7 +16,7 @@ import platformdirs
 import psutil
 
 from .condor.staging import FAILURES_FILE
-from .condor.worker_job import FlowRunTag
+from .condor.worker_job import FlowRunTag, cluster_digest
 from .settings import HTCDaskSettings
 
 _SURELY_DEAD = 3600.0
@@ -26,10 +26,15 @@ _RECORD = "cluster.json"
 
 
 def run_directory(settings: HTCDaskSettings, name: str) -> Path:
-    """The directory of a cluster, or another entry beside it."""
+    """The directory of a cluster, by the digest of its name, or another entry beside it."""
     base = settings.condor.directory
     root = Path(base).expanduser() if base else Path(platformdirs.user_state_dir("prefect-htcdask")) / "runs"
     return root / name
+
+
+def cluster_directory(settings: HTCDaskSettings, cluster_name: str) -> Path:
+    """The run directory of a gateway cluster: it has the digest of its name, since its path stands in job ads."""
+    return run_directory(settings, cluster_digest(cluster_name))
 
 
 def prune(directory: Path, keep: float, lease: float = 0.0) -> None:
@@ -59,7 +64,7 @@ class ClusterRecord:
     """Which flow run a gateway cluster was started for, and by which process: no gateway can tell that.
 
     Attributes:
-        cluster: name of the gateway cluster.
+        cluster: digest of the gateway cluster's name (`cluster_digest`).
         flow_run_id: id of the flow run (UUID as text).
         flow_run_name: its name.
         attempt: its run count, from 1.
@@ -98,7 +103,7 @@ class ClusterTrace:
     """What the run directory of a cluster tells.
 
     Attributes:
-        cluster: name of the gateway cluster.
+        cluster: digest of the gateway cluster's name (`cluster_digest`).
         last_sign: when it was last renewed, or its logs written, Unix time in seconds.
         record: whose it is, or `None` where no record says so.
     """
@@ -112,7 +117,7 @@ def record_cluster(directory: Path, flow_run: FlowRunTag, *, lease: float) -> No
     """Write down that this process has a gateway cluster for a flow run, so that what is left of it can be found.
 
     Args:
-        directory: the cluster's run directory, named as the cluster; made if needed with mode 0700.
+        directory: the cluster's run directory (`cluster_directory`); made if needed with mode 0700.
         flow_run: the flow run.
         lease: seconds that its jobs live without a renewal.
     """

@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 from prefect_htcdask.abandoned import Abandoned, find_abandoned
 from prefect_htcdask.api_identity import current_api
 from prefect_htcdask.cluster_owners import SignsOfLife, owners_by_history
-from prefect_htcdask.condor.worker_job import flow_run_constraint
+from prefect_htcdask.condor.worker_job import cluster_digest, flow_run_constraint
 from prefect_htcdask.gateway import HTCGateway
 from prefect_htcdask.leftovers import Leftover, ended_at, find_leftovers
 from prefect_htcdask.prefect_api import prefect_api
@@ -187,11 +187,12 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
 
 
 def _running_clusters(parts: Parts | None, swept: Swept) -> set[str]:
+    """Digests of the names of this user's gateway clusters that run: what stands for them in ads and directories."""
     if parts is None:
         return set()
     try:
         with HTCGateway(parts=parts) as gateway:
-            return set(running_clusters(gateway))
+            return {cluster_digest(name) for name in running_clusters(gateway)}
     except GATEWAY_ERRORS as exc:
         swept.problems.append(f"no gateway cluster was looked at: {exc or type(exc).__name__}")
         return set()
@@ -208,7 +209,7 @@ def _records(
     """Whose each cluster is: by its run directory's record, by its jobs, else by the jobs that it once had."""
     records = [trace.record for trace in traces.values() if trace.record is not None]
     known = {record.cluster for record in records} | {job.cluster for job in jobs}
-    unknown = [name for name in dict.fromkeys([*sorted(running), *traces]) if name not in known]
+    unknown = [digest for digest in dict.fromkeys([*sorted(running), *traces]) if digest not in known]
     if parts is not None and unknown:
         try:
             records += owners_by_history(parts, unknown, since)
@@ -272,8 +273,8 @@ def _remove(parts: Parts, swept: Swept) -> None:
             constraint = flow_run_constraint(leftover.flow_run_id, leftover.before_attempt)
             reason = f"prefect_htcdask sweep: {leftover.why}"
             swept.jobs_removed += oneshot.call(parts.schedd, "remove", constraint, reason)
-    names = [name for leftover in swept.leftovers for name in leftover.clusters]
-    swept.clusters_stopped, problems = stop_clusters(parts, names)
+    digests = [digest for leftover in swept.leftovers for digest in leftover.clusters]
+    swept.clusters_stopped, problems = stop_clusters(parts, digests)
     swept.problems += problems
 
 

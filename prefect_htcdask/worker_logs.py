@@ -22,7 +22,7 @@ class WorkerLog:
 
     Attributes:
         job_id: ``cluster.proc``.
-        cluster: name of the gateway cluster.
+        cluster: digest of the gateway cluster's name (`cluster_digest`), which its directory has as its name.
         path: the file.
         text: its content; bytes that are no UTF-8 are replaced.
     """

@@ -15,6 +15,7 @@ from dask_gateway import Gateway
 from dask_gateway.auth import BasicAuth
 
 from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient
+from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from tests.waiting import wait_until
@@ -47,7 +48,7 @@ def condor_environment(
     # A test that failed must not spoil the next one.
     if jobs_of(queue):
         with suppress(Exception):
-            queue.remove('HTCDaskClusterName =!= ""', "end of test")
+            queue.remove("HTCDaskClusterName isnt undefined", "end of test")
     wait_until(lambda: not jobs_of(queue), 30, "no job left by the test")
 
 
@@ -75,10 +76,15 @@ def new_cluster(
             cluster.shutdown()
 
 
+def jobs_named(cluster_name: str) -> str:
+    """The condition for the worker jobs of a gateway cluster, by its name."""
+    return cluster_constraint(cluster_digest(cluster_name))
+
+
 def jobs_of(queue: ScheddClient, cluster_name: str | None = None) -> list[str]:
     """Ids of a cluster's worker jobs in the queue, in any state; of all clusters by default."""
-    constraint = f'HTCDaskClusterName == "{cluster_name}"' if cluster_name else "HTCDaskClusterName isnt undefined"
-    return sorted(f"{ad['ClusterId']}.{ad['ProcId']}" for ad in queue.query(constraint, ["ClusterId", "ProcId"]))
+    condition = jobs_named(cluster_name) if cluster_name else "HTCDaskClusterName isnt undefined"
+    return sorted(f"{ad['ClusterId']}.{ad['ProcId']}" for ad in queue.query(condition, ["ClusterId", "ProcId"]))
 
 
 def gateway_clusters(endpoint: EmbeddedEndpoint) -> list[str]:

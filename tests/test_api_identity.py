@@ -17,7 +17,7 @@ from prefect.states import Crashed
 from prefect_htcdask import remove_leftover_jobs
 from prefect_htcdask.api_identity import api_identity, current_api, ephemeral_identity
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.worker_job import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.settings import load_settings
@@ -121,7 +121,7 @@ def test_a_flow_run_of_another_server_is_spared(
             if state == "was killed":
                 theirs.kill_all()
                 # Only jobs in the queue tell of it now, as on another submit host.
-                (deleted.run_directory.parent / theirs.cluster / "cluster.json").unlink()
+                (deleted.run_directory.parent / cluster_digest(theirs.cluster) / "cluster.json").unlink()
             swept = sweep(load_settings())
             assert swept.all_is_well, swept.problems
             assert swept.jobs_removed == (2 if state == "computes" else 0)

@@ -25,6 +25,7 @@ from prefect_htcdask import HTCDaskTaskRunner, live
 from prefect_htcdask.artifact_contents import jobs, progress
 from prefect_htcdask.artifacts import Artifacts, artifact_key
 from prefect_htcdask.condor.schedd import ScheddClient
+from prefect_htcdask.condor.worker_job import cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from tests.cluster_fixtures import SMALL, jobs_of
 from tests.plain_flow import PlainFlow
@@ -348,7 +349,7 @@ def test_a_killed_flow_leaves_its_report_as_files(
     try:
         one.wait_until_it_computes()
         one.process.kill()
-        summary = runs / one.cluster / "summary.json"
+        summary = runs / cluster_digest(one.cluster) / "summary.json"
         wait_until(summary.exists, 30, "the supervisor's summary")
         wait_until((summary.parent / "report.md").exists, 10, "the report")
         told = json.loads(summary.read_text())

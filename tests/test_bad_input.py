@@ -16,7 +16,7 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.gateway import GatewayUnreachable, HTCGatewayCluster, SupervisorError, WorkerJobError
 from prefect_htcdask.settings import SettingsError
-from tests.cluster_fixtures import Stopwatch, gateway_clusters, jobs_of, texts
+from tests.cluster_fixtures import Stopwatch, gateway_clusters, jobs_named, jobs_of, texts
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.pool
@@ -201,7 +201,7 @@ def test_a_held_job(new_cluster: NewCluster, queue: ScheddClient, messages: list
     # The input is gone before the job starts: a real hold, with HTCondor's own reason.
     package = cluster.run_directory / "staging" / "prefect_htcdask.zip"
     package.unlink()
-    queue.locate().edit(f'HTCDaskClusterName == "{cluster.name}"', "Requirements", "true")
+    queue.locate().edit(jobs_named(cluster.name), "Requirements", "true")
     wait_until(lambda: "held" in texts(messages, "log"), 40, "the hold in the log")
     text = texts(messages, "log")
     assert "prefect_htcdask.zip" in text and "condor.spool" in text and "code 13" in text

@@ -21,7 +21,7 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
 from tests import time_slices
-from tests.cluster_fixtures import SMALL, gateway_clusters, jobs_of, supervisors, texts
+from tests.cluster_fixtures import SMALL, gateway_clusters, jobs_named, jobs_of, supervisors, texts
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.pool
@@ -111,7 +111,7 @@ def test_workers_too_many_end_their_tasks_before_they_leave(
         assert [path.read_text() for path in paths] == ["begun\n"] * 3
         assert set(client.run_on_scheduler(suspicions)) == {0}
         left = three - set(jobs_of(queue, cluster.name))
-        ended = queue.history(f'HTCDaskClusterName == "{cluster.name}"', ["ProcId", "ClusterId", "ExitCode"], 9)
+        ended = queue.history(jobs_named(cluster.name), ["ProcId", "ClusterId", "ExitCode"], 9)
         codes = {f"{ad['ClusterId']}.{ad['ProcId']}": ad.get("ExitCode") for ad in ended}
         assert len(left) >= 2 and {job: codes.get(job) for job in left} == dict.fromkeys(left, 0)
     assert cluster.summary["jobs"] == 4

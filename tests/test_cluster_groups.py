@@ -20,7 +20,7 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
 from prefect_htcdask.settings import SettingsError
 from prefect_htcdask.worker_groups import OFFERS_METADATA
-from tests.cluster_fixtures import SMALL, jobs_of, texts
+from tests.cluster_fixtures import SMALL, jobs_named, jobs_of, texts
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.pool
@@ -34,7 +34,7 @@ OFFERS = {"cpu": {"htcdask-group-cpu": 1}, "gpu": {"htcdask-group-gpu": 1, "GPU"
 
 def group_of_jobs(queue: ScheddClient, cluster_name: str) -> dict[str, str]:
     """The worker group of each job in the queue, by the job's ad."""
-    ads = queue.query(f'HTCDaskClusterName == "{cluster_name}"', ["ClusterId", "ProcId", "HTCDaskWorkerGroup"])
+    ads = queue.query(jobs_named(cluster_name), ["ClusterId", "ProcId", "HTCDaskWorkerGroup"])
     return {f"{ad['ClusterId']}.{ad['ProcId']}": str(ad["HTCDaskWorkerGroup"]) for ad in ads}
 
 

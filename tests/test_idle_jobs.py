@@ -15,9 +15,9 @@ from prefect_htcdask.cli import app
 from prefect_htcdask.condor.diagnosis import Category
 from prefect_htcdask.condor.idle_jobs import IdleJobs
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag, cluster_constraint
+from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
-from tests.cluster_fixtures import jobs_of, texts
+from tests.cluster_fixtures import jobs_named, jobs_of, texts
 from tests.test_cli import run
 from tests.waiting import wait_until
 
@@ -34,7 +34,7 @@ def listed(*options: str) -> tuple[int, list[dict[str, Any]]]:
 def test_a_worker_that_no_slot_can_take(new_cluster: NewCluster, queue: ScheddClient) -> None:
     with new_cluster(n_workers=2, **NEVER) as cluster:
         wait_until(lambda: len(jobs_of(queue, cluster.name)) == 2, 20, "the jobs")
-        found = IdleJobs(queue).explain(cluster_constraint(cluster.name), 2)
+        found = IdleJobs(queue).explain(jobs_named(cluster.name), 2)
         assert found is not None and found.category is Category.NO_SLOT_LARGE_ENOUGH
         assert found.summary.startswith(
             "2 worker jobs wait: 0 of 1 slots have 640 GiB of memory (the most that one has"
@@ -64,7 +64,7 @@ def test_a_kind_of_worker_that_no_slot_can_take(new_cluster: NewCluster, queue: 
 def test_what_the_pool_knows_of_its_users(new_cluster: NewCluster, queue: ScheddClient) -> None:
     with new_cluster(n_workers=1) as cluster, cluster.get_client() as client:
         client.wait_for_workers(1, timeout=60)
-        (user,) = {str(ad["User"]) for ad in queue.query(cluster_constraint(cluster.name), ["User"])}
+        (user,) = {str(ad["User"]) for ad in queue.query(jobs_named(cluster.name), ["User"])}
         wait_until(lambda: [one for one in queue.accounting(user) if one.get("ResourcesUsed")], 60, "the usage")
         (own,) = [one for one in queue.accounting(user) if one["Name"] == user]
         assert own["Priority"] > 0

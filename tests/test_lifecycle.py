@@ -21,7 +21,7 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
-from tests.cluster_fixtures import SMALL, Stopwatch, gateway_clusters, jobs_of, texts
+from tests.cluster_fixtures import SMALL, Stopwatch, gateway_clusters, jobs_named, jobs_of, texts
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.pool
@@ -139,7 +139,7 @@ def test_jobs_live_by_their_lease(
     for name in LEASES:
         monkeypatch.setenv(name, f"{lease} s")
     flow = script("time.sleep(300)", workers=1)
-    constraint = f'HTCDaskClusterName == "{flow.name}"'
+    constraint = jobs_named(flow.name)
     (before,) = queue.query(constraint)
     # Renewed over two lease times, the same job runs on.
     wait_until(lambda: time.time() > before["JobCurrentStartDate"] + 2 * lease + 2, 60, "two lease times")
@@ -266,7 +266,7 @@ def test_secrets_are_nowhere_to_be_read(
         assert value == SECRET, "the worker has it"
         assert "worker_secrets.json" not in dict(files), "and read it once"
         assert dict(files)["dask.pem"] == 0
-    (ad,) = queue.query(f'HTCDaskClusterName == "{cluster.name}"')
+    (ad,) = queue.query(jobs_named(cluster.name))
     assert ad["PrefectFlowRunId"] == "0f1e"
     assert (ad["PrefectFlowName"], ad["JobBatchName"]) == ("flow\\two", 'run "one"')
     assert (ad["HTCDaskWorkerGroup"], ad["HTCDaskAttempt"]) == ("default", 3)

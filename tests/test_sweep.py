@@ -22,7 +22,7 @@ from prefect.states import Completed, Crashed, Running, State
 
 from prefect_htcdask.cluster_owners import SignsOfLife
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.worker_job import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.leftovers import find_leftovers
@@ -174,7 +174,11 @@ def test_sweep_removes_jobs_and_cluster_of_an_unknown_flow_run(
     assert report["jobs_removed"] == 3
     assert report["clusters_stopped"] == [cluster.name]
     # What belongs to no flow run is not the sweep's: its own lease looks after it.
-    wait_until(lambda: [found.cluster for found in worker_jobs(other.parts)] == [other.name], 20, "one job is left")
+    wait_until(
+        lambda: [found.cluster for found in worker_jobs(other.parts)] == [cluster_digest(other.name)],
+        20,
+        "one job is left",
+    )
     after = sweep(settings)
     assert after.leftovers == [] and after.all_is_well
 

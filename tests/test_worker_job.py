@@ -24,6 +24,7 @@ from prefect_htcdask.condor.worker_job import (
     WorkerSpec,
     checked_extra_submit,
     cluster_constraint,
+    cluster_digest,
     flow_run_constraint,
     job_of_worker,
     quote_arguments,
@@ -82,7 +83,7 @@ def test_names_come_back_from_real_job_ads(queue: ScheddClient) -> None:
                 name = clusters[str(ad["ClusterId"])]
                 wanted = expected(name)
                 assert (ad["PrefectFlowName"], ad["JobBatchName"], ad["HTCDaskWorkerGroup"]) == (wanted,) * 3
-                assert ad["HTCDaskClusterName"] == "c0ffee"
+                assert ad["HTCDaskClusterName"] == cluster_digest("c0ffee")
                 assert "Evil" not in ad
                 assert "$$(" not in ad["PrefectFlowName"]
         finally:
@@ -283,7 +284,7 @@ def test_the_shadow_removes_a_running_job_by_its_lease(queue: ScheddClient) -> N
 def test_a_cluster_without_a_flow_has_no_flow_in_its_ads() -> None:
     commands = describe(flow_run=None)
     assert not [name for name in commands if "Prefect" in name]
-    assert commands["My.JobBatchName"] == '"c0ffee"'
+    assert commands["My.JobBatchName"] == f'"{cluster_digest("c0ffee")}"'
 
 
 @given(st.integers(1, 10**9), st.integers(0, 10**5), st.integers(0, 100))

@@ -23,7 +23,8 @@ _MAX_FAILURES = 2**20
 _TAIL = 64 * 1024
 """Bytes of a worker's stderr, the last, that are looked at."""
 
-_SECRET_FILES = (worker_start.SECRETS_FILE, worker_start.KEY_FILE)
+# The configuration has the cluster's name, which opens the dashboard.
+_SECRET_FILES = (worker_start.SECRETS_FILE, worker_start.KEY_FILE, worker_start.CONFIG_FILE)
 
 
 class RunDirectory:

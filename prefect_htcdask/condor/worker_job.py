@@ -6,6 +6,7 @@ in it stays a string.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import unicodedata
@@ -129,7 +130,7 @@ def submit_description(
     Args:
         spec: the kind of worker.
         files: the files of these jobs.
-        cluster_name: name of the gateway cluster that the workers join.
+        cluster_name: name of the gateway cluster that the workers join; only its digest stands in the description.
         group: name of the worker group.
         flow_run: the flow run, or `None` for a cluster used by itself.
         lease_expires: Unix time, in seconds, after which the schedd removes the jobs unless it was moved on.
@@ -170,10 +171,10 @@ def submit_description(
         "want_graceful_removal": "true",
         "kill_sig": "SIGTERM",
         "job_max_vacate_time": str(max(1, round(spec.vacate_time))),
-        f"My.{CLUSTER_ATTRIBUTE}": quote(cluster_name),
+        f"My.{CLUSTER_ATTRIBUTE}": quote(cluster_digest(cluster_name)),
         f"My.{GROUP_ATTRIBUTE}": quote(group),
         "My.HTCDaskAttempt": str(flow_run.attempt if flow_run else 1),
-        "My.JobBatchName": quote(flow_run.name if flow_run else cluster_name),
+        "My.JobBatchName": quote(flow_run.name if flow_run else cluster_digest(cluster_name)),
     }
     if files.event_log:
         commands["log"] = _plain(files.event_log, "condor.directory")
@@ -301,14 +302,27 @@ def checked_extra_submit(extra: Mapping[str, str]) -> dict[str, str]:
     return checked
 
 
-def cluster_constraint(cluster_name: str) -> str:
-    """Constraint for all worker jobs of a gateway cluster."""
-    return f"{CLUSTER_ATTRIBUTE} == {string_literal(cluster_name)}"
+def cluster_digest(name: str) -> str:
+    """What stands for a gateway cluster in job ads and paths: the first 128 bits of its name's SHA-256, in hexadecimal.
+
+    Every user of a pool may read a job's ad, and who knows a cluster's name may open its dashboard. A gateway's names
+    are random UUIDs (122 bits; `uuid4` in dask_gateway_server's backends), so that none is found by trying, without any
+    salt; and no two of 128 bits are ever the same.
+
+    Args:
+        name: the cluster's name at its gateway.
+    """
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def group_constraint(cluster_name: str, group: str) -> str:
-    """Constraint for the worker jobs of one group of a gateway cluster."""
-    return f"{cluster_constraint(cluster_name)} && {GROUP_ATTRIBUTE} == {string_literal(group)}"
+def cluster_constraint(digest: str) -> str:
+    """Constraint for all worker jobs of a gateway cluster, given by the digest of its name."""
+    return f"{CLUSTER_ATTRIBUTE} == {string_literal(digest)}"
+
+
+def group_constraint(digest: str, group: str) -> str:
+    """Constraint for the worker jobs of one group of a gateway cluster, given by the digest of its name."""
+    return f"{cluster_constraint(digest)} && {GROUP_ATTRIBUTE} == {string_literal(group)}"
 
 
 def flow_run_constraint(flow_run_id: str, before_attempt: int | None = None, api: str = "") -> str:

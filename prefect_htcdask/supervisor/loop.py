@@ -19,7 +19,7 @@ from ..condor.idle_jobs import IdleJobs
 from ..condor.job_events import EventLogReader, JobReader, JobState, QueueReader
 from ..condor.schedd import ScheddClient
 from ..condor.staging import RunDirectory
-from ..condor.worker_job import cluster_constraint
+from ..condor.worker_job import cluster_constraint, cluster_digest
 from ..scaling.policy import Decision, Target, decide
 from .actions import Actions
 from .fleet import HELD_BY_USER, Fleet
@@ -58,7 +58,8 @@ class Supervisor:
         self.schedd = schedd
         self.say = say
         self.directory = RunDirectory(Path(plan.run_directory))
-        self.constraint = cluster_constraint(plan.access.cluster_name)
+        digest = cluster_digest(plan.access.cluster_name)
+        self.constraint = cluster_constraint(digest)
         self.fleet = Fleet(tuple(plan.groups))
         self.groups = {
             name: Group(name, group, "workers" if len(plan.groups) == 1 else name, group.target)
@@ -67,7 +68,7 @@ class Supervisor:
         self.news = JobNews(self.fleet, self.groups, self.directory, say)
         self.progress = Progress(self.fleet, self.groups, plan.report, say)
         self.voice = Voice(say, self.news.why_it_ended, several=len(plan.groups) > 1)
-        self.waiting = Waiting(plan.access.cluster_name, self.fleet, IdleJobs(schedd), self.condor, say)
+        self.waiting = Waiting(digest, self.fleet, IdleJobs(schedd), self.condor, say)
         self.scheduler = SchedulerLink(
             plan.access, plan.owner, {name: group.spec.resources for name, group in plan.groups.items()}
         )

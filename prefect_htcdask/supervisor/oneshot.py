@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..condor.worker_job import cluster_constraint
+from ..condor.worker_job import cluster_constraint, cluster_digest
 from .handle import SupervisorError, clean_environment
 from .protocol import ScheddSettings, decode, encode
 
@@ -65,8 +65,8 @@ def remove_jobs(schedd: ScheddSettings, cluster_name: str) -> int:
     Raises:
         SupervisorError: the schedd could not be asked.
     """
-    reason = f"prefect_htcdask: cluster {cluster_name} was stopped"
-    removed: int = call(schedd, "remove", cluster_constraint(cluster_name), reason)
+    reason = "prefect_htcdask: the gateway cluster was stopped"
+    removed: int = call(schedd, "remove", cluster_constraint(cluster_digest(cluster_name)), reason)
     return removed
 
 

@@ -40,7 +40,7 @@ class Waiting:
     """Explains the jobs of a cluster whose workers do not come, seldom: each look asks schedd and collector.
 
     Args:
-        cluster: name of the gateway cluster.
+        cluster: digest of the gateway cluster's name (`cluster_digest`).
         fleet: jobs and workers.
         idle_jobs: asks HTCondor.
         condor: calls a function in the bindings' own thread.

@@ -132,7 +132,7 @@ def test_flow_and_supervisor_killed(arena: Arena, row: Row, new_flow: NewFlow) -
 def test_flow_supervisor_and_scheduler_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """SIGKILL of flow and supervisor, the scheduler stuck too, leases of 8 s: the schedd's lease ends running jobs"""
     flow = new_flow(SHORT_LEASE).start().compute()
-    scheduler = arena.scheduler_of(arena.jobs()[0]["HTCDaskClusterName"])
+    scheduler = arena.scheduler_of(arena.clusters()[0])
     kill(scheduler, number=signal.SIGSTOP)
     since = time.time()
     kill_at_once([flow.supervisor, flow.pid])

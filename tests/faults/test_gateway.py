@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 
 import pytest
 
+from prefect_htcdask.condor.worker_job import cluster_digest
 from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults.arena import Arena, kill
 from tests.faults.flow_process import FlowProcess
@@ -120,7 +121,10 @@ def test_scheduler_killed_and_the_flow_retried(arena: Arena, row: Row, new_flow:
     (lost,) = arena.clusters()
     kill(arena.scheduler_of(lost))
     flow.runs("g0", 2)
-    row.expect(lost not in [job["HTCDaskClusterName"] for job in arena.jobs()], "jobs of the lost cluster are there")
+    row.expect(
+        cluster_digest(lost) not in [job["HTCDaskClusterName"] for job in arena.jobs()],
+        "jobs of the lost cluster are there",
+    )
     flow.let_go()
     row.expect(flow.wait(120) == 0, f"the flow failed: {flow_message(arena, flow)}")
     row.gone(arena, flow.said("ended")["time"], 20, 20)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from prefect_htcdask.condor.worker_job import cluster_digest
 from tests.faults.arena import Arena
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row
@@ -64,7 +65,8 @@ def test_secrets_are_nowhere_to_be_read(
         own = {**server.environment, "PREFECT_HOME": str(home), "PREFECT_PROFILES_PATH": str(profiles)}
         flow = new_flow(own).start().compute()
         (cluster,) = arena.clusters()
-        staging = arena.runs / cluster / "staging"
+        runs = arena.runs / cluster_digest(cluster)
+        staging = runs / "staging"
         (key,) = staging.rglob("dask.pem")
         secrets = {
             "password of the gateway": arena.endpoint.password,
@@ -101,7 +103,7 @@ def test_secrets_are_nowhere_to_be_read(
         everywhere = (arena.runs, embedded, home, flow.directory)
         row.expect(not (bad := readable(files(*everywhere), secrets)), f"files while it runs: {bad}")
         row.expect(not list(sandbox.rglob("worker_secrets.json")), "the worker left its secrets in the sandbox")
-        for directory in (arena.runs / cluster, staging, *(path for path in staging.iterdir() if path.is_dir())):
+        for directory in (runs, staging, *(path for path in staging.iterdir() if path.is_dir())):
             mode = directory.stat().st_mode & 0o777
             row.expect(mode == 0o700, f"{directory} has mode {mode:o}")
         staged = [path for path in files(staging) if holding(path.read_bytes().decode(errors="replace"), secrets)]
