@@ -284,18 +284,25 @@ class ScheddClient:
 
     def _renew_each(self, condition: str, expires: int, refusal: EditRefused) -> int:
         """Renew by ids what the schedd did not take as a whole: one job that it refuses stands in nobody else's way."""
-        parts = [ids] if (ids := self._ids(condition)) else []
+        ids = self._ids(condition)
+        if not ids:
+            return 0  # they have just left the queue
+        parts = [ids]
         while parts:
             ids = parts.pop()
             try:
                 self._move_lease(ids, expires)
             except EditRefused:
-                half = len(ids) // 2
-                parts += [ids[:half], ids[half:]] if half else []
+                there = set(self._ids(condition))
+                left = [job for job in ids if job in there]
+                if len(left) < len(ids):
+                    parts += [left] if left else []
+                elif half := len(ids) // 2:
+                    parts += [ids[:half], ids[half:]]
         # The bindings do not wait for the answer to each edit: only the queue tells what was done.
         renewed = self._ids(f"({condition}) && {LEASE_ATTRIBUTE} >= {expires}")
-        if left := sorted(set(self._ids(condition)) - set(renewed)):
-            raise ScheddError(f"{refusal} (jobs {', '.join(left[:3])}{'…' if len(left) > 3 else ''})") from refusal
+        if missed := sorted(set(self._ids(condition)) - set(renewed)):
+            raise ScheddError(f"{refusal} (jobs {', '.join(missed[:3])}{'…' if len(missed) > 3 else ''})") from refusal
         logger.warning("%s; %d jobs were renewed by their ids", refusal, len(renewed))
         return len(renewed)
 
