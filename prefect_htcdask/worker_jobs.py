@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ _PROJECTION = [
     "HTCDaskAttempt",
     GROUP_ATTRIBUTE,
     "HTCDaskLeaseExpires",
+    "ServerTime",
     CLUSTER_ATTRIBUTE,
     FLOW_RUN_ATTRIBUTE,
     API_ATTRIBUTE,
@@ -46,6 +48,9 @@ _PROJECTION = [
 FAILED = "failed"
 """State of a job that is no more: its worker died, or HTCondor held it and another took its place."""
 
+_ANSWER_TIME = 5.0
+"""Seconds that an answer of the schedd may be old: clocks that differ by no more count as one."""
+
 _WELL = frozenset({"", Category.WAITING.value, Category.POOL_FULL.value, Category.LOW_PRIORITY.value})
 
 
@@ -53,10 +58,10 @@ _WELL = frozenset({"", Category.WAITING.value, Category.POOL_FULL.value, Categor
 class WorkerJob:
     """One worker job, in the queue unless its state is ``failed``.
 
-    Times are Unix times in seconds; `cluster` is the digest of its gateway cluster's name (`cluster_digest`), also the
-    name of the run directory; `flow_run_id` is empty outside a flow, and `api` where the job does not say which
-    Prefect API knows its flow run. `category` (a value of `Category`), `summary` and `remedy` tell why it does not run,
-    and are empty where nothing is wrong or it was not asked for.
+    Times are Unix times in seconds, `lease_expires` by this host's clock; `cluster` is the digest of its gateway
+    cluster's name (`cluster_digest`), also the name of the run directory; `flow_run_id` is empty outside a flow, and
+    `api` where the job does not say which Prefect API knows its flow run. `category` (a value of `Category`), `summary`
+    and `remedy` tell why it does not run, and are empty where nothing is wrong or it was not asked for.
     """
 
     job_id: str
@@ -97,7 +102,8 @@ def worker_jobs(parts: Parts, flow_run_id: str | None = None) -> list[WorkerJob]
     if flow_run_id is not None:
         condition += f" && {flow_run_constraint(flow_run_id)}"
     ads = oneshot.call(parts.schedd, "query", condition, _PROJECTION)
-    return [_worker_job(ad) for ad in sorted(ads, key=lambda ad: (ad["ClusterId"], ad["ProcId"]))]
+    now = time.time()
+    return [_worker_job(ad, now) for ad in sorted(ads, key=lambda ad: (ad["ClusterId"], ad["ProcId"]))]
 
 
 def explained_jobs(parts: Parts, settings: HTCDaskSettings, flow_run_id: str | None = None) -> list[WorkerJob]:
@@ -187,7 +193,14 @@ def _settings_of(group: str, groups: set[str]) -> str:
     return "worker" if groups <= {DEFAULT_GROUP} else f"workers.{group}"
 
 
-def _worker_job(ad: dict[str, Any]) -> WorkerJob:
+def _by_our_clock(when: float, schedd_now: float | None, now: float) -> float:
+    """A time of the schedd's clock as ours has it, where the two differ by more than its answer may have taken."""
+    if not when or schedd_now is None or abs(schedd_now - now) <= _ANSWER_TIME:
+        return when
+    return when - schedd_now + now
+
+
+def _worker_job(ad: dict[str, Any], now: float) -> WorkerJob:
     state, held = STATES.get(ad["JobStatus"], "unknown"), None
     running = state == "running"
     code, subcode = (int(ad.get(name) or 0) for name in ("HoldReasonCode", "HoldReasonSubCode"))
@@ -208,7 +221,7 @@ def _worker_job(ad: dict[str, Any]) -> WorkerJob:
         group=str(ad.get(GROUP_ATTRIBUTE) or ""),
         flow_run_id=str(ad.get(FLOW_RUN_ATTRIBUTE) or ""),
         attempt=int(ad.get("HTCDaskAttempt") or 1),
-        lease_expires=float(ad.get("HTCDaskLeaseExpires") or 0),
+        lease_expires=_by_our_clock(float(ad.get("HTCDaskLeaseExpires") or 0), ad.get("ServerTime"), now),
         api=str(ad.get(API_ATTRIBUTE) or ""),
         category=held.category.value if held else "",
         summary=held.summary if held else "",

@@ -145,12 +145,12 @@ def _find_pip_wheel() -> str:
         )
     _say("Bringing pip from Debian's package python3-pip-whl")
     with tempfile.TemporaryDirectory(prefix="bootstrap-") as scratch:
-        debs = _download_deb("python3-pip-whl", scratch)
+        debs = download_deb("python3-pip-whl", scratch)
         _run(["dpkg-deb", "-x", debs, _cache_directory()])
     return sorted(glob.glob(os.path.join(_cache_directory(), here[1:], "pip-*.whl")))[-1]
 
 
-def _download_deb(package: str, scratch: str) -> str:
+def download_deb(package: str, scratch: str) -> str:
     """Download one package without privilege, from the archives that apt is configured with.
 
     The machine's own package lists are used where there are some; else apt gets private ones.

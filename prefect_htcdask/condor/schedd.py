@@ -33,6 +33,9 @@ _EDIT_REFUSED = re.compile(r"Unable to (edit jobs?\b|commit transaction)")
 _NOBODY = frozenset({"", "unauthenticated", "unmapped"})
 """Names of a schedd's for who has not proved to be anybody."""
 
+_CLOCK = "ServerTime"
+"""What the schedd adds to its answer where it is asked for: the time there (`condor_q` counts by it, too)."""
+
 
 class ScheddError(RuntimeError):
     """The schedd cannot be had or refused. The message says which, why, and what to do."""
@@ -86,12 +89,17 @@ class ScheddClient:
     Args:
         address: how to reach it.
 
+    Attributes:
+        clock_ahead: seconds that the schedd's clock is ahead of this host's, at least, when it was last seen; negative
+            where it is behind, and 0 as long as the difference may be the question's own time.
+
     Raises:
         ScheddError: the configuration file or token file cannot be read.
     """
 
     def __init__(self, address: ScheddAddress) -> None:
         self.address = address
+        self.clock_ahead = 0.0
         self._schedd: Any = None
         self._owner: str | None = None
         self._token: TokenDirectory | None = None
@@ -255,6 +263,28 @@ class ScheddClient:
                 raise
         return _ids_of(result)
 
+    def now(self) -> float:
+        """The time by the schedd's clock, by which it and its shadows judge the leases: Unix time in seconds.
+
+        Raises:
+            ScheddError: the schedd is unreachable.
+        """
+        asked = time.time()
+        summary = htcondor2.QueryOpts.SummaryOnly
+        ads = self._call("the schedd's clock could not be read", "query", "false", [_CLOCK], opts=summary)
+        return self._saw_clock(ads, asked)
+
+    def _saw_clock(self, ads: Sequence[Mapping[str, Any]], asked: float) -> float:
+        """Take in what an answer to a question, asked at `asked`, tells of the schedd's clock; returns its time now."""
+        answered = time.time()
+        told = ads[0].get(_CLOCK) if ads else None
+        if told is None:  # no release that is in use; but it has its own clock, whatever it says of it
+            return answered + self.clock_ahead
+        # The schedd answered at some time between, and tells whole seconds.
+        seen = float(told)
+        self.clock_ahead = max(0.0, seen - answered) or min(0.0, seen + 1 - asked)
+        return seen
+
     def renew(self, condition: str, duration: float) -> int:
         """Move the lease of our jobs that meet a condition to `duration` seconds from now; returns how many they were.
 
@@ -263,9 +293,11 @@ class ScheddClient:
         Raises:
             ScheddError: the schedd is unreachable, or refused for jobs that are in the queue; the others were renewed.
         """
-        expires = int(time.time() + duration)
-        if not self.query(condition, ["ClusterId"], limit=1):
+        asked = time.time()
+        found = self.query(condition, [_CLOCK], limit=1)
+        if not found:
             return 0  # an edit that matches no job raises
+        expires = int(self._saw_clock(found, asked) + duration)
         try:
             return self._move_lease(self._mine(condition), expires)
         except EditRefused as exc:

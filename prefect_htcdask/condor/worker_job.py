@@ -28,7 +28,10 @@ API_ATTRIBUTE = "PrefectAPI"
 # the first one after a job's start is signalled at once.
 RUNNING_GRACE = 60
 
-LEASE_REASON = "the lease of prefect_htcdask was not renewed: the process that looks after this worker is gone"
+LEASE_REASON = (
+    "prefect_htcdask did not renew this worker's lease: its supervisor is gone or could not reach the schedd, or the "
+    "clocks of their hosts were set apart"
+)
 
 # Commands that make a worker job what it is, and the attributes that they set, without underscores: a site's own
 # additions may not replace them.
@@ -133,7 +136,8 @@ def submit_description(
         cluster_name: name of the gateway cluster that the workers join; only its digest stands in the description.
         group: name of the worker group.
         flow_run: the flow run, or `None` for a cluster used by itself.
-        lease_expires: Unix time, in seconds, after which the schedd removes the jobs unless it was moved on.
+        lease_expires: Unix time, in seconds and by the schedd's clock, after which the schedd removes the jobs unless
+            it was moved on.
         lost_schedd_lease: seconds after which a job leaves when its schedd is lost (job_lease_duration).
 
     Returns:

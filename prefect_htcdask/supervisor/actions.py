@@ -72,16 +72,17 @@ class Actions:
     async def submit(self, group: Group, count: int) -> int:
         """Submit workers in one transaction, if the schedd takes them; returns how many it took."""
         assert group.files is not None
-        commands = submit_description(
-            group.job_spec,
-            group.files,
-            cluster_name=self._plan.access.cluster_name,
-            group=group.name,
-            flow_run=self._plan.flow_run,
-            lease_expires=int(time.time() + self._plan.lease),
-            lost_schedd_lease=self._plan.lost_schedd,
-        )
         try:
+            commands = submit_description(
+                group.job_spec,
+                group.files,
+                cluster_name=self._plan.access.cluster_name,
+                group=group.name,
+                flow_run=self._plan.flow_run,
+                lease_expires=int(await self._condor(self._schedd.now) + self._plan.lease),
+                lost_schedd_lease=self._plan.lost_schedd,
+            )
+            self._voice.saw_clock(self._schedd.clock_ahead)
             job_ids = await self._condor(self._schedd.submit, commands, count)
         except ScheddError as exc:
             pause = group.refused(time.monotonic())

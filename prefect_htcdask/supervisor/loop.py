@@ -308,6 +308,7 @@ class Supervisor:
         self.directory.touch()
         if self.fleet.queued_jobs():
             await self.condor(self.schedd.renew, self.constraint, self.plan.lease)
+            self.voice.saw_clock(self.schedd.clock_ahead)
         self._renew_at = now + min(self.plan.lease / 3, _MAX_RENEWAL_INTERVAL)
 
     async def read_jobs(self) -> None:

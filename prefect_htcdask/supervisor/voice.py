@@ -5,6 +5,7 @@ many rounds they last.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,11 @@ from .group import Group
 UNHEARD = 20.0
 """Seconds without an answer of the scheduler after which the user is told."""
 
+CLOCKS_APART = 30.0
+"""Seconds between the clocks of two hosts after which the user is told."""
+
 _SILENT = "the scheduler is silent"
+_CLOCKS = "the clocks are apart"
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +90,19 @@ class Voice:
         """The scheduler has answered: its next silence is told anew."""
         self._told.discard(_SILENT)
 
+    def saw_clock(self, ahead: float) -> None:
+        """Say that the schedd's clock is `ahead` seconds ahead of ours (negative: behind), if that is worth a word."""
+        if abs(ahead) > CLOCKS_APART:
+            here = time.time()
+            there = here + ahead
+            self.tell_once(
+                "warning",
+                f"the clock of the schedd's host is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this "
+                f"host's (there {_utc(there)}, here {_utc(here)}): leases follow the schedd's clock, but waiting times "
+                "are off by as much; let both hosts take their time from NTP",
+                key=_CLOCKS,
+            )
+
     def fail(self, group: Group, text: str) -> None:
         """Say that workers of a group cannot be had: the flow must fail rather than wait for ever."""
         if not group.gave_up:
@@ -116,3 +134,7 @@ class Voice:
 
     def _named(self, group: Group, text: str) -> str:
         return f"worker group {group.name}: {text}" if self._several else text
+
+
+def _utc(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(when))

@@ -22,6 +22,7 @@ from prefect.client.base import PrefectHttpxSyncClient
 from prefect_htcdask.embedded import EmbeddedEndpoint, status
 from prefect_htcdask.embedded.condor_binaries import condor_binaries
 from prefect_htcdask.settings import ENV_PREFIX, EmbeddedSettings
+from tests import faketime
 from tests.waiting import wait_until
 from tools.prefect_server import PrefectServer
 
@@ -147,6 +148,40 @@ class Arena:
             yield
         finally:
             self.condor("condor_on", "-daemon", daemon)
+
+    def set_clock(self, daemon: str, ahead: float) -> None:
+        """Restart a daemon with a clock that is `ahead` seconds ahead (negative: behind), as those that it starts see.
+
+        Once in a pool's life: HTCondor's sessions do not outlive such jumps.
+        """
+        words = " ".join(f"{name}={value}" for name, value in faketime.environment(ahead).items())
+        with Path(self.endpoint.condor_config).open("a") as stream:
+            stream.write(f'\n{daemon.upper()}_ENVIRONMENT = "{words}"\n')
+        running = self.daemon(f"condor_{daemon}")
+        self.condor("condor_reconfig")
+        self.condor("condor_restart", "-daemon", daemon, "-fast")
+        wait_until(lambda: not running.is_running() and self.answers(), 90, f"the {daemon} is back")
+
+    def answers(self) -> bool:
+        """Whether the schedd does."""
+        try:
+            self.job_ids()
+        except Unknown:
+            return False
+        return True
+
+    @contextmanager
+    def configured(self, *lines: str) -> Iterator[None]:
+        """Add lines to HTCondor's configuration, which the daemons read again, while the block lasts."""
+        path = Path(self.endpoint.condor_config)
+        before = path.read_text()
+        try:
+            path.write_text("\n".join([before, *lines, ""]))
+            self.condor("condor_reconfig", "-daemon", "schedd")
+            yield
+        finally:
+            path.write_text(before)
+            self.condor("condor_reconfig", "-daemon", "schedd")
 
     def api(self) -> httpx.Client:
         """A plain client of the Prefect API, which asks again where a busy server answers 503, as Prefect's own do."""
