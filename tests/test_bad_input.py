@@ -135,6 +135,16 @@ def test_a_schedd_that_refuses_us(
         (SettingsError, {"container_image": "/no/such.sif"}, ["worker.container_image", "/no/such.sif", "docker://"]),
         ((SupervisorError, WorkerJobError), {"requirements": "Memory >"}, ["worker.requirements", "Memory >"]),
         ((SupervisorError, WorkerJobError), {"extra_submit": {"queue": "7"}}, ["worker.extra_submit", "queue"]),
+        (
+            (SupervisorError, WorkerJobError),
+            {"extra_submit": {"+ProjectName": "cms physics"}},
+            ["worker.extra_submit['+ProjectName'] = 'cms physics'", "a string needs quotes of its own"],
+        ),
+        (
+            SupervisorError,
+            {"extra_submit": {"x509userproxy": "/no/such/proxy"}},
+            ["worker.extra_submit['x509userproxy'] = '/no/such/proxy'", "cannot be read"],
+        ),
         (ValueError, {"n_workers": -2}, ["-2", "number of workers"]),
     ],
 )
@@ -248,6 +258,17 @@ def test_whoever_asks_again_has_jobs_that_wait_already(
     cluster.adapt(minimum=1, maximum=4)
     text = wait_until(lambda: texts(messages, "failed"), 30, "the end of patience, though nothing was submitted anew")
     assert "worker.start_timeout = 5 s" in text and "1 worker job waits" in text
+    cluster.close()
+
+
+def test_a_submission_that_htcondor_refuses(
+    new_cluster: NewCluster, queue: ScheddClient, messages: list[dict[str, Any]]
+) -> None:
+    cluster = new_cluster(n_workers=1, extra_submit={"notification": "sometimes"})
+    text = wait_until(lambda: texts(messages, "failed"), 20, "the end of patience")
+    assert "worker.extra_submit['notification'] = 'sometimes'" in text and "Notification must be" in text
+    assert "reached" not in text and "\n" not in text
+    assert jobs_of(queue, cluster.name) == []
     cluster.close()
 
 

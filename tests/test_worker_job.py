@@ -22,6 +22,7 @@ from prefect_htcdask.condor.worker_job import (
     JobFiles,
     WorkerJobError,
     WorkerSpec,
+    bare_words,
     checked_extra_submit,
     cluster_constraint,
     cluster_digest,
@@ -29,6 +30,7 @@ from prefect_htcdask.condor.worker_job import (
     job_of_worker,
     quote_arguments,
     quote_environment,
+    settings_in,
     submit_description,
     worker_name,
 )
@@ -217,6 +219,58 @@ def test_a_site_may_add_its_own() -> None:
     commands = describe(spec={"extra_submit": extra})
     assert {name: commands[name] for name in extra} == extra
     htcondor2.Submit(commands)
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "words"),
+    [
+        ("+ProjectName", "cms physics", ["quotes of its own: '\"cms physics\"'"]),
+        ("My.X", "1 +", ["manual"]),
+        ("+Sites", "A, B", ["'\"A, B\"'"]),
+        ("rank", "Memory >", ["worker.extra_submit['rank'] = 'Memory >'"]),
+        ("periodic_hold", "time( > 3", ["periodic_hold"]),
+        ("+X", '"cms', ["no ClassAd expression"]),
+    ],
+)
+def test_a_value_that_is_no_expression_is_refused_at_once(command: str, value: str, words: list[str]) -> None:
+    with pytest.raises(WorkerJobError) as caught:
+        checked_extra_submit({command: value})
+    assert all(word in str(caught.value) for word in [f"worker.extra_submit[{command!r}] = {value!r}", *words])
+
+
+@pytest.mark.parametrize(
+    ("command", "value"),
+    [
+        ("+ProjectName", '"cms physics"'),
+        ("+Path", '"C:\\new\\q"'),  # a backslash is itself in a submit description
+        ("My.X", ""),
+        ("+X", "$(Cluster) $(Process)"),
+        ("+X", '"$$(Machine) it is"'),
+        ("+X", '{ "a", "b" }'),
+        ("concurrency_limits", "db, tape:2"),
+        ("notify_user", "a b"),
+    ],
+)
+def test_what_htcondor_takes_is_taken(command: str, value: str) -> None:
+    assert checked_extra_submit({command: value}) == {command: value}
+
+
+def test_a_word_without_quotes_is_worth_a_word() -> None:
+    extra = {"+ProjectName": "cms", "+A": '"cms"', "+B": "true", "My.C": "7", "+D": "a + b", "rank": "Memory"}
+    (text,) = bare_words(extra)
+    assert "worker.extra_submit['+ProjectName'] = 'cms'" in text and "'\"cms\"'" in text
+
+
+def test_what_htcondor_says_leads_to_the_setting() -> None:
+    extra = {"+ProjectName": "cms physics", "X509UserProxy": "/no/p", "+X": "1"}
+    spec = WorkerSpec(extra_submit=extra, accounting_group="a b", requirements="HasGPU")
+    said = "Parse error in expression: ProjectName = cms physics"
+    assert settings_in(said, spec, "worker") == ["worker.extra_submit['+ProjectName'] = 'cms physics'"]
+    assert settings_in("unable to read proxy file", spec, "workers.gpu") == [
+        "workers.gpu.extra_submit['X509UserProxy'] = '/no/p'"
+    ]
+    assert settings_in("Invalid accounting_group: a b", spec, "worker") == ["worker.accounting_group = 'a b'"]
+    assert settings_in("it is Friday", spec, "worker") == []
 
 
 def test_requirements_are_kept_as_they_are() -> None:

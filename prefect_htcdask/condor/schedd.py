@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -44,6 +45,23 @@ class ScheddError(RuntimeError):
 class EditRefused(ScheddError):
     """The schedd answered, and did not take an edit: one refusal stands for all jobs that the edit was to change."""
 
+class ScheddRefusal(ScheddError):
+    """Jobs are refused for what they say or whose they are: the same ones would be refused again."""
+
+
+class ScheddLimit(ScheddError):
+    """The schedd takes no more jobs than these, at a time or in one submission.
+
+    Attributes:
+        fits: how many would be taken now.
+        in_one_submission: whether others may follow at once.
+    """
+
+    def __init__(self, text: str, fits: int, in_one_submission: bool = False) -> None:
+        super().__init__(text)
+        self.fits = fits
+        self.in_one_submission = in_one_submission
+
 
 @dataclass(frozen=True)
 class ScheddAddress:
@@ -71,16 +89,86 @@ class ScheddAddress:
         return not self.spool and self.schedd is None and self.collector is None
 
 
+def judge_submission(said: str) -> ScheddError | None:
+    """What an exception of `htcondor2.Schedd.submit` means; `None` where it may pass, such as a lost connection.
+
+    The bindings raise one class for everything, so their words tell (`_schedd_submit` in HTCondor's
+    ``python-bindings/htcondor2/schedd.cpp``). They make the jobs' ads here, ask the schedd for each job's number,
+    which is a code where it gives none (``NEWJOB_ERR_`` in ``qmgmt.h``), and have the schedd commit them all.
+
+    Args:
+        said: the exception's text.
+    """
+    words = " ".join(said.split())
+    if number := _NO_NUMBER.search(words):
+        fits, code = int(number.group(1)), int(number.group(2))
+        if code in _LIMITS:
+            if _LIMITS[code] == _PER_SUBMISSION and fits == 0:
+                return ScheddRefusal(f"the schedd takes no jobs at all ({_PER_SUBMISSION})")
+            text = f"the schedd takes no more jobs at a time ({_LIMITS[code]})"
+            return ScheddLimit(text, fits, _LIMITS[code] == _PER_SUBMISSION)
+        if code in _NOT_ALLOWED:
+            return ScheddRefusal(f"the schedd takes no jobs from us: the user is {_NOT_ALLOWED[code]} there")
+        return None
+    if "MAX_JOBS_SUBMITTED exceeded" in words:
+        return ScheddLimit(f"the schedd takes no more jobs at a time ({words.rpartition(':')[2].strip()})", 0)
+    for beginning in _REFUSALS:
+        if words.startswith(beginning) and (why := words.removeprefix(beginning).strip()):
+            return ScheddRefusal(re.sub(r"Submit:-?\d+:", "", why))
+    return None
+
+
+_SAID = re.compile(r"\bSCHEDD:\d+:\S|expected next ProcId|^Failed to (set|create new cluster)")
+"""What the schedd itself has said, so that it was reached."""
+
+_PER_SUBMISSION = "MAX_JOBS_PER_SUBMISSION"
+_LIMITS = {-2: "MAX_JOBS_SUBMITTED", -3: "MAX_JOBS_PER_OWNER", -4: _PER_SUBMISSION}
+_NOT_ALLOWED = {-5: "disabled", -6: "unknown", -7: "not allowed"}
+_NO_NUMBER = re.compile(r"expected next ProcId to be (\d+), but Schedd says (-\d+)")
+_REFUSALS = (
+    "Failed to create job ad, errmsg=",
+    "Failed to create a cluster ad, errmsg=",
+    "Failed to create new cluster.SCHEDD:13:",  # EACCES: a user that is disabled or not known
+    "Unable to commit transaction, SCHEDD:2:",  # a submit requirement; each of its verdicts has its number
+    "Unable to commit transaction, SCHEDD:1:",
+    "Unable to commit transaction, SCHEDD:3:",
+    "Unable to commit transaction, SCHEDD:30:",  # a required job transform
+)
+
+
 def check_description(commands: Mapping[str, str]) -> Any:
     """The submit description as HTCondor reads it.
 
     Raises:
-        ScheddError: HTCondor does not take it.
+        ScheddError: HTCondor does not take it, or a credential that it names is not there.
     """
+    _check_proxy({name.strip().lower(): value.strip() for name, value in commands.items()})
     try:
         return htcondor2.Submit(dict(commands))
     except Exception as exc:  # the bindings raise many kinds for one fault
         raise ScheddError(f"HTCondor does not take the submit description: {exc}") from exc
+
+
+def _check_proxy(commands: Mapping[str, str]) -> None:
+    """Look for the grid proxy that jobs are to have, as condor_submit does.
+
+    Raises:
+        ScheddError: it cannot be read.
+    """
+    named = commands.get("x509userproxy", "")
+    if named:
+        setting, path = f"worker.extra_submit['x509userproxy'] = {named!r}", named
+    elif commands.get("use_x509userproxy", "").lower() in ("true", "t", "yes", "1"):
+        path = os.environ.get("X509_USER_PROXY") or f"/tmp/x509up_u{os.getuid()}"
+        setting = f"worker.extra_submit['use_x509userproxy'] is set, and the grid proxy {path}"
+    else:
+        return
+    if "$" in path:
+        return  # HTCondor fills it in
+    if not os.path.isabs(path):
+        raise ScheddError(f"{setting} is no full path; give one, since jobs are submitted from another directory")
+    if not os.access(path, os.R_OK):
+        raise ScheddError(f"{setting} cannot be read; make one (voms-proxy-init, grid-proxy-init), or name another")
 
 
 class ScheddClient:
@@ -92,6 +180,7 @@ class ScheddClient:
     Attributes:
         clock_ahead: seconds that the schedd's clock is ahead of this host's, at least, when it was last seen; negative
             where it is behind, and 0 as long as the difference may be the question's own time.
+        limit: the limit for which the last submission took fewer jobs than were asked for, in words; else empty.
 
     Raises:
         ScheddError: the configuration file or token file cannot be read.
@@ -100,6 +189,8 @@ class ScheddClient:
     def __init__(self, address: ScheddAddress) -> None:
         self.address = address
         self.clock_ahead = 0.0
+        self.limit = ""
+        self._most_at_once = sys.maxsize
         self._schedd: Any = None
         self._owner: str | None = None
         self._token: TokenDirectory | None = None
@@ -169,6 +260,8 @@ class ScheddClient:
                 f"{named} does not accept our login (collector: {where}): {exc}. Check condor.token_file or "
                 "condor.credentials_block, and the authentication methods of condor.config_file"
             )
+        if _SAID.search(str(exc)):
+            return f"{named} answers (collector: {where}): {' '.join(str(exc).split())}"
         return (
             f"{named} cannot be reached (collector: {where}): {exc}. Check that HTCondor runs there, and "
             "condor.collector, condor.schedd and condor.config_file"
@@ -241,18 +334,48 @@ class ScheddClient:
         return f"Owner =?= {string_literal(self._owner)} && ({condition})"  # `==` takes Anne for anne
 
     def submit(self, commands: Mapping[str, str], count: int) -> list[str]:
-        """Submit `count` jobs in one transaction.
+        """Submit `count` jobs in one transaction, or in several where the schedd takes fewer in one.
 
         Returns:
-            the ids of the jobs, ``cluster.proc``.
+            the ids of the jobs, ``cluster.proc``; fewer than `count` where the schedd takes no more (`limit` says why).
 
         Raises:
-            ScheddError: the schedd is unreachable or refused; nothing was submitted.
+            ScheddRefusal: the jobs are refused, and would be again; nothing was submitted.
+            ScheddLimit: the schedd takes none of them now; nothing was submitted.
+            ScheddError: the schedd is unreachable, or said something else; nothing was submitted.
         """
+        self.limit = ""
+        job_ids: list[str] = []
+        left = count
+        try:
+            while left > 0:
+                wanted = min(left, self._most_at_once)
+                try:
+                    job_ids += self._submit(commands, wanted)
+                    left -= wanted
+                except ScheddLimit as exc:
+                    if not 0 < exc.fits < wanted:
+                        raise
+                    if exc.in_one_submission:
+                        self._most_at_once = exc.fits
+                    else:
+                        self.limit, left = str(exc), exc.fits
+        except ScheddError as exc:
+            if not job_ids:
+                raise
+            self.limit = str(exc)
+        return job_ids
+
+    def _submit(self, commands: Mapping[str, str], count: int) -> list[str]:
         submit = check_description(commands)
-        result = self._call(
-            f"{count} worker jobs could not be submitted", "submit", submit, count, spool=self.address.spool
-        )
+        what = f"{count} worker jobs could not be submitted"
+        try:
+            result = self._call(what, "submit", submit, count, spool=self.address.spool)
+        except ScheddError as exc:
+            judged = judge_submission(str(exc.__cause__ or ""))
+            if judged is None:
+                raise
+            raise judged from exc.__cause__
         if self.address.spool:
             try:
                 self._call("the workers' input could not be spooled", "spool", result)

@@ -287,7 +287,8 @@ def checked_extra_submit(extra: Mapping[str, str]) -> dict[str, str]:
     """A site's further submit commands, if they leave ours alone.
 
     Raises:
-        WorkerJobError: a command replaces one of ours or holds a line break; the message names it.
+        WorkerJobError: a command replaces one of ours, holds a line break, or is no expression where it has to be one;
+            the message names it.
     """
     checked = {}
     for command, value in extra.items():
@@ -302,8 +303,77 @@ def checked_extra_submit(extra: Mapping[str, str]) -> dict[str, str]:
             )
         if any(c in value for c in "\n\r\0"):
             raise WorkerJobError(f"worker.extra_submit[{command!r}] = {value!r}: remove the line break")
+        if _is_expression(name) and value.strip() and not _MACRO.search(value):
+            _check_expression(command, value.strip())
         checked[name] = value
     return checked
+
+
+_MACRO = re.compile(r"\$\w*\(|\$\$\[")
+_EXPRESSIONS = frozenset(
+    ["rank", "preferences", "periodichold", "periodicrelease", "periodicvacate", "onexithold", "onexitremove"]
+)
+
+
+def _is_expression(name: str) -> bool:
+    """Whether the value of a submit command goes into the job's ad as it is."""
+    return _is_attribute(name) or name.lower().replace("_", "") in _EXPRESSIONS
+
+
+def _is_attribute(name: str) -> bool:
+    return name.lower().startswith(("+", "my."))
+
+
+def _check_expression(command: str, value: str) -> None:
+    try:
+        # As in a submit description, where a backslash is itself unless a quote follows.
+        classad2.ExprTree(re.sub(r'\\(?!")', r"\\\\", value))
+    except Exception as exc:  # classad2 raises ClassAdException and ValueError for the same fault
+        remedy = "see HTCondor's manual on ClassAd expressions"
+        if '"' not in value and re.search(r"[A-Za-z]", value):
+            remedy = f"a string needs quotes of its own: {_quoted(value)}"
+        given = f"worker.extra_submit[{command!r}] = {value!r}"
+        raise WorkerJobError(f"{given} is no ClassAd expression: {remedy}") from exc
+
+
+def _quoted(value: str) -> str:
+    return repr(f'"{value}"')
+
+
+def bare_words(extra: Mapping[str, str]) -> list[str]:
+    """Attributes of a site's own whose value is one word without quotes, which may be a forgotten string, in words."""
+    words = {command: value.strip() for command, value in extra.items() if _is_attribute(command.strip())}
+    return [
+        f"worker.extra_submit[{command!r}] = {word!r} names an attribute of the job; a string needs quotes of its own: "
+        f"{_quoted(word)}"
+        for command, word in words.items()
+        if re.fullmatch(r"[A-Za-z_]\w*", word) and word.lower() not in ("true", "false", "undefined", "error")
+    ]
+
+
+def settings_in(words: str, spec: WorkerSpec, where: str) -> list[str]:
+    """The settings of a worker that HTCondor's words are about, with their values.
+
+    Args:
+        words: what it said of a job.
+        spec: the worker.
+        where: where its settings stand, such as ``worker``.
+    """
+    said = {word.replace("_", "") for word in re.findall(r"\w+", words.lower())}
+    found = []
+    for command, value in spec.extra_submit.items():
+        name = command.strip().removeprefix("+").lower().removeprefix("my.").replace("_", "")
+        if name in said or ("proxy" in said and "x509" in name):
+            found.append(f"{where}.extra_submit[{command!r}] = {value!r}")
+    others = {
+        "requirements": spec.requirements,
+        "accounting_group": spec.accounting_group,
+        "container_image": spec.container_image,
+    }
+    for setting, given in others.items():
+        if given and (setting.replace("_", "") in said or given in words):
+            found.append(f"{where}.{setting} = {given!r}")
+    return found
 
 
 def cluster_digest(name: str) -> str:

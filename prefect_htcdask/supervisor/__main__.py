@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError, check_description
-from ..condor.worker_job import JobFiles, WorkerJobError, submit_description
+from ..condor.worker_job import JobFiles, WorkerJobError, bare_words, submit_description
 from ..event_shapes import cleanup_event
 from .cleanup import Cleanup
 from .flow_watch import flow_run_ended, tell_of_cleanup
@@ -186,6 +186,8 @@ async def work(loop: asyncio.AbstractEventLoop, outbox: Outbox) -> int:
     except (ScheddError, WorkerJobError) as exc:
         outbox.say({"kind": "refused", "text": str(exc)})
         return 1
+    for text in dict.fromkeys(text for spec in request.groups.values() for text in bare_words(spec.extra_submit)):
+        outbox.say({"kind": "log", "level": "warning", "text": text})
     outbox.say({"kind": "checked"})
     try:
         return await take_over(schedd, commands, gone, early, outbox)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ..condor.schedd import ScheddClient, ScheddError
-from ..condor.worker_job import submit_description
+from ..condor.schedd import ScheddClient, ScheddError, ScheddLimit, ScheddRefusal
+from ..condor.worker_job import settings_in, submit_description
 from ..scaling.policy import Decision
 from .fleet import Fleet
 from .group import Group
@@ -84,14 +84,35 @@ class Actions:
             )
             self._voice.saw_clock(self._schedd.clock_ahead)
             job_ids = await self._condor(self._schedd.submit, commands, count)
+        except ScheddRefusal as exc:
+            self._refused(group, str(exc))
+            return 0
         except ScheddError as exc:
-            pause = group.refused(time.monotonic())
-            self._voice.tell_once("error", f"{exc}; the next attempt is in {pause:.0f} s", key=str(exc))
+            pause = group.refused(time.monotonic(), str(exc))
+            level = "warning" if isinstance(exc, ScheddLimit) else "error"
+            self._voice.tell_again(level, f"{exc}; the next attempt is in {pause:.0f} s", key=f"{group.name}: {exc}")
             return 0
         group.submitted()
         self._fleet.submitted_jobs(job_ids, group.name, time.time())
-        logger.info("submitted %d jobs of group %s: %s to %s", count, group.name, job_ids[0], job_ids[-1])
+        logger.info("submitted %d jobs of group %s: %s to %s", len(job_ids), group.name, job_ids[0], job_ids[-1])
+        if self._schedd.limit:
+            why = f"{self._schedd.limit}: it took {len(job_ids)} of {count} worker jobs"
+            group.refused(time.monotonic(), why)
+            self._voice.tell_again("warning", f"{why}; the others wait", key=f"{group.name}: {self._schedd.limit}")
         return len(job_ids)
+
+    def _refused(self, group: Group, why: str) -> None:
+        """The schedd refuses the jobs of a group for what they say: nothing comes of waiting, but what runs goes on."""
+        settings = settings_in(why, group.spec, group.settings)
+        about = f"correct {' and '.join(settings)}" if settings else f"see {group.settings}.extra_submit"
+        text = f"HTCondor refuses the worker jobs: {why} ({about}, or ask those who look after the pool for its rules)"
+        pause = group.refused(time.monotonic(), text)
+        if any(self._fleet.group_of(record) == group.name for record in self._fleet.queued_jobs()):
+            key = f"{group.name}: {why}"
+            self._voice.tell_again("error", f"{text}; workers that there are go on, and it is tried again", key=key)
+            logger.info("the next attempt is in %.0f s", pause)
+        else:
+            self._voice.fail(group, text)
 
     async def retire(self, group: Group, jobs: dict[str, str], idle_only: bool) -> None:
         """Retire workers, given with their jobs; those that cannot go now stay in the fleet."""

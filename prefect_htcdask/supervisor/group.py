@@ -38,7 +38,8 @@ class Group:
         has_joined: whether a worker ever joined.
         avoided: machines where several workers in a row did not come up: no more jobs go there.
         gave_up: whether workers cannot be had, as was told.
-        submit_after: no submission before this time: the schedd refused the last one.
+        submit_after: no submission before this time: the schedd took none or not all of the last one.
+        not_taken: why it did not, in words; empty where it took all.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Group:
     avoided: set[str] = field(default_factory=set)
     gave_up: bool = False
     submit_after: float = 0.0
+    not_taken: str = ""
     backoff: float = _FIRST_BACKOFF
     looked_at: int = 0
 
@@ -140,10 +142,11 @@ class Group:
 
     def submitted(self) -> None:
         """The schedd took new jobs."""
-        self.backoff = _FIRST_BACKOFF
+        self.backoff, self.not_taken = _FIRST_BACKOFF, ""
 
-    def refused(self, now: float) -> float:
-        """The schedd took no jobs; returns how long the next attempt is put off."""
+    def refused(self, now: float, why: str = "") -> float:
+        """The schedd took no jobs, or not all; returns how long the next attempt is put off."""
+        self.not_taken = why
         pause, self.backoff = self.backoff, min(self.backoff * 2, _MAX_BACKOFF)
         self.submit_after = now + pause
         return pause

@@ -189,7 +189,7 @@ class Supervisor:
         self.progress.tell(time.monotonic())
         for group in self.groups.values():
             if group.overdue(time.monotonic()):
-                self.voice.give_up_waiting(group, await self.waiting.why(group))
+                self.voice.give_up_waiting(group, group.not_taken or await self.waiting.why(group))
             else:
                 await self.waiting.look(group, time.time())
 

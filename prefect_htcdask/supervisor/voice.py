@@ -5,6 +5,7 @@ many rounds they last.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,9 @@ UNHEARD = 20.0
 
 CLOCKS_APART = 30.0
 """Seconds between the clocks of two hosts after which the user is told."""
+
+_FIRST_DISTANCE = 60.0
+_LONGEST_DISTANCE = 3600.0
 
 _SILENT = "the scheduler is silent"
 _CLOCKS = "the clocks are apart"
@@ -40,6 +44,7 @@ class Voice:
         self._why_it_ended = why_it_ended
         self._several = several
         self._told: set[str] = set()
+        self._again: dict[str, tuple[float, float]] = {}
 
     def decided(self, group: Group, decision: Decision, submitted: int) -> None:
         """Say what was decided for a group, if it changes anything: the schedd may have taken no jobs."""
@@ -60,6 +65,20 @@ class Voice:
         """Say something to the flow run's log, once for each different text, or `key` where one is given."""
         if (key or text) not in self._told:
             self._told.add(key or text)
+            self._say({"kind": "log", "level": level, "text": text})
+
+    def tell_again(self, level: str, text: str, key: str) -> None:
+        """Say something that lasts: at once, and again at growing distances as long as it is the case.
+
+        Args:
+            level: of the log.
+            text: what is said.
+            key: what is the same though its numbers change.
+        """
+        now, same = time.monotonic(), re.sub(r"\d+", "#", key)
+        due, distance = self._again.get(same, (0.0, _FIRST_DISTANCE))
+        if now >= due:
+            self._again[same] = now + distance, min(2 * distance, _LONGEST_DISTANCE)
             self._say({"kind": "log", "level": level, "text": text})
 
     def tell_failure(self, exc: Exception) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,17 +171,25 @@ class Arena:
         return True
 
     @contextmanager
-    def configured(self, *lines: str) -> Iterator[None]:
-        """Add lines to HTCondor's configuration, which the daemons read again, while the block lasts."""
+    def configured(self, **settings: str) -> Iterator[None]:
+        """Change the schedd's configuration while the block lasts."""
         path = Path(self.endpoint.condor_config)
         before = path.read_text()
+        name = next(iter(settings))
+        lines = [f"{name} = {value}" for name, value in settings.items()]
         try:
-            path.write_text("\n".join([before, *lines, ""]))
-            self.condor("condor_reconfig", "-daemon", "schedd")
+            self._configure("\n".join([before, *lines, ""]), lambda: self._schedd_has(name) == settings[name])
             yield
         finally:
-            path.write_text(before)
-            self.condor("condor_reconfig", "-daemon", "schedd")
+            self._configure(before, lambda: self._schedd_has(name) != settings[name])
+
+    def _configure(self, text: str, is_read: Callable[[], bool]) -> None:
+        Path(self.endpoint.condor_config).write_text(text)
+        self.condor("condor_reconfig", "-daemon", "schedd")
+        wait_until(is_read, 30, "the schedd has read its configuration")
+
+    def _schedd_has(self, name: str) -> str:
+        return self.condor("condor_config_val", "-schedd", name, check=False).stdout.strip()
 
     def api(self) -> httpx.Client:
         """A plain client of the Prefect API, which asks again where a busy server answers 503, as Prefect's own do."""
