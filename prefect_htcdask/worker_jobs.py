@@ -58,10 +58,10 @@ _WELL = frozenset({"", Category.WAITING.value, Category.POOL_FULL.value, Categor
 class WorkerJob:
     """One worker job, in the queue unless its state is ``failed``.
 
-    Times are Unix times in seconds, `lease_expires` by this host's clock; `cluster` is the digest of its gateway
-    cluster's name (`cluster_digest`), also the name of the run directory; `flow_run_id` is empty outside a flow, and
-    `api` where the job does not say which Prefect API knows its flow run. `category` (a value of `Category`), `summary`
-    and `remedy` tell why it does not run, and are empty where nothing is wrong or it was not asked for.
+    Times are Unix times in seconds, `started` and `lease_expires` by this host's clock; `cluster` is the digest of its
+    gateway cluster's name (`cluster_digest`), also the name of the run directory; `flow_run_id` is empty outside a flow,
+    and `api` where the job does not say which Prefect API knows its flow run. `category` (a value of `Category`),
+    `summary` and `remedy` tell why it does not run, and are empty where nothing is wrong or it was not asked for.
     """
 
     job_id: str
@@ -193,11 +193,14 @@ def _settings_of(group: str, groups: set[str]) -> str:
     return "worker" if groups <= {DEFAULT_GROUP} else f"workers.{group}"
 
 
-def _by_our_clock(when: float, schedd_now: float | None, now: float) -> float:
-    """A time of the schedd's clock as ours has it, where the two differ by more than its answer may have taken."""
+def _by_our_clock(when: float | None, schedd_now: float | None, now: float) -> float:
+    """A time of the schedd's clock as ours has it, where the two differ by more than its answer may have taken.
+
+    Where it is not known, it is 0.
+    """
     if not when or schedd_now is None or abs(schedd_now - now) <= _ANSWER_TIME:
-        return when
-    return when - schedd_now + now
+        return float(when or 0)
+    return float(when) - schedd_now + now
 
 
 def _worker_job(ad: dict[str, Any], now: float) -> WorkerJob:
@@ -214,14 +217,14 @@ def _worker_job(ad: dict[str, Any], now: float) -> WorkerJob:
         state=state,
         host=str(ad.get("RemoteHost") or ""),
         submitted=float(ad.get("QDate") or 0),
-        started=float(ad["JobCurrentStartDate"]) if running and ad.get("JobCurrentStartDate") else None,
+        started=_by_our_clock(ad.get("JobCurrentStartDate"), ad.get("ServerTime"), now) or None if running else None,
         hold_reason=str(ad.get("HoldReason") or "") if held else "",
         batch_name=str(ad.get("JobBatchName") or ""),
         cluster=str(ad.get(CLUSTER_ATTRIBUTE) or ""),
         group=str(ad.get(GROUP_ATTRIBUTE) or ""),
         flow_run_id=str(ad.get(FLOW_RUN_ATTRIBUTE) or ""),
         attempt=int(ad.get("HTCDaskAttempt") or 1),
-        lease_expires=_by_our_clock(float(ad.get("HTCDaskLeaseExpires") or 0), ad.get("ServerTime"), now),
+        lease_expires=_by_our_clock(ad.get("HTCDaskLeaseExpires"), ad.get("ServerTime"), now),
         api=str(ad.get(API_ATTRIBUTE) or ""),
         category=held.category.value if held else "",
         summary=held.summary if held else "",

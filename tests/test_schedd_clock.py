@@ -89,7 +89,8 @@ def test_a_lease_is_shown_and_judged_by_this_host_s_clock(ahead: float) -> None:
     now = clock.time()
     ad = {"ClusterId": 7, "ProcId": 0, "JobStatus": 2, "ServerTime": now + ahead}
     assert _worker_job({**ad, "HTCDaskLeaseExpires": now + ahead + 60}, now).lease_expires == now + 60
-    assert _worker_job(ad, now).lease_expires == 0
+    assert _worker_job({**ad, "JobCurrentStartDate": now + ahead - 60}, now).started == now - 60
+    assert (_worker_job(ad, now).lease_expires, _worker_job(ad, now).started) == (0, None)
 
 
 @pytest.mark.parametrize("off", [-3.0, 3.0])

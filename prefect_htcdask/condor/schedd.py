@@ -45,6 +45,7 @@ class ScheddError(RuntimeError):
 class EditRefused(ScheddError):
     """The schedd answered, and did not take an edit: one refusal stands for all jobs that the edit was to change."""
 
+
 class ScheddRefusal(ScheddError):
     """Jobs are refused for what they say or whose they are: the same ones would be refused again."""
 

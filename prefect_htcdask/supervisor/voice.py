@@ -117,8 +117,8 @@ class Voice:
             self.tell_once(
                 "warning",
                 f"the clock of the schedd's host is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this "
-                f"host's (there {_utc(there)}, here {_utc(here)}): leases follow the schedd's clock, but waiting times "
-                "are off by as much; let both hosts take their time from NTP",
+                f"host's (there {_utc(there)}, here {_utc(here)}): leases follow the schedd's; let both hosts take "
+                "their time from NTP",
                 key=_CLOCKS,
             )
 
