@@ -12,8 +12,10 @@ from typing import Any
 
 from dask_gateway import Gateway
 
+from .gateway_http import CheckedGateway
 
-class PrivateGateway(Gateway):
+
+class PrivateGateway(CheckedGateway):
     """The client inside a cluster object, which closes it."""
 
     def __del__(self) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from dask_gateway import Gateway, GatewayClusterError
+from dask_gateway import GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
 from .collection import close_when_collected, forget_loop
 from .condor.worker_job import WorkerJobError
 from .gateway_checks import GatewayUnreachable
 from .gateway_cluster import HTCGatewayCluster
+from .gateway_http import CheckedGateway
 from .resolution import Parts, resolve_parts
 from .settings import HTCDaskSettings, load_settings
 from .supervisor import oneshot
@@ -21,7 +22,7 @@ from .supervisor.handle import SupervisorError
 from .threads import in_thread
 
 
-class HTCGateway(Gateway):
+class HTCGateway(CheckedGateway):
     """A client of a Dask Gateway whose clusters have HTCondor workers; drop-in for dask_gateway's.
 
     Args:

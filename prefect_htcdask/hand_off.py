@@ -17,8 +17,8 @@ from .by_value import pickled_by_value
 from .condor.worker_job import FlowRunTag, WorkerSpec
 from .gateway_checks import local_versions
 from .gateway_comm import gateway_address
+from .listeners import is_loopback
 from .report_settings import ReportSettings
-from .resolution import is_loopback
 from .run_files import prune, run_directory
 from .scaling import demand as demand_module
 from .scaling.policy import Target

@@ -9,7 +9,7 @@ from typing import Any, cast
 from distributed import Client
 
 from prefect_htcdask.errors import VersionMismatchError
-from prefect_htcdask.resolution import is_loopback
+from prefect_htcdask.listeners import is_loopback
 from prefect_htcdask.settings import SettingsError
 
 CHECKED_PACKAGES = ("dask", "distributed", "prefect", "prefect_htcdask")

@@ -5,7 +5,6 @@ Where nothing is configured, the embedded pool and gateway are started.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +16,8 @@ import dask
 from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
 
 from .condor.worker_job import WorkerSpec
+from .gateway_http import EmbeddedAuth
+from .listeners import is_loopback
 from .scaling.groups import group_resource
 from .settings import CondorSettings, GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings
 from .supervisor.protocol import ScheddSettings
@@ -107,7 +108,7 @@ def resolve_parts(
         address=endpoint.gateway_address,
         proxy_address=endpoint.proxy_address,
         public_address=settings.gateway.public_address,
-        auth=BasicAuth(username=endpoint.username, password=endpoint.password),
+        auth=EmbeddedAuth(username=endpoint.username, password=endpoint.password),
         schedd=schedd,
         embedded=not pool_configured,
     )
@@ -281,15 +282,3 @@ def check_image_file(image: str, setting: str = "worker") -> None:
             f"{setting}.container_image = {image!r} does not exist; name a .sif file or image directory, or an address "
             "such as docker://image:tag"
         )
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address, a URL or host:port, leads to this machine only."""
-    host = urlparse(address if "://" in address else f"//{address}").hostname or ""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return ip.is_loopback or ip.is_unspecified

@@ -9,19 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
+from urllib.request import getproxies
 
 from prefect_htcdask.embedded.ports import free_port
+from prefect_htcdask.listeners import foreign_listener, listens
 
-START_TIMEOUT = 90.0
-STOP_TIMEOUT = 20.0
+START_TIMEOUT = 300.0
+"""Seconds, on however busy a machine; a server that ends meanwhile is noticed at once."""
+STOP_TIMEOUT = 60.0
+ATTEMPTS = 5
+"""Ports that are tried, where others take them before the server listens."""
 
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -71,7 +73,7 @@ def prefect_server(
         ServerError: it did not answer in time.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for _ in range(3):
+    for _ in range(ATTEMPTS):
         process, server = _start(directory, ui, database, port or free_port())
         try:
             if _wait_until_healthy(process, server):
@@ -80,7 +82,9 @@ def prefect_server(
         finally:
             _stop(process)
         # Somebody else may have taken the port between finding it and using it.
-    raise ServerError(f"the Prefect server did not start:\n{server.tail()}")
+        user = foreign_listener(server.url)
+    taken = f"{server.url} is listened to by user {user!r}, not by it; " if user else ""
+    raise ServerError(f"the Prefect server did not start: {taken}it says:\n{server.tail()}")
 
 
 def _start(directory: Path, ui: bool, database: str | None, port: int) -> tuple[subprocess.Popen[bytes], PrefectServer]:
@@ -91,6 +95,8 @@ def _start(directory: Path, ui: bool, database: str | None, port: int) -> tuple[
         "PREFECT_PROFILES_PATH": str(directory / "profiles.toml"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        # Prefect's client would ask for loopback by way of a web proxy of the environment.
+        "no_proxy": ",".join(filter(None, [getproxies().get("no"), "127.0.0.1", "localhost"])),
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     own = {"PREFECT_API_DATABASE_CONNECTION_URL": database or f"sqlite+aiosqlite:///{directory / 'prefect.db'}"}
@@ -114,27 +120,19 @@ def _end_with_parent() -> None:
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], server: PrefectServer) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{server.url}/health", timeout=2) as answer:
-                # Another server may have been quicker to take the port.
-                if answer.status == 200 and _listens(process, server):
-                    return True
-        except (OSError, http.client.HTTPException, psutil.Error):
+            # Somebody else may have been quicker to take the port, and would answer too.
+            if listens(server.url, process.pid):
+                with opener.open(f"{server.url}/health", timeout=30) as answer:
+                    if answer.status == 200:
+                        return True
+        except (OSError, http.client.HTTPException):
             pass
         time.sleep(0.1)
     return False
-
-
-def _listens(process: subprocess.Popen[bytes], server: PrefectServer) -> bool:
-    port = urllib.parse.urlsplit(server.url).port
-    started = psutil.Process(process.pid)
-    return any(
-        connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-        for one in (started, *started.children(recursive=True))
-        for connection in one.net_connections(kind="tcp")
-    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

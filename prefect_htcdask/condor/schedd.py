@@ -23,6 +23,7 @@ from typing import Any
 import classad2
 import htcondor2
 
+from ..listeners import PORT_OWNERS, ForeignListenerError, check_pool
 from .token import TokenDirectory
 from .worker_job import LEASE_ATTRIBUTE, string_literal
 
@@ -225,6 +226,7 @@ class ScheddClient:
         Raises:
             ScheddError: it cannot be found; the message names the setting and the remedy.
         """
+        self._check_port()
         if self._schedd is not None:
             return self._schedd
         where = self.address.collector or htcondor2.param.get("COLLECTOR_HOST") or "no COLLECTOR_HOST configured"
@@ -246,6 +248,19 @@ class ScheddClient:
         except Exception as exc:  # the bindings raise many kinds for one fault
             raise ScheddError(self._unreachable(where, exc)) from exc
         return self._schedd
+
+    def _check_port(self) -> None:
+        """Look who listens at the embedded pool's port, before we prove there who we are.
+
+        Raises:
+            ScheddError: it is somebody else.
+        """
+        if self.address.collector is not None:
+            return
+        try:
+            check_pool(htcondor2.param.get(PORT_OWNERS), htcondor2.param.get("COLLECTOR_HOST"))
+        except ForeignListenerError as exc:
+            raise ScheddError(str(exc)) from exc
 
     def _not_found(self, collector: Any, where: str) -> str:
         known = [str(ad.get("Name")) for ad in collector.query(htcondor2.AdType.Schedd, projection=["Name"])]
@@ -535,6 +550,7 @@ class ScheddClient:
     def _ask_collector(
         self, what: str, kind: htcondor2.AdType, constraint: str | None, attributes: Sequence[str]
     ) -> list[classad2.ClassAd]:
+        self._check_port()
         try:
             collector = htcondor2.Collector(self.address.collector) if self.address.collector else htcondor2.Collector()
             return list(collector.query(kind, constraint, list(attributes)))

@@ -2,7 +2,7 @@
 
 Started by file path and kept to the standard library, because it stands before every daemon that the keeper starts::
 
-    python child.py PARENT SIGNAL IDENTITY COMMAND [ARGUMENT ...]
+    python child.py PARENT SIGNAL IDENTITY SOCKET COMMAND [ARGUMENT ...]
 
 IDENTITY is "same", or one of the two ways in which root has HTCondor, which runs no jobs as root, be someone else:
 
@@ -12,6 +12,9 @@ they may do nothing to the files of others. See user_namespaces(7).
 
 "capability:UID:GID": that very user, with the ambient capabilities to pass over file permissions. For containers, which
 often forbid user namespaces. See capabilities(7).
+
+SOCKET is the descriptor of a listening socket that the command is given as a service manager would, by the protocol of
+sd_listen_fds(3), or "none".
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 PR_SET_SECUREBITS = 28
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
+LISTEN_FDS_START = 3  # sd_listen_fds(3)
 SECBIT_NO_SETUID_FIXUP = 1 << 2  # capabilities(7): keep capabilities over setuid, and heed them in access(2)
 CAP_DAC_OVERRIDE = 1
 CAP_FOWNER = 3
@@ -88,9 +92,22 @@ def die_with_parent(parent: int, number: int) -> None:
         sys.exit(1)
 
 
+def hand_over(listener: int) -> None:
+    """Leave a listening socket to the command that this process becomes."""
+    if listener == LISTEN_FDS_START:
+        os.set_inheritable(listener, True)
+    else:
+        os.dup2(listener, LISTEN_FDS_START)
+        os.close(listener)
+    os.environ["LISTEN_FDS"] = "1"
+    os.environ["LISTEN_PID"] = str(os.getpid())
+
+
 def main(arguments: list[str]) -> None:
-    parent, number, identity, *command = arguments
+    parent, number, identity, handed_over, *command = arguments
     try:
+        if handed_over != "none":
+            hand_over(int(handed_over))
         way, *ids = identity.split(":")
         if way == "namespace":
             enter_user_namespace(*map(int, ids))

@@ -25,7 +25,6 @@ from prefect_htcdask.embedded.launch import LaunchOrder
 from prefect_htcdask.embedded.leftovers import end_leftovers
 from prefect_htcdask.embedded.pool import pool_user
 from prefect_htcdask.embedded.pool_query import query_pool
-from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.embedded.progress import Progress
 from prefect_htcdask.embedded.state import Process, State, StateDirectory, write_private
 
@@ -254,7 +253,6 @@ def _launch(
         username=pwd.getpwuid(os.geteuid()).pw_name,
         idle_timeout=settings.idle_timeout,
         binaries=binaries,
-        collector_port=free_port(),
         cpus=settings.slots,
         memory=settings.memory,
         identity=identity,
@@ -295,7 +293,7 @@ def identity_for_daemons() -> str:
     refused = []
     for way in WAYS_FOR_ROOT:
         identity = f"{way}:{user.pw_uid}:{user.pw_gid}"
-        trial = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), "SIGKILL", identity, "true"]
+        trial = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), "SIGKILL", identity, "none", "true"]
         result = subprocess.run(trial, capture_output=True, text=True)
         if result.returncode == 0:
             return identity

@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from prefect_htcdask.embedded.errors import EmbeddedError
-from prefect_htcdask.embedded.ports import free_port
+from prefect_htcdask.embedded.ports import free_port, listening_socket
 from prefect_htcdask.embedded.state import write_private
+from prefect_htcdask.listeners import check_embedded_gateway
 
 _CONFIG = '''\
 """Configuration of the embedded Dask Gateway. Generated; it holds secrets."""
 import hmac
+import os
+import socket
 from asyncio.base_subprocess import BaseSubprocessTransport
 
+from aiohttp import web
 from dask_gateway_server.auth import SimpleAuthenticator, unauthorized
 
 
@@ -42,6 +46,9 @@ class OneUser(SimpleAuthenticator):
         return user
 
 
+# The keeper gives the server a socket that listens already (sd_listen_fds(3)): another user cannot have its port.
+if os.environ.pop("LISTEN_PID", None) == str(os.getpid()):
+    web.TCPSite = lambda runner, host, port, **options: web.SockSite(runner, socket.socket(fileno=3), **options)
 c.DaskGateway.address = {private_address!r}
 c.DaskGateway.backend_class = "dask_gateway_server.backends.local.UnsafeLocalBackend"
 c.DaskGateway.authenticator_class = OneUser
@@ -52,6 +59,9 @@ c.Proxy.externally_managed = True
 c.Proxy.gateway_url = "http://" + {private_address!r}
 c.Proxy.api_token = {api_token!r}
 
+# Schedulers send their tokens to the server itself, not by way of the proxy, whose port another user may have taken.
+c.UnsafeLocalBackend.api_url = "http://" + {private_address!r} + "/api"
+c.UnsafeLocalBackend.cluster_start_timeout = {start_timeout!r}
 c.UnsafeLocalBackend.clusters_directory = {clusters!r}
 # On disk, and clusters left alone, so that a restart of the server goes unnoticed.
 c.UnsafeLocalBackend.db_url = {database!r}
@@ -68,6 +78,9 @@ c.UnsafeLocalBackend.inherited_environment = {inherited!r}
 c.ClusterConfig.scheduler_cmd = {scheduler!r}
 c.ClusterConfig.worker_cmd = {worker!r}
 '''
+
+SCHEDULER_START_TIMEOUT = 300.0
+"""Seconds that a scheduler may take until it answers, on however busy a machine; one that ends is noticed sooner."""
 
 INHERITED = ["PATH", "PYTHONPATH", "CONDA_PREFIX", "VIRTUAL_ENV", "LANG", "LC_ALL", "HOME", "TMPDIR"]
 """Environment variables that a scheduler gets from the gateway's process."""
@@ -96,9 +109,21 @@ class GatewayServer:
         self.username = username
         self._password = password
         self.config_file = directory / "gateway_config.py"
-        self.private_address = f"127.0.0.1:{free_port()}"
+        self.listener = listening_socket()
+        self.private_address = f"127.0.0.1:{self.listener.getsockname()[1]}"
         self.proxy_address = f"127.0.0.1:{free_port()}"
-        self.url = f"http://{self.proxy_address}"
+        self._api_token = secrets.token_hex(32)
+        self._encrypt_key = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+
+    @property
+    def url(self) -> str:
+        """Where clients reach the gateway: the proxy, which cannot be given a socket."""
+        return f"http://{self.proxy_address}"
+
+    def move_proxy(self) -> None:
+        """Choose another port for the proxy, whose last one somebody else has."""
+        self.proxy_address = f"127.0.0.1:{free_port()}"
+        self._write_configuration()
 
     def configure(self) -> None:
         """Write the configuration file and forget the clusters of an earlier server.
@@ -112,15 +137,19 @@ class GatewayServer:
         for old in self.directory.glob("gateway.sqlite*"):
             old.unlink()
         database.touch(mode=0o600)
+        self._write_configuration()
+
+    def _write_configuration(self) -> None:
         text = _CONFIG.format(
             username=self.username,
             password=self._password,
             private_address=self.private_address,
             proxy_address=self.proxy_address,
-            api_token=secrets.token_hex(32),
-            encrypt_key=base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
-            clusters=str(clusters),
-            database=f"sqlite:///{database}",
+            api_token=self._api_token,
+            encrypt_key=self._encrypt_key,
+            clusters=str(self.directory / "clusters"),
+            database=f"sqlite:///{self.directory / 'gateway.sqlite'}",
+            start_timeout=SCHEDULER_START_TIMEOUT,
             inherited=INHERITED,
             scheduler=[sys.executable, "-m", "distributed.cli.dask_scheduler"],
             worker=[sys.executable, "-m", "distributed.cli.dask_worker"],
@@ -136,7 +165,7 @@ class GatewayServer:
         return [sys.executable, "-m", "dask_gateway_server", "proxy", "-f", str(self.config_file)]
 
     def healthy(self) -> bool:
-        """Whether server and proxy answer."""
+        """Whether server and proxy answer. Who answers is for the caller to find out."""
         try:
             return bool(get_json(f"{self.url}/api/health")["status"] == "pass")
         except (OSError, ValueError, KeyError):
@@ -148,18 +177,19 @@ class GatewayServer:
         Raises:
             OSError: where the gateway does not answer.
         """
-        return len(list_clusters(self.url, self.username, self._password))
+        return len(list_clusters(f"http://{self.private_address}", self.username, self._password))
 
 
-def get_json(url: str, username: str | None = None, password: str | None = None, timeout: float = 5) -> Any:
+def get_json(url: str, username: str | None = None, password: str | None = None, timeout: float = 30) -> Any:
     """GET a JSON document, past any HTTP proxy of the environment.
 
     Raises:
-        OSError: where the server does not answer or refuses.
+        OSError: where the server does not answer or refuses, or, before the login is sent, where it is not ours.
         ValueError: where the answer is not JSON.
     """
     request = urllib.request.Request(url)
     if username is not None:
+        check_embedded_gateway(url)
         login = base64.b64encode(f"{username}:{password}".encode()).decode()
         request.add_header("Authorization", f"Basic {login}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

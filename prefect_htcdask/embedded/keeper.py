@@ -28,16 +28,24 @@ from prefect_htcdask.embedded.gateway_server import GatewayServer
 from prefect_htcdask.embedded.launch import LaunchOrder
 from prefect_htcdask.embedded.leftovers import end_leftovers
 from prefect_htcdask.embedded.pool_query import is_condor_setting, query_pool
+from prefect_htcdask.embedded.ports import listening_socket
 from prefect_htcdask.embedded.service import Service
 from prefect_htcdask.embedded.state import Process, State, StateDirectory
+from prefect_htcdask.listeners import foreign_listener, listens
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
-START_TIMEOUT = 60.0
+START_TIMEOUT = 300.0
+"""Seconds for all to answer, on however busy a machine; what ends at start is noticed sooner."""
 STOP_TIMEOUT = 8.0
 """Seconds for the daemons to end by themselves before they are killed."""
 ORPHAN_TIMEOUT = 3.0
 """Seconds for the daemons of a dead condor_master to end by themselves."""
 MOST_START_FAILURES = 3
+MOST_MOVES = 5
+"""Ports that are tried for the proxy, where others take them before it listens."""
+TAKES_SOCKETS = "passed TCP socket from systemd"
+"""What condor_master says of a listening socket that it was given (condor_master.V6/masterDaemon.cpp)."""
+SHARED_PORT_STARTED = "condor_shared_port"
 
 logger = logging.getLogger("prefect_htcdask.keeper")
 
@@ -68,6 +76,9 @@ class Keeper:
             idle_since=time.time(),
         )
         self.stopping = False
+        self.moves = 0
+        self.pool_address = ""
+        self.pool_owners: set[int] = set()
         self._written = ""
         self._wakeup, wakeup_writer = os.pipe()
         os.set_blocking(self._wakeup, False)
@@ -110,21 +121,29 @@ class Keeper:
 
     def _prepare(self) -> None:
         # Imported here, because it imports the bindings.
-        from prefect_htcdask.embedded.pool import configure_pool, socket_directory
+        from prefect_htcdask.embedded.pool import configure_pool, kernel_uids, socket_directory
 
         environment = {name: value for name, value in os.environ.items() if not is_condor_setting(name)}
         binaries = self.order.binaries
         if binaries is not None:
+            # Of this start alone: it tells whether HTCondor takes the socket that it is given.
+            log = self.directory.pool / "log" / "MasterLog"
+            if log.exists():
+                log.replace(log.with_suffix(".old"))
             sockets = socket_directory(self.directory.pool)
+            listener = listening_socket()
+            self.pool_owners = {os.geteuid(), *kernel_uids(self.order.identity)}
+            self.pool_address = f"127.0.0.1:{listener.getsockname()[1]}"
             self.state.socket_directory = str(sockets) if sockets else None
             config = configure_pool(
                 self.directory.pool,
                 binaries,
-                port=self.order.collector_port,
+                port=listener.getsockname()[1],
                 cpus=self.order.cpus,
                 memory=self.order.memory,
                 sockets=sockets,
                 identity=self.order.identity,
+                owners=self.pool_owners,
             )
             self.state.condor_config = str(config)
             master = Service(
@@ -134,18 +153,23 @@ class Keeper:
                 {**environment, "CONDOR_CONFIG": str(config)},
                 self.directory.path / "condor_master.log",
                 identity=self.order.identity,
+                listener=listener,
             )
             self.services.append(master)
         self.server.configure()
-        for name, command in (("gateway", self.server.server_command), ("proxy", self.server.proxy_command)):
+        for name, command, given in (
+            ("gateway", self.server.server_command, self.server.listener),
+            ("proxy", self.server.proxy_command, None),
+        ):
             log = self.directory.path / f"{name}.log"
-            self.services.append(Service(name, command, signal.SIGTERM, environment, log))
+            self.services.append(Service(name, command, signal.SIGTERM, environment, log, listener=given))
 
     def _await_readiness(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
-        self._until(self.server.healthy, deadline, "the gateway does not answer")
+        self._until(self._gateway_answers, deadline, "the gateway does not answer")
         if self.state.condor_config is not None:
             config = self.state.condor_config
+            self._until(self._pool_has_its_port, deadline, "the HTCondor pool does not start")
             self._until(lambda: query_pool(config, wait=1) is not None, deadline, "the HTCondor pool does not answer")
         if not self.stopping:
             self.state.phase, self.state.message = "running", ""
@@ -179,9 +203,65 @@ class Keeper:
         self._reap()
         if not self.stopping:
             for service in self.services:
-                if service.popen is None and time.monotonic() >= service.due:
+                if service.popen is None and time.monotonic() >= service.due and self._has_its_port(service):
                     service.start()
         self._record()
+
+    def _gateway_answers(self) -> bool:
+        """Whether server and proxy answer, and the proxy that does is our own child."""
+        proxy = next(service for service in self.services if service.name == "proxy")
+        if proxy.popen is None:
+            return False
+        return listens(self.server.proxy_address, proxy.popen.pid) and self.server.healthy()
+
+    def _pool_has_its_port(self) -> bool:
+        """Whether condor_master has taken the socket that it was given; else it has to bind the port itself.
+
+        It knows how to with systemd's library at hand only.
+        """
+        master = next(service for service in self.services if service.name == "condor")
+        if master.listener is None:
+            if user := foreign_listener(self.pool_address, self.pool_owners):
+                raise RuntimeError(f"port {self.pool_address} of HTCondor is listened to by user {user!r}, not by us")
+            return True
+        try:
+            said = (self.directory.pool / "log" / "MasterLog").read_text(errors="replace")
+        except FileNotFoundError:
+            return False
+        if TAKES_SOCKETS in said:
+            return True
+        if SHARED_PORT_STARTED in said:
+            logger.info("this HTCondor takes no socket: it binds its port itself")
+            master.listener.close()
+            master.listener = None
+            if master.popen is not None:
+                # Its shared port daemon would try again only after a minute.
+                master.popen.send_signal(master.end)
+        return False
+
+    def _has_its_port(self, service: Service) -> bool:
+        """Whether a service that is due can have its port, or another one; at first the proxy's may change."""
+        if service.name != "proxy":
+            return True
+        while (user := foreign_listener(self.server.proxy_address)) is not None:
+            if self.state.phase == "starting" and self.moves < MOST_MOVES:
+                logger.warning("%s is taken by user %r: choosing another port", self.server.proxy_address, user)
+                self.moves += 1
+                service.failures = 0
+                self.server.move_proxy()
+                self.state.gateway_address, self.state.proxy_address = self.server.url, self.server.proxy_address
+                continue
+            problem = f"port {self.server.proxy_address} of the gateway is listened to by user {user!r}, not by us"
+            if self.state.phase == "starting":
+                raise RuntimeError(f"{problem}, as {MOST_MOVES} ports were before it")
+            if self.state.message != problem:
+                logger.warning("%s; waiting until it is free again", problem)
+            self.state.message = problem
+            service.due = time.monotonic() + 1
+            return False
+        if self.state.phase == "running":
+            self.state.message = ""
+        return True
 
     def _reap(self) -> None:
         children = {service.popen.pid: service for service in self.services if service.popen is not None}

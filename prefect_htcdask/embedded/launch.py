@@ -20,7 +20,6 @@ class LaunchOrder:
         username: the gateway's only user.
         idle_timeout: seconds without jobs and clusters after which to stop; 0: never.
         binaries: HTCondor's programs for a personal pool; `None` for none.
-        collector_port: TCP port of the pool.
         cpus: cores that the pool offers; `None` for the machine's.
         memory: bytes that the pool offers; `None` for the machine's.
         identity: as whom HTCondor runs: see `child`.
@@ -31,7 +30,6 @@ class LaunchOrder:
     username: str
     idle_timeout: float
     binaries: CondorBinaries | None = None
-    collector_port: int = 0
     cpus: int | None = None
     memory: int | None = None
     identity: str = "same"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import pwd
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from prefect_htcdask.embedded.condor_binaries import CondorBinaries
 from prefect_htcdask.embedded.errors import EmbeddedError
+from prefect_htcdask.listeners import PORT_OWNERS
 
 MINIMUM_CPUS = 4
 """Cores that the pool offers at least, so that a small machine runs several workers too."""
@@ -40,6 +42,12 @@ def pool_user() -> pwd.struct_passwd:
         ) from error
 
 
+def kernel_uids(identity: str) -> set[int]:
+    """Under which user ids the kernel knows sockets that the daemons make: see `child` for the ways of root."""
+    way, *ids = identity.split(":")
+    return {int(ids[0])} if way == "capability" else {os.geteuid()}
+
+
 def socket_directory(pool: Path) -> Path | None:
     """A short private directory for sockets where those of `pool` would have too long a path, else `None`."""
     if len(os.fsencode(pool / "sock")) + 1 + LONGEST_SOCKET_NAME <= SOCKET_PATH_LIMIT:
@@ -56,6 +64,7 @@ def configure_pool(
     memory: int | None,
     sockets: Path | None,
     identity: str,
+    owners: Collection[int],
 ) -> Path:
     """Write the directories and the configuration of a personal pool.
 
@@ -67,6 +76,7 @@ def configure_pool(
         memory: bytes to offer; `None` for the machine's.
         sockets: directory for Unix sockets, if not `pool`'s own.
         identity: as whom the daemons will run: see `child`.
+        owners: ids of the users whose the pool's port may be, as the kernel tells them.
 
     Returns:
         the configuration file (CONDOR_CONFIG).
@@ -85,6 +95,8 @@ def configure_pool(
         **_network(port, sockets or pool / "sock"),
         **_security(),
         **_cycles(),
+        # Read by our own programs alone, before they prove to whoever listens there who they are.
+        PORT_OWNERS: " ".join(map(str, sorted(owners))),
         "NUM_CPUS": str(cpus or max(MINIMUM_CPUS, len(os.sched_getaffinity(0)))),
         # History is of no use to a pool that forgets its queue.
         "MAX_HISTORY_ROTATIONS": "1",
@@ -135,6 +147,9 @@ def _network(port: int, sockets: Path) -> dict[str, str]:
         "COLLECTOR_HOST": f"127.0.0.1:{port}",
         "USE_SHARED_PORT": "True",
         "DAEMON_SOCKET_DIR": str(sockets),
+        # The daemons' own user would reach these two past the shared port, at ports that nobody keeps for them.
+        "SCHEDD_SUPER_ADDRESS_FILE": "",
+        "COLLECTOR_SUPER_ADDRESS_FILE": "",
         "CONDOR_ADMIN": "",
         "CONDOR_DEVELOPERS": "NONE",
     }

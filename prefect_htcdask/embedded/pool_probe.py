@@ -8,12 +8,15 @@ import sys
 import time
 from typing import Any
 
+from prefect_htcdask.listeners import PORT_OWNERS, check_pool
+
 
 def _ask() -> dict[str, Any]:
     """The answer of schedd and collector. Raises LookupError where the pool is not ready."""
     import htcondor2
 
     htcondor2.reload_config()
+    check_pool(htcondor2.param.get(PORT_OWNERS), htcondor2.param.get("COLLECTOR_HOST"))
     collector = htcondor2.Collector()
     schedd_ad = collector.locate(htcondor2.DaemonType.Schedd)
     slots = collector.query(htcondor2.AdType.Startd, projection=["SlotType", "TotalSlotCpus", "TotalSlotMemory"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,8 @@ class Service:
         environment: its environment.
         log: the file for its output.
         identity: as whom it runs: see `child`.
+        listener: a listening socket that it is given at each start, or `None`. It stays ours: nobody else can take its
+            port while the service is down.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Service:
     environment: dict[str, str]
     log: Path
     identity: str = "same"
+    listener: socket.socket | None = None
     popen: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     failures: int = 0
@@ -50,7 +54,9 @@ class Service:
         if self.log.exists() and self.log.stat().st_size > LOG_LIMIT:
             self.log.replace(self.log.with_suffix(".log.old"))
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+            given = [self.listener.fileno()] if self.listener is not None else []
             launcher = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), self.end.name, self.identity]
+            launcher.append(str(given[0]) if given else "none")
             self.popen = subprocess.Popen(
                 [*launcher, *self.command],
                 env=self.environment,
@@ -60,6 +66,7 @@ class Service:
                 cwd="/",
                 # A session of its own, as HTCondor's master and the gateway expect of a service manager.
                 start_new_session=True,
+                pass_fds=given,
             )
         self.started = time.monotonic()
         logger.info("started %s (pid %d)", self.name, self.popen.pid)

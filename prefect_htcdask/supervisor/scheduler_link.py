@@ -7,10 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from dask_gateway import Gateway
 from dask_gateway.client import ClusterStatus, GatewaySecurity
 from distributed.core import rpc
 
+from ..gateway_http import CheckedGateway
 from .protocol import GatewayAccess
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class GatewayLink:
 
     def _gateway(self) -> Any:
         access = self._access
-        return Gateway(
+        return CheckedGateway(
             address=access.address,
             proxy_address=access.proxy_address,
             public_address=access.public_address,
