@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 from dask_gateway import Gateway, GatewayClusterError
 
+from .gateway_http import web_proxy
+from .listeners import ForeignListenerError
 from .settings import SettingsError
 
 
@@ -24,24 +26,33 @@ async def ask_for_options(gateway: Gateway) -> Any:
     Raises:
         GatewayUnreachable: it does not answer, or does not let us in.
     """
-    named = f"the gateway at gateway.address = {gateway.address!r}"
+    proxy = web_proxy(gateway)
+    named = f"the gateway at gateway.address = {gateway.address!r}" + (f", by way of {proxy}," if proxy else "")
+    hint = f"; if it is to be asked directly, add its host to no_proxy (of {proxy.variable})" if proxy else ""
     try:
         return await gateway._cluster_options()
+    except ForeignListenerError as exc:
+        raise GatewayUnreachable(str(exc)) from exc
+    except aiohttp.ClientHttpProxyError as exc:
+        raise GatewayUnreachable(
+            f"{named} cannot be reached: the proxy says {exc.status}: {exc.message}{hint}"
+        ) from exc
     except aiohttp.ClientResponseError as exc:
         if exc.status in (401, 403):
             raise GatewayUnreachable(
                 f"{named} does not accept our login ({exc.status}); check gateway.username and gateway.password, or "
-                "gateway.token, or the block that gateway.credentials_block names"
+                f"gateway.token, or the block that gateway.credentials_block names{hint}"
             ) from exc
-        raise GatewayUnreachable(f"{named} answers with status {exc.status}: {exc.message}") from exc
+        raise GatewayUnreachable(f"{named} answers with status {exc.status}: {exc.message}{hint}") from exc
     except ValueError as exc:
         # dask_gateway's own client raises it for 404: a gateway's proxy says so while it knows no server.
         raise GatewayUnreachable(
-            f"{named} answers {str(exc)!r}: no Dask Gateway is there, or its server is just starting behind the proxy"
+            f"{named} answers {str(exc)!r}: no Dask Gateway is there, or its server is just starting behind its proxy"
+            + hint
         ) from exc
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as exc:
         raise GatewayUnreachable(
-            f"{named} cannot be reached: {exc or type(exc).__name__}; is it running, and is the address right?"
+            f"{named} cannot be reached: {exc or type(exc).__name__}; is it running, and is the address right?{hint}"
         ) from exc
 
 

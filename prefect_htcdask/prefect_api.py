@@ -11,6 +11,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.context import SyncClientContext
 
 from prefect_htcdask.errors import HTCDaskError
+from prefect_htcdask.web_proxies import client_proxy
 
 
 class PrefectAPIError(HTCDaskError):
@@ -35,6 +36,9 @@ def prefect_api() -> Iterator[SyncPrefectClient]:
     finally:
         SyncClientContext.__var__.reset(token)
     named = f"the Prefect API at {str(client.api_url).rstrip('/')} (PREFECT_API_URL)"
+    proxy = client_proxy(str(client.api_url))
+    named += f", by way of {proxy}," if proxy else ""
+    hint = f"; if it is to be asked directly, add its host to no_proxy (of {proxy.variable})" if proxy else ""
     try:
         with client:
             yield client
@@ -43,11 +47,11 @@ def prefect_api() -> Iterator[SyncPrefectClient]:
         if status in (401, 403):
             raise PrefectAPIError(
                 f"{named} does not let us in ({status}): check PREFECT_API_KEY, or PREFECT_API_AUTH_STRING for a "
-                "server of your own"
+                f"server of your own{hint}"
             ) from exc
-        raise PrefectAPIError(f"{named} answers with status {status}; is it the address of an API?") from exc
+        raise PrefectAPIError(f"{named} answers with status {status}; is it the address of an API?{hint}") from exc
     except httpx.HTTPError as exc:
         raise PrefectAPIError(
             f"{named} cannot be reached: {str(exc) or type(exc).__name__}; is the server running, and the address "
-            "right?"
+            f"right?{hint}"
         ) from exc
