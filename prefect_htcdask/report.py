@@ -25,7 +25,7 @@ COLOURS = {"running": "#0072B2", "idle": "#E69F00", "pending": "#999999", "queue
 
 _NAMES = {"#0072B2": "blue", "#E69F00": "orange", "#999999": "grey", "#CC3311": "red"}
 
-FILES = ("report.md", "report.png", "summary.json")
+FILES = ("report.md", "report.svg", "summary.json")
 """Names of the files beside the workers' logs: this text, the picture, and the numbers."""
 
 Numbers = Sequence[float | None]

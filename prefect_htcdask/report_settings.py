@@ -31,6 +31,5 @@ class ReportSettings(PrefectBaseSettings):
     )
     picture: bool = Field(
         default=True,
-        description="Draw the report's picture as a PNG file too, beside the workers' logs, where matplotlib is "
-        "installed (extra `report`): one process that computes for some 2 s after the flow run.",
+        description="Keep the report's picture as an SVG file too, beside the workers' logs.",
     )

@@ -107,7 +107,7 @@ MUST_NOT_IMPORT = {
 }
 """Arrows point one way: the flow's side to the gateway, that to the supervisor, that to scaling and condor."""
 
-PURE = {"advice", "condor.worker_job", "report", "scaling.policy", "supervisor.timeline"}
+PURE = {"advice", "condor.worker_job", "picture", "report", "scaling.policy", "supervisor.timeline"}
 """Functions from values to values."""
 
 

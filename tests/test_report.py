@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -23,10 +20,8 @@ from prefect_htcdask.advice import (
     seconds,
     wasted_core_hours,
 )
-from prefect_htcdask.picture import why_none
+from prefect_htcdask.picture import MOST_TICKS, WIDTH, _ticks, svg, why_none
 from prefect_htcdask.report import BLOCKS, COLOURS, MOST_POINTS, _diagram, blocks, markdown, thinned
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 GROUP: dict[str, Any] = {
     "cpus": 1,
@@ -226,10 +221,38 @@ def test_durations_are_told_to_within_a_tenth(duration: float) -> None:
     assert told == pytest.approx(duration, rel=0.1, abs=0.06)
 
 
-def test_the_picture_is_a_png_for_its_owner_alone(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    (tmp_path / "summary.json").write_text(json.dumps(summary({}, {}, steps=240)))
-    subprocess.run([sys.executable, "-m", "prefect_htcdask.picture", str(tmp_path)], check=True, timeout=120)
-    picture = tmp_path / "report.png"
-    assert picture.read_bytes().startswith(PNG) and picture.stat().st_size > 10_000
-    assert picture.stat().st_mode & 0o077 == 0
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@given(
+    st.lists(st.none() | st.floats(0, 1e6), min_size=1, max_size=240),
+    st.floats(0.5, 1e5),
+    st.lists(st.none() | st.floats(0, 1e4), min_size=1, max_size=240),
+)
+def test_the_picture_is_within_its_frame(queued: list[float | None], step: float, workers: list[float | None]) -> None:
+    steps = min(len(queued), len(workers))
+    numbers = summary()["report"]
+    each = {what: workers[:steps] for what in ("pending", "running", "idle")}
+    numbers["timeline"] = {"start": 0.0, "step": step, "queued": queued[:steps], "workers": {"default": each}}
+    picture = ElementTree.fromstring(svg(numbers))
+    assert picture.tag == f"{SVG}svg"
+    for path in picture.iter(f"{SVG}path"):
+        for number in re.findall(r"[MV]([-\d.]+) ?([-\d.]*)", path.get("d", "")):
+            assert all(0 <= float(value) <= WIDTH for value in number if value)
+    shown = {title.text for title in picture.iter(f"{SVG}title")}
+    assert ("queued tasks" in shown) == any(queued[:steps])
+    assert {"running", "idle", "pending"} & shown == ({"running", "idle", "pending"} if any(workers[:steps]) else set())
+
+
+def test_the_picture_says_what_is_what() -> None:
+    text = svg(summary(steps=240)["report"])
+    for words in ("160 of 170 tasks in 12 min 30 s; 1 core-hours", ">queued tasks<", ">workers<", ">pending<", "(min)"):
+        assert words in text
+    assert len(text) < 100_000
+
+
+@given(st.floats(1e-3, 1e9))
+def test_ticks_are_round_and_few(most: float) -> None:
+    ticks = _ticks(most)
+    assert ticks[0] == 0 and ticks[-1] <= most * (1 + 1e-6) and 3 <= len(ticks) <= MOST_TICKS + 1
+    assert _ticks(max(1.0, most), whole=True)[1] >= 1

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..condor.staging import write_private
-from ..picture import why_none
+from ..picture import svg, why_none
 from ..report import FILES, markdown
-from .handle import clean_environment
 from .protocol import HandOff
 
 logger = logging.getLogger(__name__)
 
 
 def write_report(plan: HandOff, summary: Mapping[str, Any]) -> None:
-    """Write numbers and report, and have the picture drawn; nothing where nobody wants them. Raises nothing.
+    """Write numbers, report and picture; nothing where nobody wants them. Raises nothing.
 
     The supervisor does it, not the flow's process: it is there also where that one is gone.
 
@@ -32,26 +28,13 @@ def write_report(plan: HandOff, summary: Mapping[str, Any]) -> None:
     if plan.report is None or "report" not in summary:
         return
     directory = Path(plan.run_directory)
-    text, _, numbers = FILES
+    text, picture, numbers = FILES
     try:
         write_private(directory / numbers, json.dumps(dict(summary)))
         no_picture = why_none(plan.report.picture)
         title = f"{plan.flow_run.flow_name} / {plan.flow_run.name}" if plan.flow_run is not None else ""
         write_private(directory / text, markdown(summary, directory=str(directory), title=title, picture=no_picture))
-        if not no_picture:
-            _start_drawing(directory)
+        if not no_picture and summary["report"]["timeline"]["queued"]:
+            write_private(directory / picture, svg(summary["report"]))
     except Exception:
         logger.exception("the report could not be written to %s", directory)
-
-
-def _start_drawing(directory: Path) -> None:
-    """Nobody waits for the picture: its process ends by itself, within `picture.LONGEST` seconds at most."""
-    # What it complains of goes to the supervisor's log. The pipe to the flow's process is none of its business.
-    subprocess.Popen(
-        [sys.executable, "-m", "prefect_htcdask.picture", str(directory)],
-        # This process has taken the Prefect API's key into its own by now (`flow_watch`).
-        env=clean_environment(os.environ),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
