@@ -29,13 +29,14 @@ from prefect_htcdask.settings import HTCDaskSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
 
-TEST_LEASE = 30.0
+TEST_LEASE = 60.0
 """Seconds that the test workers live without a renewal at most, so that one is seen soon: each third of it."""
 
-_GONE_TIMEOUT = 30.0
-_SECOND_WORKER_TIMEOUT = 30.0
-_TASK_TIMEOUT = 30.0
-_CONNECT_TIMEOUT = 10.0
+# Seconds, on however busy a machine; each ends as soon as what it waits for is there.
+_GONE_TIMEOUT = 120.0
+_SECOND_WORKER_TIMEOUT = 60.0
+_TASK_TIMEOUT = 120.0
+_CONNECT_TIMEOUT = 30.0
 _MOVED = 4 * 1024**2  # bytes, from worker to worker
 T = TypeVar("T")
 

@@ -194,7 +194,7 @@ class HTCGatewayCluster(GatewayCluster):
         try:
             if not self._connected:
                 await self._ask_for_cluster()
-            await super()._start_async()
+            await self._start_scheduler()
             check_scheduler_versions(await self.scheduler_comm.versions(), self.gateway.address)
             if not self._connected:
                 await self._give_workers_to_supervisor()
@@ -204,6 +204,23 @@ class HTCGatewayCluster(GatewayCluster):
             if self.name is not None and not self._connected:
                 self.shutdown_on_close = True
             raise
+
+    async def _start_scheduler(self) -> None:
+        """Wait until the scheduler runs, and connect to it.
+
+        Raises:
+            GatewayClusterError: it did not start; of the embedded gateway, the message ends with the scheduler's log.
+        """
+        try:
+            await super()._start_async()
+        except GatewayClusterError as exc:
+            if not self.parts.embedded or self.name is None:
+                raise
+            from .embedded import last_words_of_scheduler
+
+            said = last_words_of_scheduler(self.settings.embedded, self.name)
+            why = f"the scheduler said last:\n{said}" if said else "the scheduler has said nothing"
+            raise GatewayClusterError(f"{exc} {why}") from exc
 
     async def _ask_gateway(self) -> None:
         """Reach the gateway, log in, and take up its option for an image."""

@@ -29,7 +29,7 @@ from prefect_htcdask.gateway import HTCGatewayCluster
 from tests.cluster_fixtures import gateway_clusters, jobs_of
 from tests.prefect_fixtures import PrefectServer
 from tests.test_flows import back_to_back, write_nanoaod
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
@@ -44,7 +44,7 @@ def prefect(*arguments: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -68,10 +68,10 @@ def process_worker(log: Path, environment: Mapping[str, str] = os.environ) -> It
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(120)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
+            process.wait(60)
 
 
 @pytest.fixture
@@ -109,14 +109,14 @@ def test_all_flows_deploy_with_their_schedules(deployed: SyncPrefectClient) -> N
     for deployment in (nightly, sweep, leftovers):
         (step,) = deployment.pull_steps or []
         assert step == {"prefect.deployments.steps.set_working_directory": {"directory": str(CHECKOUT)}}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * PATIENCE
     while not (runs := runs_of(deployed, "dimuon/nightly")):
         assert time.monotonic() < deadline, "the server scheduled no run of the cron schedule"
         time.sleep(0.5)
     assert all(run.auto_scheduled and run.expected_start_time is not None for run in runs)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_a_scheduled_run_completes_on_htcondor_workers(
     deployed: SyncPrefectClient,
     htcdask_environment: EmbeddedEndpoint,
@@ -137,7 +137,7 @@ def test_a_scheduled_run_completes_on_htcondor_workers(
 
     log = tmp_path / "worker.log"
     with process_worker(log) as worker:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 240 * PATIENCE
         ended: list[FlowRun] = []
         while not ended:
             assert time.monotonic() < deadline and worker.poll() is None, log.read_text()
@@ -156,7 +156,7 @@ def test_a_scheduled_run_completes_on_htcondor_workers(
     assert pool is not None and pool["jobs"]["total"] == 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(1500)
 def test_the_deployed_sweep_removes_what_a_crashed_flow_run_left(
     deployed: SyncPrefectClient,
     new_cluster: Callable[..., HTCGatewayCluster],
@@ -182,7 +182,7 @@ def test_the_deployed_sweep_removes_what_a_crashed_flow_run_left(
     with process_worker(log) as worker:
         for dry_run in (True, False):
             swept = deployed.create_flow_run_from_deployment(deployment.id, parameters={"dry_run": dry_run})
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + 100 * PATIENCE
             while not ((state := deployed.read_flow_run(swept.id).state) and state.is_final()):
                 assert time.monotonic() < deadline and worker.poll() is None, log.read_text()
                 time.sleep(0.5)

@@ -17,9 +17,10 @@ import pytest
 from prefect_htcdask.embedded import EmbeddedError, ensure_running, status, stop
 from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.state import Process, State, StateDirectory
-from prefect_htcdask.settings import EmbeddedSettings
+from prefect_htcdask.gateway import GatewayClusterError, HTCGatewayCluster
+from prefect_htcdask.settings import EmbeddedSettings, load_settings
 from tests.pool_fixtures import living
-from tests.test_embedded import COUNT_JOBS, SUBMIT, in_pool, keeper_tree, own, start_cluster, until
+from tests.test_embedded import COUNT_JOBS, SUBMIT, in_pool, keeper_tree, keeper_with, own, start_cluster, until
 
 __all__ = ["own"]  # a fixture
 
@@ -162,6 +163,26 @@ def test_stays_while_it_is_used(tmp_path: Path, use: str) -> None:
 
 def _idle_since(directory: Path) -> float:
     return float(json.loads((directory / "state.json").read_text())["idle_since"])
+
+
+NO_SCHEDULER = """
+from prefect_htcdask.embedded import gateway_server
+real = "c.ClusterConfig.scheduler_cmd = {scheduler!r}"
+assert real in gateway_server._CONFIG
+gateway_server._CONFIG = gateway_server._CONFIG.replace(
+    real, "c.ClusterConfig.scheduler_cmd = ['/bin/sh', '-c', 'echo there is no such library >&2; exit 3']"
+)
+"""
+
+
+def test_a_scheduler_that_does_not_start_says_why(own: EmbeddedSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper_with(NO_SCHEDULER, monkeypatch)
+    ensure_running(own)
+    settings = load_settings(embedded=own.model_dump())
+    with pytest.raises(GatewayClusterError, match=r"failed to start.*\n?.*there is no such library"):
+        HTCGatewayCluster(settings=settings)
+    config = (Path(str(own.directory)) / "gateway" / "gateway_config.py").read_text()
+    assert "cluster_start_timeout = 300" in config
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from prefect_htcdask import HTCGateway
 from prefect_htcdask.embedded import EmbeddedEndpoint, EmbeddedError, ensure_running, status
-from prefect_htcdask.embedded import endpoint as module
 from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.state import StateDirectory
 from prefect_htcdask.gateway_http import EmbeddedAuth
@@ -24,20 +21,13 @@ from prefect_htcdask.resolution import Parts
 from prefect_htcdask.settings import EmbeddedSettings
 from prefect_htcdask.supervisor.protocol import ScheddSettings
 from tests.stranger import stranger
-from tests.test_embedded import COUNT_JOBS, in_pool, own, start_cluster, until
+from tests.test_embedded import COUNT_JOBS, in_pool, keeper_with, own, start_cluster, until
 from tests.waiting import wait_until
 
 __all__ = ["own"]  # a fixture
 
-KEEPER = """
-import sys
-from prefect_htcdask.embedded import gateway_server, keeper
-from prefect_htcdask.embedded.service import Service
-{}
-sys.exit(keeper.main())
-"""
-
 TAKEN = """
+from prefect_htcdask.embedded import gateway_server
 taken = {}
 real = gateway_server.free_port
 gateway_server.free_port = lambda: taken.pop() if taken else real()
@@ -45,6 +35,7 @@ gateway_server.free_port = lambda: taken.pop() if taken else real()
 """As if others had taken these ports between the choice and the proxy's start."""
 
 NO_SOCKET = """
+from prefect_htcdask.embedded.service import Service
 start = Service.start
 def without_socket(self):
     given = self.listener
@@ -55,18 +46,6 @@ def without_socket(self):
 Service.start = without_socket
 """
 """As an HTCondor that was built without systemd's library: it does not see the socket."""
-
-
-def keeper_with(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the next keepers run with something changed."""
-    real = subprocess.run
-
-    def run(command: list[str], **options: Any) -> Any:
-        if command[1:3] == ["-m", "prefect_htcdask.embedded.keeper"]:
-            command = [command[0], "-c", KEEPER.format(code), *command[3:]]
-        return real(command, **options)
-
-    monkeypatch.setattr(module.subprocess, "run", run)
 
 
 @contextmanager

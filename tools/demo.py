@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -27,8 +28,8 @@ SETTING = "PREFECT_INTEGRATIONS_HTCDASK_"
 FOREIGN = ("PREFECT_", "DASK_", "CONDOR_", "_CONDOR_")
 """Beginnings of environment variables that would point the demo at the user's own server, gateway or pool."""
 
-FLOW_END = 45.0
-"""Seconds that an interrupted flow has to remove its workers."""
+FLOW_END = 300.0
+"""Seconds that an interrupted flow has to remove its workers, and what is ours to end; mostly it takes a few."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -70,13 +71,15 @@ def _run(state: Path, picture: Path) -> int:
             _start_embedded()
             _show("Set-up", f"{time.monotonic() - started:.1f} s")
             status = _analyse(picture)
+            # It may still wait for the last of its jobs to leave the pool, which is stopped next.
+            _await_end(state, ["-m", "prefect_htcdask.supervisor"])
     except KeyboardInterrupt:
         status = 130
     except ServerError as exc:
         _complain(str(exc))
     except Exception as exc:
         _complain(f"{type(exc).__name__}: {exc}")
-    left = _left_behind(state)
+    left = _await_end(state)
     if left:
         return _complain(f"these processes are left behind: {', '.join(left)}")
     seconds = time.monotonic() - started
@@ -149,16 +152,38 @@ def _complain(text: str) -> int:
     return 1
 
 
-def _left_behind(state: Path) -> list[str]:
+def _await_end(state: Path, command: Sequence[str] = ()) -> list[str]:
+    """Wait for processes of the demo to end by themselves; returns those that did not within `FLOW_END`.
+
+    Args:
+        state: the demo's state directory.
+        command: arguments that the processes have; all of the demo's by default.
+    """
+    deadline = time.monotonic() + FLOW_END
+    while left := _processes(state, command):
+        _, alive = psutil.wait_procs(left, timeout=max(0.0, deadline - time.monotonic()))
+        if alive and time.monotonic() > deadline:
+            return [_words(process) for process in alive]
+    return []
+
+
+def _words(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return f"{process.pid} ({' '.join(process.cmdline())[:100] or process.name()})"
+    return str(process.pid)
+
+
+def _processes(state: Path, command: Sequence[str]) -> list[psutil.Process]:
     """Processes of this user that have to do with the demo's state directory, by command line or environment."""
     left = []
     for process in psutil.process_iter():
         try:
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            told = [*process.cmdline(), *process.environ().values()]
-            if any(str(state) in text for text in told):
-                left.append(f"{process.pid} ({process.name()})")
+            line = process.cmdline()
+            told = [*line, *process.environ().values()]
+            if any(str(state) in text for text in told) and set(command) <= set(line):
+                left.append(process)
         except psutil.Error:  # ended meanwhile, or another user's
             continue
     return left

@@ -1,6 +1,13 @@
 """A personal HTCondor pool and a stock Dask Gateway on loopback, for a machine that has neither."""
 
-from prefect_htcdask.embedded.endpoint import EmbeddedEndpoint, ensure_running, find, status, stop
+from prefect_htcdask.embedded.endpoint import (
+    EmbeddedEndpoint,
+    ensure_running,
+    find,
+    last_words_of_scheduler,
+    status,
+    stop,
+)
 from prefect_htcdask.embedded.errors import EmbeddedError
 
-__all__ = ["EmbeddedEndpoint", "EmbeddedError", "ensure_running", "find", "status", "stop"]
+__all__ = ["EmbeddedEndpoint", "EmbeddedError", "ensure_running", "find", "last_words_of_scheduler", "status", "stop"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,7 @@ import psutil
 from prefect_htcdask.embedded import child
 from prefect_htcdask.embedded.condor_binaries import condor_binaries, installed
 from prefect_htcdask.embedded.errors import EmbeddedError
-from prefect_htcdask.embedded.gateway_server import check_installed, get_json, list_clusters
+from prefect_htcdask.embedded.gateway_server import check_installed, get_json, list_clusters, scheduler_logs
 from prefect_htcdask.embedded.launch import LaunchOrder
 from prefect_htcdask.embedded.leftovers import end_leftovers
 from prefect_htcdask.embedded.pool import pool_user
@@ -67,7 +68,7 @@ class EmbeddedEndpoint:
 
 
 def ensure_running(
-    settings: EmbeddedSettings, *, timeout: float = 180, progress: Callable[[str], None] | None = None
+    settings: EmbeddedSettings, *, timeout: float = 600, progress: Callable[[str], None] | None = None
 ) -> EmbeddedEndpoint:
     """Start what is not running of the embedded pool and gateway.
 
@@ -120,7 +121,23 @@ def find(settings: EmbeddedSettings) -> EmbeddedEndpoint | None:
     return _endpoint(directory, state)
 
 
-def stop(settings: EmbeddedSettings, *, timeout: float = 30) -> bool:
+def last_words_of_scheduler(settings: EmbeddedSettings, cluster_name: str, lines: int = 10) -> str:
+    """The end of a cluster's scheduler's log; empty where there is none.
+
+    Args:
+        settings: the group ``embedded`` of the settings.
+        cluster_name: the gateway's name of the cluster.
+        lines: how many to give at most.
+    """
+    gateway = StateDirectory(settings.directory).gateway
+    gone, there = scheduler_logs(gateway) / f"{cluster_name}.log", gateway / "clusters" / cluster_name / "logs"
+    for log in (gone, there / "scheduler.log"):
+        with suppress(OSError):
+            return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])
+    return ""
+
+
+def stop(settings: EmbeddedSettings, *, timeout: float = 180) -> bool:
     """Stop the embedded pool and gateway, with all their jobs and clusters, and wait until all is gone.
 
     Args:

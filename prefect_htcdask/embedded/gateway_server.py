@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import secrets
 import sys
 import urllib.error
@@ -32,6 +33,7 @@ from asyncio.base_subprocess import BaseSubprocessTransport
 
 from aiohttp import web
 from dask_gateway_server.auth import SimpleAuthenticator, unauthorized
+from dask_gateway_server.backends.local import UnsafeLocalBackend
 
 
 class OneUser(SimpleAuthenticator):
@@ -46,11 +48,21 @@ class OneUser(SimpleAuthenticator):
         return user
 
 
+class Backend(UnsafeLocalBackend):
+    """Keeps the last words of schedulers, which tell why one did not start."""
+
+    def cleanup_working_directory(self, workdir):
+        said = os.path.join(self.get_logs_directory(workdir), "scheduler.log")
+        if os.path.exists(said):
+            os.replace(said, os.path.join({scheduler_logs!r}, os.path.basename(workdir) + ".log"))
+        super().cleanup_working_directory(workdir)
+
+
 # The keeper gives the server a socket that listens already (sd_listen_fds(3)): another user cannot have its port.
 if os.environ.pop("LISTEN_PID", None) == str(os.getpid()):
     web.TCPSite = lambda runner, host, port, **options: web.SockSite(runner, socket.socket(fileno=3), **options)
 c.DaskGateway.address = {private_address!r}
-c.DaskGateway.backend_class = "dask_gateway_server.backends.local.UnsafeLocalBackend"
+c.DaskGateway.backend_class = Backend
 c.DaskGateway.authenticator_class = OneUser
 c.SimpleAuthenticator.password = {password!r}
 
@@ -71,8 +83,8 @@ c.UnsafeLocalBackend.stop_clusters_on_shutdown = False
 # and newer).
 BaseSubprocessTransport.__del__ = lambda transport: None
 c.UnsafeLocalBackend.cluster_status_period = 5
-c.UnsafeLocalBackend.sigint_timeout = 3
-c.UnsafeLocalBackend.sigterm_timeout = 3
+c.UnsafeLocalBackend.sigint_timeout = 10
+c.UnsafeLocalBackend.sigterm_timeout = 10
 c.UnsafeLocalBackend.inherited_environment = {inherited!r}
 
 c.ClusterConfig.scheduler_cmd = {scheduler!r}
@@ -84,6 +96,19 @@ SCHEDULER_START_TIMEOUT = 300.0
 
 INHERITED = ["PATH", "PYTHONPATH", "CONDA_PREFIX", "VIRTUAL_ENV", "LANG", "LC_ALL", "HOME", "TMPDIR"]
 """Environment variables that a scheduler gets from the gateway's process."""
+
+
+KEPT_LOGS = 50
+"""Logs of schedulers that are gone which a start leaves."""
+
+
+def scheduler_logs(gateway: Path) -> Path:
+    """Where the logs of schedulers are that are gone, each named after its cluster.
+
+    Args:
+        gateway: the directory of the gateway's files.
+    """
+    return gateway / "scheduler-logs"
 
 
 def check_installed() -> None:
@@ -132,6 +157,9 @@ class GatewayServer:
         """
         clusters = self.directory / "clusters"
         clusters.mkdir(parents=True, exist_ok=True, mode=0o700)
+        scheduler_logs(self.directory).mkdir(exist_ok=True, mode=0o700)
+        for old in sorted(scheduler_logs(self.directory).glob("*.log"), key=os.path.getmtime)[:-KEPT_LOGS]:
+            old.unlink()
         self.directory.chmod(0o700)
         database = self.directory / "gateway.sqlite"
         for old in self.directory.glob("gateway.sqlite*"):
@@ -149,6 +177,7 @@ class GatewayServer:
             encrypt_key=self._encrypt_key,
             clusters=str(self.directory / "clusters"),
             database=f"sqlite:///{self.directory / 'gateway.sqlite'}",
+            scheduler_logs=str(scheduler_logs(self.directory)),
             start_timeout=SCHEDULER_START_TIMEOUT,
             inherited=INHERITED,
             scheduler=[sys.executable, "-m", "distributed.cli.dask_scheduler"],

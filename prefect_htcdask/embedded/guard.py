@@ -20,7 +20,7 @@ def main() -> None:
     directory = StateDirectory(sys.argv[1])
     sys.stdin.read()
     # The kernel closes a dying process's files a moment before the process is gone.
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (state := directory.read()) is not None and state.alive and time.monotonic() < deadline:
         time.sleep(0.02)
     end_leftovers(directory)

@@ -36,9 +36,9 @@ from prefect_htcdask.listeners import foreign_listener, listens
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 START_TIMEOUT = 300.0
 """Seconds for all to answer, on however busy a machine; what ends at start is noticed sooner."""
-STOP_TIMEOUT = 8.0
+STOP_TIMEOUT = 60.0
 """Seconds for the daemons to end by themselves before they are killed."""
-ORPHAN_TIMEOUT = 3.0
+ORPHAN_TIMEOUT = 20.0
 """Seconds for the daemons of a dead condor_master to end by themselves."""
 MOST_START_FAILURES = 3
 MOST_MOVES = 5

@@ -17,7 +17,7 @@ import psutil
 from prefect_htcdask.embedded.state import StateDirectory
 
 
-def end_leftovers(directory: StateDirectory, timeout: float = 8.0) -> bool:
+def end_leftovers(directory: StateDirectory, timeout: float = 60.0) -> bool:
     """End what is left of a dead keeper's processes.
 
     Args:
@@ -42,7 +42,7 @@ def end_leftovers(directory: StateDirectory, timeout: float = 8.0) -> bool:
     for process in children:
         process.send(signal.SIGKILL)
     # What is left now is on its own, such as the schedulers of the gateway's clusters.
-    for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
+    for number, patience in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 60.0)):
         deadline = time.monotonic() + patience
         asked: set[psutil.Process] = set()
         while (left := set(_descendants(directory))) and time.monotonic() < deadline:

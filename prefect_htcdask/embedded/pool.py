@@ -187,7 +187,7 @@ def _cycles() -> dict[str, str]:
         "MAX_PERIODIC_EXPR_INTERVAL": "5",
         "MASTER_BACKOFF_CONSTANT": "1",
         "MASTER_NEW_BINARY_RESTART": "NEVER",
-        "SHUTDOWN_FAST_TIMEOUT": "5",
+        "SHUTDOWN_FAST_TIMEOUT": "30",
         "SHUTDOWN_GRACEFUL_TIMEOUT": "20",
         "JOB_START_COUNT": "50",
         "JOB_STOP_COUNT": "100",

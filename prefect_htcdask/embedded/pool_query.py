@@ -18,7 +18,7 @@ def is_condor_setting(variable: str) -> bool:
     return variable == "CONDOR_CONFIG" or variable.upper().startswith("_CONDOR_")
 
 
-def query_pool(config: str | None, *, wait: float = 0, timeout: float = 30) -> dict[str, Any] | None:
+def query_pool(config: str | None, *, wait: float = 0, timeout: float = 120) -> dict[str, Any] | None:
     """The state of a pool, asked in a process of its own.
 
     Args:

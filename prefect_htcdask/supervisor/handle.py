@@ -20,7 +20,7 @@ from .protocol import CLOSE_TIMEOUT, GatewayAccess, HandOff, Preflight, encode, 
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_TIMEOUT = 60.0
+_ANSWER_TIMEOUT = 300.0  # seconds, on however busy a machine; a supervisor that ends is noticed at once
 _MAX_RESTARTS = 5
 _AFTER_SUMMARY = 1.5  # seconds in which a supervisor that has told its summary mostly ends
 _LONG_LIFE = 600.0  # a supervisor that lived this long in seconds was no failed start

@@ -20,7 +20,7 @@ from .protocol import ScheddSettings, decode, encode
 if TYPE_CHECKING:
     from ..condor.schedd import ScheddClient
 
-_TIMEOUT = 60.0
+_TIMEOUT = 120.0
 _OPERATIONS = ("remove", "query", "history", "user")
 _EXPLAIN = "explain"
 

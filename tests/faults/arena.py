@@ -72,7 +72,7 @@ class Arena:
         release = condor_binaries(lambda _text: None).release
         path = f"{release / 'bin'}:{release / 'sbin'}:{os.environ['PATH']}"
         environment = {**os.environ, "CONDOR_CONFIG": str(self.endpoint.condor_config), "PATH": path}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         if check and done.returncode != 0:
             raise Unknown(f"{shlex.join(command)}: {done.stdout}{done.stderr}")
         return done
@@ -112,7 +112,7 @@ class Arena:
         """
         login = (self.endpoint.username, self.endpoint.password)
         try:
-            answer = httpx.get(f"{self.endpoint.gateway_address}/api/v1/clusters/", auth=login, timeout=10)
+            answer = httpx.get(f"{self.endpoint.gateway_address}/api/v1/clusters/", auth=login, timeout=60)
             return sorted(answer.raise_for_status().json())
         except httpx.HTTPError as exc:
             raise Unknown(f"the gateway: {exc!r}") from exc
@@ -196,7 +196,7 @@ class Arena:
         user, _, password = (self.login or "").partition(":")
         return PrefectHttpxSyncClient(
             base_url=self.server.url,
-            timeout=30,
+            timeout=120,
             auth=(user, password) if self.login else None,
             raise_on_all_errors=False,
         )
@@ -204,7 +204,7 @@ class Arena:
     def sweep(self) -> dict[str, Any]:
         """Run ``prefect-htcdask sweep``; returns its report."""
         command = [sys.executable, "-m", "prefect_htcdask.cli", "sweep", "--json"]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=600)
         if not done.stdout.strip():
             raise AssertionError(f"sweep: {done.stderr}")
         report: dict[str, Any] = json.loads(done.stdout)

@@ -14,7 +14,7 @@ import psutil
 
 from tests.faults import analysis_path
 from tests.faults.arena import kill
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE, wait_until
 
 START_TIMEOUT = 120.0
 
@@ -146,8 +146,9 @@ class FlowProcess:
         return wait_until(look, 30, "there is a supervisor")[0]
 
     def wait(self, timeout: float = 120) -> int:
-        """Wait for its end; returns its exit status."""
+        """Wait for its end, for so many seconds of an idle machine; returns its exit status."""
         assert self.process is not None
+        timeout *= PATIENCE
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -15,13 +15,14 @@ import httpx
 from prefect_htcdask.task_run_states import UNFINISHED
 from tests.faults.arena import Arena, Unknown
 from tests.faults.flow_process import FlowProcess
+from tests.waiting import PATIENCE, slowness
 
 RESULTS_VARIABLE = "HTCDASK_FAULTS_RESULTS"
 """Environment variable with the path of the file that takes the records, one line of JSON each."""
 
-SETTLE = 30.0
+SETTLE = 30.0 * PATIENCE
 """Seconds in which the API may still hear of states that were reported before a process ended."""
-SWEEP_WITHIN = 120.0
+SWEEP_WITHIN = 120.0 * PATIENCE
 """Seconds for the sweep, which gives a dead process's last words half a minute."""
 
 
@@ -67,14 +68,15 @@ class Row:
     def gone(self, arena: Arena, since: float, jobs_within: float, clusters_within: float) -> None:
         """Wait until queue and gateway are empty, for longer than the bounds, and note when they were.
 
+        The bounds are those of an idle machine: they grow with the load of this one.
+
         Args:
             arena: where to look.
             since: the moment that counts as the end, Unix time in seconds.
             jobs_within: the bound for jobs, in seconds.
             clusters_within: that for gateway clusters.
         """
-        self.jobs_bound, self.clusters_bound = jobs_within, clusters_within
-        deadline = time.time() + max(jobs_within, clusters_within) + 30
+        deadline = time.time() + PATIENCE * (max(jobs_within, clusters_within) + 30)
         while True:
             try:
                 if self.jobs != 0:
@@ -88,6 +90,9 @@ class Row:
             if self.jobs == self.clusters == 0 or time.time() > deadline:
                 break
             time.sleep(0.2)
+        busy = slowness()
+        jobs_within, clusters_within = busy * jobs_within, busy * clusters_within
+        self.jobs_bound, self.clusters_bound = jobs_within, clusters_within
         self.expect(self.jobs == 0, f"{self.jobs} jobs are left")
         self.expect(self.clusters == 0, f"{self.clusters} gateway clusters are left")
         self.expect((self.jobs_after or 0) <= jobs_within, f"jobs were gone after {self.jobs_after:.1f} s only")

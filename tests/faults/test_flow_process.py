@@ -189,7 +189,7 @@ def under_a_process_worker(arena: Arena, *flows: FlowProcess) -> Iterator[Path]:
     def prefect(directory: Path, *arguments: str) -> None:
         done = subprocess.run(
             [*PREFECT, *arguments], cwd=directory, env={**arena.environment, "PWD": str(directory)},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -323,7 +323,7 @@ def test_hooks_twice_and_at_once(arena: Arena, row: Row, new_flow: NewFlow) -> N
         for _ in range(3)
     ]
     for hook in hooks:
-        said = hook.communicate(timeout=120)[1]
+        said = hook.communicate(timeout=600)[1]
         row.expect(hook.returncode == 0 and "Traceback" not in said and "ERROR" not in said, said[-300:])
     row.gone(arena, since, 60, 60)
     row.judge(arena, [flow], ["Crashed"], again=0, sweep=True)
