@@ -8,7 +8,7 @@ from prefect.settings.base import PrefectBaseSettings, build_settings_config
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from .worker_settings import Duration
+from .worker_settings import Duration, InputPath, StatePath
 
 ENV_PREFIX = "PREFECT_INTEGRATIONS_HTCDASK_"
 
@@ -68,10 +68,10 @@ class CondorSettings(PrefectBaseSettings):
         default=None,
         description="Name of the schedd to submit to. Unset: the local schedd of the configuration.",
     )
-    config_file: str | None = Field(
+    config_file: InputPath = Field(
         default=None, description="HTCondor configuration file (CONDOR_CONFIG). Unset: HTCondor's own search."
     )
-    token_file: str | None = Field(
+    token_file: InputPath = Field(
         default=None,
         description="File with an IDTOKEN for the schedd and collector; readable by its owner only.",
     )
@@ -81,10 +81,11 @@ class CondorSettings(PrefectBaseSettings):
         description="Name of a Prefect block of the type HTCDask HTCondor Credentials, which holds an IDTOKEN in "
         "place of `token_file`, so that a deployment carries no secret.",
     )
-    directory: str | None = Field(
+    directory: StatePath = Field(
         default=None,
-        description="Where the workers' logs and, while a cluster lives, their staged input are kept. Unset: the "
-        "user's state directory.",
+        description="Where the workers' logs and, while a cluster lives, their staged input are kept, each cluster's "
+        "in a directory of its own; what else is there is left alone. A relative path counts from the home directory, "
+        "wherever a flow, a hook or a command runs. Unset: the user's state directory.",
     )
     keep_logs: Duration = Field(default=7 * 86400.0, description="How long the workers' logs are kept.")
     spool: bool = Field(

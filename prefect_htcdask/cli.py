@@ -107,7 +107,8 @@ def show_status(
 
 def _settings(directory: str | None) -> EmbeddedSettings:
     with clear_errors():
-        return load_settings(embedded={"directory": directory}).embedded
+        # On a command line a path counts from the working directory.
+        return load_settings(embedded={"directory": directory and os.path.abspath(directory)}).embedded
 
 
 def present(

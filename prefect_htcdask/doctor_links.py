@@ -293,7 +293,8 @@ class Chain:
         finally:
             probe.unlink(missing_ok=True)
             if made:
-                path.rmdir()
+                with suppress(OSError):  # not empty: a result came there meanwhile
+                    path.rmdir()
         if seen == word:
             return f"the worker reads what is written here to {path}"
         if results.persist_by_default:

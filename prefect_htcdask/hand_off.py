@@ -19,7 +19,7 @@ from .gateway_checks import local_versions
 from .gateway_comm import gateway_address
 from .listeners import is_loopback
 from .report_settings import ReportSettings
-from .run_files import prune, run_directory
+from .run_files import early_log, prune
 from .scaling import demand as demand_module
 from .scaling.policy import Target
 from .settings import HTCDaskSettings
@@ -41,7 +41,7 @@ def start_supervisor(
         specs: what one worker of each group is.
         take_message: a method that takes what the supervisor says, as long as its object lives.
     """
-    logs = run_directory(settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
+    logs = early_log(settings)
     prune(logs.parent, settings.condor.keep_logs, settings.lease.scheduler_duration)
     # The handle's reading thread must not keep a cluster alive that nobody else knows any more.
     taker = weakref.WeakMethod(take_message)

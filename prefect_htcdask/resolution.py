@@ -247,7 +247,9 @@ def worker_spec(worker: WorkerSettings, setting: str = "worker") -> WorkerSpec:
     """
     image = worker.container_image or (f"docker://{worker.image}" if worker.image else None)
     if worker.container_image and "://" not in worker.container_image:
-        check_image_file(worker.container_image, setting)
+        # HTCondor would look from the cluster's run directory.
+        image = os.path.abspath(os.path.expanduser(worker.container_image))
+        check_image_file(image, setting)
     return WorkerSpec(
         cpus=worker.cpus,
         memory=worker.memory,

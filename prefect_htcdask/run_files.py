@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import shutil
-import time
+import re
+import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,20 +17,35 @@ from typing import Any
 import platformdirs
 import psutil
 
-from .condor.staging import FAILURES_FILE
+from .condor import own_files
+from .condor.own_files import MARK_FILE, Known, OwnDirectory, clock_of
+from .condor.staging import EVENT_LOG, FAILURES_FILE, LOGS, STAGED, STAGING, SUPERVISOR_LOG, WORKER_LOG
 from .condor.worker_job import FlowRunTag, cluster_digest
+from .report import FILES as REPORT_FILES
 from .settings import HTCDaskSettings
+
+logger = logging.getLogger(__name__)
 
 _SURELY_DEAD = 3600.0
 """Seconds without a sign of life; renewals are at most ten minutes apart."""
 
 _RECORD = "cluster.json"
+_EARLY_LOG = r"supervisor-[0-9a-f]{12}\.log"
+
+_KNOWN = Known(
+    re.compile(
+        "|".join(map(re.escape, (MARK_FILE, _RECORD, EVENT_LOG, SUPERVISOR_LOG, FAILURES_FILE, *REPORT_FILES)))
+        + rf"|\.{re.escape(_RECORD)}\.\d+|{_EARLY_LOG}"
+    ),
+    ((re.compile(STAGING), STAGED), (re.compile(LOGS), Known(WORKER_LOG))),
+)
+"""What of a run directory is ours."""
 
 
 def run_directory(settings: HTCDaskSettings, name: str) -> Path:
     """The directory of a cluster, by the digest of its name, or another entry beside it."""
     base = settings.condor.directory
-    root = Path(base).expanduser() if base else Path(platformdirs.user_state_dir("prefect-htcdask")) / "runs"
+    root = Path(base) if base else Path(platformdirs.user_state_dir("prefect-htcdask")) / "runs"
     return root / name
 
 
@@ -37,26 +54,61 @@ def cluster_directory(settings: HTCDaskSettings, cluster_name: str) -> Path:
     return run_directory(settings, cluster_digest(cluster_name))
 
 
+def early_log(settings: HTCDaskSettings) -> Path:
+    """A log for a supervisor that has no cluster yet; it moves into the cluster's directory later."""
+    return run_directory(settings, f"supervisor-{uuid.uuid4().hex[:12]}.log")
+
+
 def prune(directory: Path, keep: float, lease: float = 0.0) -> None:
     """Delete what clusters left in `directory` more than `keep` seconds ago, and staged secrets of dead ones sooner.
 
-    A cluster's supervisor touches its directory at each renewal of the lease, so a living one is never old.
+    The directory may hold anything beside them: only a directory of this user's that our mark or record names is a
+    cluster's, and only files of names that we give are deleted in it (`condor.own_files`). The newest file in it tells
+    its age, by the clock of the file system. A cluster whose supervisor or flow's process lives is left alone whatever
+    the clock says; a supervisor touches its directory at each renewal of the lease, for those that look from another
+    host.
 
     Args:
         directory: the directory of all clusters.
         keep: seconds that logs are kept.
         lease: seconds that a cluster lives without a renewal.
     """
-    now = time.time()
-    alive = max(_SURELY_DEAD, 2 * lease)
-    with suppress(OSError):
-        for entry in directory.iterdir():
-            with suppress(OSError):
-                age = now - entry.stat().st_mtime
-                if age > max(keep, alive):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-                elif age > alive and (entry / "staging").is_dir():
-                    shutil.rmtree(entry / "staging")
+    try:
+        now = clock_of(directory)
+        entries = sorted(directory.iterdir())
+    except OSError:
+        return
+    for entry in entries:
+        with suppress(OSError):
+            if re.fullmatch(_EARLY_LOG, entry.name):
+                _prune_log(entry, now - max(keep, _SURELY_DEAD))
+            elif now - entry.stat(follow_symlinks=False).st_mtime > max(_SURELY_DEAD, 2 * lease):
+                _prune_cluster(entry, now, keep, lease)
+
+
+def _prune_log(path: Path, before: float) -> None:
+    """Delete the log of a supervisor that never had a cluster."""
+    status = path.stat(follow_symlinks=False)
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_mtime < before:
+        path.unlink()
+
+
+def _prune_cluster(path: Path, now: float, keep: float, lease: float) -> None:
+    with OwnDirectory.opened(path) as own:
+        record = _record_in(own.text(_RECORD), path.name)
+        if not own.is_marked() and record is None:
+            return
+        age = now - own.newest()
+        alive = max(_SURELY_DEAD, 2 * lease, 2 * record.lease if record else 0.0)
+        if age <= alive or own.is_held() or (record is not None and record.process_lives()):
+            return
+        if age <= keep:
+            own.remove_below(STAGING, STAGED)
+            return
+        empty = own.remove(_KNOWN)
+    if empty:
+        path.rmdir()
+    logger.info("deleted the logs of an old cluster in %s%s", path, "" if empty else ", and kept what is not ours")
 
 
 @dataclass(frozen=True)
@@ -122,6 +174,7 @@ def record_cluster(directory: Path, flow_run: FlowRunTag, *, lease: float) -> No
         lease: seconds that its jobs live without a renewal.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own_files.mark(directory)
     record = ClusterRecord(
         cluster=directory.name,
         flow_run_id=flow_run.id,
@@ -149,9 +202,9 @@ def _traces(root: Path, since: float) -> Iterator[ClusterTrace]:
     with suppress(FileNotFoundError, NotADirectoryError):
         for entry in root.iterdir():
             try:
-                status = entry.stat()
+                status = entry.stat(follow_symlinks=False)
                 # A directory may be shared: what others write there is no word of ours.
-                if not entry.is_dir() or status.st_uid != os.getuid() or status.st_mtime < since:
+                if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mtime < since:
                     continue
                 yield ClusterTrace(entry.name, status.st_mtime, _read_record(entry))
             except OSError:
@@ -160,10 +213,18 @@ def _traces(root: Path, since: float) -> Iterator[ClusterTrace]:
 
 def _read_record(directory: Path) -> ClusterRecord | None:
     try:
-        record = ClusterRecord(**json.loads((directory / _RECORD).read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        return _record_in((directory / _RECORD).read_text(), directory.name)
+    except (FileNotFoundError, ValueError):
         return None
-    return record if record.cluster == directory.name else None
+
+
+def _record_in(text: str, name: str) -> ClusterRecord | None:
+    """The record in a text, if it is that of the cluster whose directory has this name."""
+    try:
+        record = ClusterRecord(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
+    return record if record.cluster == name else None
 
 
 def failures_in(directory: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pydantic_settings import SettingsError as SourceError
 from .access_settings import ENV_PREFIX, CondorSettings, GatewaySettings
 from .lease_settings import LeaseSettings
 from .report_settings import ReportSettings
-from .worker_settings import GROUP_NAME, Duration, GroupName, Size, WorkerGroupSettings, WorkerSettings
+from .worker_settings import GROUP_NAME, Duration, GroupName, Size, StatePath, WorkerGroupSettings, WorkerSettings
 
 WORKERS_VARIABLE = f"{ENV_PREFIX}WORKERS"
 ONLY_GROUP = "default"
@@ -77,9 +77,10 @@ class EmbeddedSettings(PrefectBaseSettings):
         default=True,
         description="Start a personal pool and gateway where none is configured. False: an error instead.",
     )
-    directory: str | None = Field(
+    directory: StatePath = Field(
         default=None,
-        description="Where the embedded pool and gateway keep their state. Unset: the user's state directory.",
+        description="Where the embedded pool and gateway keep their state: a directory of their own. A relative path "
+        "counts from the home directory. Unset: the user's state directory.",
     )
     idle_timeout: Duration = Field(
         default=1800.0,

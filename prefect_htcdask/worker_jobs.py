@@ -59,8 +59,8 @@ class WorkerJob:
     """One worker job, in the queue unless its state is ``failed``.
 
     Times are Unix times in seconds, `started` and `lease_expires` by this host's clock; `cluster` is the digest of its
-    gateway cluster's name (`cluster_digest`), also the name of the run directory; `flow_run_id` is empty outside a flow,
-    and `api` where the job does not say which Prefect API knows its flow run. `category` (a value of `Category`),
+    gateway cluster's name (`cluster_digest`), also the name of the run directory; `flow_run_id` is empty outside of a
+    flow, and `api` where the job does not say which Prefect API knows its flow run. `category` (a value of `Category`),
     `summary` and `remedy` tell why it does not run, and are empty where nothing is wrong or it was not asked for.
     """
 

@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from prefect_htcdask.condor.staging import WORKER_LOG
 from prefect_htcdask.run_files import ClusterTrace, cluster_traces, run_directory
 from prefect_htcdask.settings import HTCDaskSettings
-
-_LOG = re.compile(r"worker\.(\d+)\.(\d+)(?:\.\d+)?\.(?:err|out)")
-"""The third number: which of the job's starts, for one that was overwritten by the next."""
 
 
 @dataclass(frozen=True)
@@ -67,5 +65,5 @@ def _logs_of(settings: HTCDaskSettings, trace: ClusterTrace) -> Iterator[WorkerL
 def _files(directory: Path) -> Iterator[tuple[tuple[int, int], Path]]:
     with suppress(OSError):
         for path in directory.iterdir():
-            if match := _LOG.fullmatch(path.name):
+            if match := WORKER_LOG.fullmatch(path.name):
                 yield (int(match[1]), int(match[2])), path

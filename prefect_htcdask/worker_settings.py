@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from dask.utils import parse_bytes, parse_timedelta
@@ -36,6 +38,22 @@ def _duration(value: Any) -> float:
 
 Size = Annotated[int, BeforeValidator(_size)]
 """Bytes, from an int or a string such as ``"2 GiB"`` (`dask.utils.parse_bytes`)."""
+
+
+def _state_path(value: str | None) -> str | None:
+    # From a working directory, hook, sweep and `jobs --logs`, which run elsewhere, would look elsewhere.
+    return os.path.normpath(Path.home() / Path(value).expanduser()) if value else None
+
+
+def _input_path(value: str | None) -> str | None:
+    return os.path.abspath(Path(value).expanduser()) if value else None
+
+
+StatePath = Annotated[str | None, AfterValidator(_state_path)]
+"""An absolute path where files are kept, the same in each process of a user: a relative one counts from the home."""
+
+InputPath = Annotated[str | None, AfterValidator(_input_path)]
+"""An absolute path of a file that is read: a relative one counts from the working directory as it is now."""
 
 
 def _resources(value: dict[str, float]) -> dict[str, float]:

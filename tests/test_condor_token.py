@@ -67,6 +67,15 @@ def test_one_that_was_just_made_is_left_alone(temporary: Path) -> None:
     assert not made.exists()
 
 
+def test_other_files_in_such_a_directory_stay(temporary: Path) -> None:
+    own = temporary / "htcdask-token-thesis"
+    own.mkdir()
+    (own / "chapter.tex").touch()
+    make_old(own)
+    remove_abandoned()
+    assert (own / "chapter.tex").exists()
+
+
 def test_no_link_is_followed(temporary: Path) -> None:
     elsewhere = temporary / "elsewhere"
     elsewhere.mkdir()

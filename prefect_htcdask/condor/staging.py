@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -12,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import worker_start
+from . import own_files, worker_start
+from .own_files import Known, OwnDirectory
 from .worker_job import JobFiles
 
 _START_SCRIPT = "htcdask_worker.py"
@@ -27,6 +29,30 @@ _TAIL = 64 * 1024
 _SECRET_FILES = (worker_start.SECRETS_FILE, worker_start.KEY_FILE, worker_start.CONFIG_FILE)
 
 
+def _any_of(*names: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, names)))
+
+
+STAGING = "staging"
+LOGS = "logs"
+EVENT_LOG = "jobs.log"
+SUPERVISOR_LOG = "supervisor.log"
+
+WORKER_LOG = re.compile(r"worker\.(\d+)\.(\d+)(?:\.\d+)?\.(?:err|out)")
+"""Names of the files that workers write: with the job's id, and which of its starts where that is told."""
+
+STAGED = Known(
+    _any_of(worker_start.PACKAGE_FILE, Path(worker_start.PACKAGE_FILE).with_suffix(".part").name),
+    (
+        (
+            re.compile(r"[A-Za-z0-9_-]{1,40}"),  # a worker group's name
+            Known(_any_of(_START_SCRIPT, worker_start.CONFIG_FILE, worker_start.CERTIFICATE_FILE, *_SECRET_FILES)),
+        ),
+    ),
+)
+"""What of a staging directory is ours."""
+
+
 class RunDirectory:
     """Files of one gateway cluster's workers: `staging` until the cluster closes, `logs` and the event log for longer.
 
@@ -36,16 +62,26 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.staging = path / "staging"
-        self.logs = path / "logs"
-        self.event_log = path / "jobs.log"
-        self.supervisor_log = path / "supervisor.log"
+        self.staging = path / STAGING
+        self.logs = path / LOGS
+        self.event_log = path / EVENT_LOG
+        self._held: int | None = None
 
     def prepare(self) -> None:
-        """Make the directories, readable by their owner only."""
+        """Make the directories, readable by their owner only, and show that the cluster lives.
+
+        Raises:
+            OSError: one cannot be made, or what is there belongs to somebody else.
+        """
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in (self.path, self.staging, self.logs):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory.chmod(0o700)
+            with suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+            with OwnDirectory.opened(directory):
+                directory.chmod(0o700)
+        own_files.mark(self.path)
+        if self._held is None:
+            self._held = own_files.hold(self.path)
         # The schedd opens the log; our reader may come first.
         os.close(os.open(self.event_log, os.O_CREAT | os.O_WRONLY, 0o600))
 
@@ -102,7 +138,8 @@ class RunDirectory:
 
     def clear_staging(self) -> None:
         """Delete what the jobs took with them, secrets first of all; the logs stay."""
-        shutil.rmtree(self.staging, ignore_errors=True)
+        with suppress(OSError), OwnDirectory.opened(self.path) as own:
+            own.remove_below(STAGING, STAGED)
 
     def note_failure(self, told: Mapping[str, Any]) -> None:
         """Write down that a job failed, for those who ask later; neither a full disk nor many failures matter.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import tempfile
 import time
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 from .staging import write_private
 
 _PREFIX = "htcdask-token-"
+_TOKEN = "token"
 _YOUNG = 60.0
 """Seconds in which a directory may not be locked yet by the process that made it."""
 
@@ -31,12 +31,13 @@ class TokenDirectory:
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        write_private(self.path / "token", token if token.endswith("\n") else f"{token}\n")
+        write_private(self.path / _TOKEN, token if token.endswith("\n") else f"{token}\n")
 
     def close(self) -> None:
         """Remove the token; idempotent."""
-        shutil.rmtree(self.path, ignore_errors=True)
         if self._lock >= 0:
+            with suppress(OSError):
+                _remove(self._lock, self.path)
             os.close(self._lock)
             self._lock = -1
 
@@ -51,6 +52,13 @@ def remove_abandoned() -> None:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a maker that lives
-                shutil.rmtree(path)
+                _remove(lock, path)
             finally:
                 os.close(lock)
+
+
+def _remove(directory: int, path: Path) -> None:
+    """Delete the token in an open directory, and the directory, unless somebody keeps other files in it."""
+    with suppress(FileNotFoundError):
+        os.unlink(_TOKEN, dir_fd=directory)
+    path.rmdir()

@@ -131,6 +131,7 @@ class StateDirectory:
             self.path = default
         else:
             self.path = Path(path).expanduser().absolute()
+        self.mark_file = self.path / ".htcdask-embedded"
         self.state_file = self.path / "state.json"
         self.launch_file = self.path / "launch.json"
         self.password_file = self.path / "gateway-password"
@@ -143,13 +144,18 @@ class StateDirectory:
         """Make the directory, for its user only.
 
         Raises:
-            EmbeddedError: where that cannot be done, or the directory is someone else's.
+            EmbeddedError: where that cannot be done, the directory is someone else's, or other files are in it: a pool
+                that stops deletes its queue and its working directories there.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             if self.path.stat().st_uid != os.geteuid():
                 raise PermissionError(f"it belongs to user id {self.path.stat().st_uid}")
+            names = os.listdir(self.path)
+            if names and self.mark_file.name not in names and self.read() is None:
+                raise FileExistsError(f"it holds other files, {sorted(names)[0]} among them")
             self.path.chmod(0o700)
+            self.mark_file.touch(mode=0o600)
         except OSError as error:
             raise EmbeddedError(
                 f"the state directory {self.path} cannot be used ({error}); "
