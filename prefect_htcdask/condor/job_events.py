@@ -1,13 +1,14 @@
 """What became of the worker jobs: from job events, or from job ads where the event log is not local.
 
-`JobRecord` and `apply` are pure; `EventLogReader` and `QueueReader` do the reading.
+`JobRecord` and `apply` are pure; `EventLogReader`, `QueueReader` and `DoubtingReader` do the reading.
 """
 
 from __future__ import annotations
 
 import enum
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import htcondor2
 
 from .diagnosis import SPOOLING
+from .event_times import EventTimes
 from .schedd import ScheddClient
 
 
@@ -97,7 +99,8 @@ _RUN_ENDS = {
     "JOB_ABORTED",
     "JOB_HELD",
 }
-_KNOWN = _RUN_ENDS | {"SUBMIT", "JOB_RELEASED", "IMAGE_SIZE"}
+_TOLD_ONCE = _RUN_ENDS | {"SUBMIT", "JOB_RELEASED"}
+_KNOWN = _TOLD_ONCE | {"IMAGE_SIZE"}
 
 
 def apply(table: JobTable, event: str, job_id: str, when: float, data: Mapping[str, Any]) -> JobChange | None:
@@ -193,31 +196,136 @@ class JobReader(Protocol):
         """Let go of what is open."""
 
 
+_FEW = 5
+"""Looks in a row at an event that cannot be read."""
+
+
+class _OpenLog:
+    """A job event log, held open: the file that was there when it was opened, whatever takes its name since.
+
+    Args:
+        path: the log.
+        fresh: whether nothing of it was read before.
+    """
+
+    def __init__(self, path: Path, fresh: bool = True) -> None:
+        while True:
+            before = path.stat()
+            self._log = htcondor2.JobEventLog(str(path))
+            self.identity = before.st_dev, before.st_ino
+            if (path.stat().st_dev, path.stat().st_ino) == self.identity:
+                break
+            self._log.close()
+        self.size = before.st_size
+        self.fresh = fresh
+        self.failed = False
+
+    def read(self) -> list[tuple[str, str, float, dict[str, Any]]]:
+        """Events since the last read: type, job, time as the log has it, and attributes."""
+        events: list[tuple[str, str, float, dict[str, Any]]] = []
+        try:
+            for event in self._log.events(stop_after=0):
+                data = {attribute: event[attribute] for attribute in event}
+                events.append((event.type.name, f"{event.cluster}.{event.proc}", float(event.timestamp), data))
+        except htcondor2.HTCondorException:
+            # An event of which only a part is there. The reader goes on behind it: a new one may find it whole.
+            self.failed = True
+        return events
+
+    def close(self) -> None:
+        self._log.close()
+
+
 class EventLogReader:
-    """Reads the job event log, which costs the schedd nothing."""
+    """Reads the job event log, which costs the schedd nothing.
+
+    The bindings say nothing where their file was replaced or truncated: it is watched, and the new one read as well. A
+    shadow holds the file of its start, so that one that was moved away is read on.
+
+    Args:
+        path: the log.
+
+    Attributes:
+        replaced: how often the file was not the one, or not as long, as at the look before, or could not be read.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._log = htcondor2.JobEventLog(str(path))
+        self._path = path
+        self._times = EventTimes(time.time())
+        self._logs = [_OpenLog(path)]
+        self._first = True
+        self._seen: set[tuple[str, str, float]] = set()
+        self._lost = False
+        self._failures = 0
+        self.replaced = 0
 
     def read(self, table: JobTable) -> list[JobChange]:
         """Changes that the log tells since the last read."""
+        events = self._events()
+        now = time.time()
+        told = [when for _, _, when, _ in events]
+        if self._first:
+            self._first = False
+            times = self._times.before(told, self._written(now), now)
+        else:
+            times = self._times.since(told, now)
         changes = []
-        for event in self._log.events(stop_after=0):
-            name = event.type.name
-            if name not in _KNOWN:
-                continue
-            data = {attribute: event[attribute] for attribute in event}
-            change = apply(table, name, f"{event.cluster}.{event.proc}", float(event.timestamp), data)
-            if change is not None:
-                changes.append(change)
+        for (name, job_id, _, data), when in zip(events, times, strict=True):
+            if name in _KNOWN:
+                change = apply(table, name, job_id, when, data)
+                if change is not None:
+                    changes.append(change)
         return changes
+
+    def _written(self, now: float) -> float:
+        try:
+            return self._path.stat().st_mtime
+        except OSError:
+            return now
+
+    def _events(self) -> list[tuple[str, str, float, dict[str, Any]]]:
+        events = [event for log in self._logs for event in log.read() if log.fresh or event[:3] not in self._seen]
+        self._failures = self._failures + 1 if any(log.failed for log in self._logs) else 0
+        if self._failures == _FEW:
+            self.replaced += 1
+        if self._is_another():
+            self.replaced += 1
+            # It may be a copy of the one before.
+            events += [event for event in self._logs[-1].read() if event[:3] not in self._seen]
+        self._seen.update(event[:3] for event in events if event[0] in _TOLD_ONCE)
+        return events
+
+    def _is_another(self) -> bool:
+        """Whether the file was replaced or truncated; the new one is open then."""
+        current = self._logs[-1]
+        try:
+            if not self._path.exists():
+                # Moved away or deleted: the schedd makes a new one at its next event, and we may be faster.
+                os.close(os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600))
+            status = self._path.stat()
+            identity, grown = (status.st_dev, status.st_ino), status.st_size >= current.size
+            if identity == current.identity and grown and not current.failed:
+                current.size = status.st_size
+                return False
+            self._logs.append(_OpenLog(self._path, fresh=False))
+        except OSError:
+            # Its directory is gone, or the disk is full.
+            self.replaced += not self._lost
+            self._lost = True
+            return False
+        if identity != current.identity:
+            return True
+        self._logs.remove(current)
+        current.close()
+        return not grown
 
     def hurry(self) -> None:
         """Reading the log is never put off."""
 
     def close(self) -> None:
         """Close the log."""
-        self._log.close()
+        for log in self._logs:
+            log.close()
 
 
 _STATUS = {
@@ -250,7 +358,28 @@ _PROJECTION = [
     "RemoveReason",
     "JobCurrentStartDate",
     "JobCurrentStartExecutingDate",
+    "ServerTime",
 ]
+_TIMES = ("EnteredCurrentStatus", "QDate", "JobCurrentStartDate", "JobCurrentStartExecutingDate")
+_LENIENCE = 2.0
+"""Seconds by which two clocks may differ and count as one: the schedd tells whole seconds."""
+
+
+def by_our_clock(ads: Iterable[dict[str, Any]], now: float) -> list[dict[str, Any]]:
+    """Job ads with their times by our own clock, where the schedd's is another.
+
+    Args:
+        ads: as the schedd gave them; each tells the time there as `ServerTime`, where the schedd does.
+        now: when they were asked for, Unix time in seconds.
+    """
+    return [_by_our_clock(ad, now) for ad in ads]
+
+
+def _by_our_clock(ad: dict[str, Any], now: float) -> dict[str, Any]:
+    behind = now - float(ad.get("ServerTime") or now)
+    if abs(behind) <= _LENIENCE:
+        return ad
+    return {**ad, **{name: float(ad[name]) + behind for name in _TIMES if ad.get(name)}}
 
 
 def events_of_ad(record: JobRecord | None, ad: Mapping[str, Any]) -> Iterable[tuple[str, float, dict[str, Any]]]:
@@ -266,7 +395,8 @@ def events_of_ad(record: JobRecord | None, ad: Mapping[str, Any]) -> Iterable[tu
         yield "IMAGE_SIZE", when, dict(ad)
     started = float(ad.get("JobCurrentStartDate") or 0)
     # It may also have run, and ended, between two looks. A start that ended as its input was brought is no run.
-    unseen = float(ad.get("JobCurrentStartExecutingDate") or 0) >= started > ((record and record.last_start) or 0)
+    last = (record and record.last_start) or 0.0
+    unseen = float(ad.get("JobCurrentStartExecutingDate") or 0) >= started > last + (_LENIENCE if last else 0)
     if state is not JobState.RUNNING and (name == "EXECUTE" or unseen):
         yield "EXECUTE", started or when, {"SlotName": ad.get("RemoteHost") or ad.get("LastRemoteHost")}
         state = JobState.RUNNING
@@ -314,24 +444,30 @@ class QueueReader:
         if now < self._next:
             return []
         self._next = now + self._interval
-        ads = {f"{ad['ClusterId']}.{ad['ProcId']}": ad for ad in self._schedd.query(self._constraint, _PROJECTION)}
-        gone = [record.job_id for record in table.records.values() if record.in_queue and record.job_id not in ads]
-        if gone:
-            for ad in self._schedd.history(self._constraint, _PROJECTION):
-                ads.setdefault(f"{ad['ClusterId']}.{ad['ProcId']}", ad)
-        for job_id in gone:
-            ads.setdefault(job_id, {"JobStatus": 3, "RemoveReason": "no longer in the queue, nor in the history"})
-        changes = [
-            change
-            for job_id, ad in ads.items()
-            for event, when, data in events_of_ad(table.records.get(job_id), ad)
-            if (change := apply(table, event, job_id, when, data)) is not None
-        ]
+        queued, ended = self.look(table)
+        ads = {**queued, **ended}
+        changes = take_ads(table, ads)
         for job_id, ad in ads.items():
             # A job that another supervisor submitted: only its ad says what it is.
             if (record := table.records.get(job_id)) is not None:
                 record.group = record.group or str(ad.get("HTCDaskWorkerGroup") or "")
         return changes
+
+    def look(self, table: JobTable) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+        """The ads of all jobs in the queue, and of those in the table that have left it, by job."""
+        queued = self._by_job(self._schedd.query(self._constraint, _PROJECTION))
+        gone = {record.job_id for record in table.records.values() if record.in_queue} - queued.keys()
+        lost = {"JobStatus": 3, "RemoveReason": "no longer in the queue, nor in the history"}
+        past = self._by_job(self._schedd.history(self._constraint, _PROJECTION)) if gone else {}
+        return queued, {job_id: past.get(job_id, lost) for job_id in gone}
+
+    @staticmethod
+    def _by_job(ads: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Ads by their jobs, of several the first: the history tells the newest first."""
+        found: dict[str, dict[str, Any]] = {}
+        for ad in by_our_clock(ads, time.time()):
+            found.setdefault(f"{ad['ClusterId']}.{ad['ProcId']}", ad)
+        return found
 
     def hurry(self) -> None:
         """Look at the next read, whenever the last one was."""
@@ -339,3 +475,99 @@ class QueueReader:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def take_ads(table: JobTable, ads: Mapping[str, dict[str, Any]]) -> list[JobChange]:
+    """Bring the table up to date with job ads; returns what has changed."""
+    return [
+        change
+        for job_id, ad in ads.items()
+        for event, when, data in events_of_ad(table.records.get(job_id), ad)
+        if (change := apply(table, event, job_id, when, data)) is not None
+    ]
+
+
+class DoubtingReader:
+    """Reads the event log, and looks at the queue now and then: a log may fall silent, and nothing tells that it has.
+
+    What the log has not told by the second look at a job, it will not: between two looks it has time to. Where that
+    happens, or the log was replaced, the queue is looked at more often from then on.
+
+    Args:
+        log: the job event log.
+        queue: the queue.
+        complain: is told, in words, that the log cannot be relied on.
+        interval: seconds between two looks at the queue.
+        often: seconds between them where the log is not to be relied on.
+        pause: seconds between the two looks that make sure.
+    """
+
+    def __init__(
+        self,
+        log: EventLogReader,
+        queue: QueueReader,
+        complain: Callable[[str], None],
+        interval: float = 300.0,
+        often: float = 60.0,
+        pause: float = 5.0,
+    ) -> None:
+        self._log = log
+        self._queue = queue
+        self._complain = complain
+        self._interval = interval
+        self._often = often
+        self._pause = pause
+        self._next = time.monotonic() + interval
+        self._replaced = log.replaced
+        self._untold: dict[str, tuple[str, ...]] = {}
+        self._at_once = False
+
+    def read(self, table: JobTable) -> list[JobChange]:
+        """Changes that the log tells, and those that it should have told."""
+        changes = self._log.read(table)
+        now = time.monotonic()
+        if self._log.replaced != self._replaced:
+            self._replaced = self._log.replaced
+            self._interval = self._often
+            self._next = min(self._next, now + self._pause)
+            self._complain("was truncated, replaced or damaged")
+        if self._at_once or (now >= self._next and any(record.in_queue for record in table.records.values())):
+            changes += self._look(table, now)
+        return changes
+
+    def _look(self, table: JobTable, now: float) -> list[JobChange]:
+        self._next = now + self._interval
+        queued, ended = self._queue.look(table)
+        if not self._at_once:
+            # A removed or completed job is in the queue until its worker has ended, and the log tells of that.
+            queued = {job_id: ad for job_id, ad in queued.items() if ad.get("JobStatus") not in (3, 4)}
+        ads = {**queued, **ended}
+        untold = {job_id: events for job_id, ad in ads.items() if (events := _steps(table.records.get(job_id), ad))}
+        sure = untold if self._at_once else {job: what for job, what in untold.items() if self._untold.get(job) == what}
+        if sure and not self._at_once:
+            self._interval = self._often
+            self._complain(f"did not tell what became of {len(sure)} job{'s'[: len(sure) > 1]}")
+        self._at_once = False
+        self._untold = {job_id: events for job_id, events in untold.items() if job_id not in sure}
+        if self._untold:
+            self._next = now + self._pause
+        return take_ads(table, {job_id: ads[job_id] for job_id in sure})
+
+    def hurry(self) -> None:
+        """Believe the queue at the next read."""
+        self._at_once = True
+
+    def close(self) -> None:
+        """Close the log."""
+        self._log.close()
+
+
+def _steps(record: JobRecord | None, ad: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an ad tells of a job beyond what is known of it; of one that is not known, or has ended, nothing."""
+    if record is None or not record.in_queue:
+        return ()
+    events = [event for event, _, _ in events_of_ad(record, ad) if event != "IMAGE_SIZE"]
+    executing = float(ad.get("JobCurrentStartExecutingDate") or 0) >= float(ad.get("JobCurrentStartDate") or 0) > 0
+    if events == ["EXECUTE"] and not executing:
+        return ()  # its input is still on the way, and then the log tells
+    return tuple(events)

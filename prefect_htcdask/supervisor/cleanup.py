@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 _SETTLE_TIME = 3.0
 _GONE_TIMEOUT = 60.0
 _FIRST_PAUSE = 0.1
+_LOG_PATIENCE = 2.0
 _REMOVED = 3  # JobStatus
 
 
@@ -54,12 +55,16 @@ async def wait_until_gone(supervisor: Supervisor, timeout: float) -> bool:
     """Wait until no job is in the queue, for `timeout` seconds at most; returns whether that is so."""
     deadline = time.monotonic() + timeout
     pause = _FIRST_PAUSE
+    ask_at = time.monotonic() + _LOG_PATIENCE
     while time.monotonic() < deadline:
         try:
             await supervisor.read_jobs()
-            # A log costs the schedd nothing; only where it tells of no job, or there is none, the queue is asked. The
-            # queue has the last word: a job may have been submitted that the log has not told of.
-            if not supervisor.schedd.address.is_local or not supervisor.fleet.queued_jobs():
+            # A log costs the schedd nothing; the queue is asked where the log tells of no job, where there is none, and
+            # now and then, should it have fallen silent. The queue has the last word: a job may have been submitted
+            # that the log has not told of.
+            told = supervisor.schedd.address.is_local and supervisor.fleet.queued_jobs()
+            if not told or time.monotonic() >= ask_at:
+                ask_at = time.monotonic() + _LOG_PATIENCE
                 left = await supervisor.condor(supervisor.schedd.query, supervisor.constraint, ["JobStatus"], 1)
                 if not left:
                     supervisor.hurry()
