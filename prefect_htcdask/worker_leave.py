@@ -24,6 +24,7 @@ from distributed.metrics import time as wall_time
 from distributed.worker_state_machine import FreeKeysEvent
 
 from prefect_htcdask.scaling.demand import DRAIN as DRAIN
+from prefect_htcdask.scaling.demand import QUIET as QUIET
 from prefect_htcdask.worker_profile import ProfiledWorker
 
 HANDED_BACK = "htcdask-handed-back"

@@ -9,6 +9,7 @@ from typing import Any
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.condor.worker_start import START_LINE
 from prefect_htcdask.event_shapes import JobEvents
 from prefect_htcdask.scaling.policy import Target
 from prefect_htcdask.supervisor.fleet import Fleet
@@ -113,17 +114,31 @@ def test_a_message_carries_all_that_is_known_of_the_job(tmp_path: Path) -> None:
     assert to_line(held)
 
 
-def test_what_an_evicted_run_wrote_outlives_the_next_start(tmp_path: Path) -> None:
+def test_of_a_job_s_stderr_the_last_start_s_lines_tell_why_it_ended(tmp_path: Path) -> None:
+    """HTCondor goes on in the same file where a job starts again."""
     told = Told(tmp_path)
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "worker.1.0.err"
-    for word in ("first", "second"):
+    log.write_text("htcdask: the worker was told to leave\n")
+    told("EXECUTE", "1.0", SlotName="slot1@a")
+    told("JOB_EVICTED", "1.0", Reason="vacated")
+    told("EXECUTE", "1.0", SlotName="slot1@b")
+    with log.open("a") as stream:
+        stream.write(START_LINE.format(number=2, job="1.0", host="b.example.org") + "\nthe detector is on fire\n")
+    told("JOB_TERMINATED", "1.0", ReturnValue=3)
+    assert told.of("1.0")[-1]["summary"] == "worker ended with exit status 3: the detector is on fire"
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["worker.1.0.err"], "nothing is copied"
+
+
+def test_an_eviction_for_a_full_disk_of_this_host_is_an_error(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    reason = "StreamHandler: stderr: couldn't write to logs/worker.1.0.err: No space left on device (-1!=12)"
+    for text in (reason, "vacated"):
         told("EXECUTE", "1.0", SlotName="slot1@a")
-        log.write_text(word)
-        told("JOB_EVICTED", "1.0", Reason="vacated")
-    log.write_text("third")
-    kept = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
-    assert kept == {"worker.1.0.err": "third", "worker.1.0.1.err": "first", "worker.1.0.2.err": "second"}
+        told("JOB_EVICTED", "1.0", Reason=text)
+    full, vacated = [one for one in told.messages if one["kind"] == "log"]
+    assert full["level"] == "error" and "free space on this host's disk" in full["text"]
+    assert vacated["level"] == "info" and "free space" not in vacated["text"]
 
 
 def test_changes_of_one_look_have_each_their_own_reason(tmp_path: Path) -> None:

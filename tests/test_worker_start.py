@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -250,3 +251,70 @@ def test_its_first_half_needs_the_standard_library_only() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert importlib.util.find_spec("distributed") is not None
+
+
+@pytest.mark.parametrize("stream", ["stderr", "stdout"])
+def test_what_a_worker_writes_is_bounded(sandbox: Path, stream: str) -> None:
+    """It is kept on the submitting host, whose disk others need too."""
+    lines = 400_000
+    worker = f"for n in range({lines}):\n    print(f'line {{n:09}}' + 50 * '.', file=sys.{stream})\nreturn 3"
+    script = start(sandbox, worker)
+    if stream == "stdout":
+        script.kill()
+        script.wait()
+        command = [sys.executable, str(sandbox / "start.py")]
+        environment = {**os.environ, "_CONDOR_SCRATCH_DIR": str(sandbox)}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
+        status, text = done.returncode, done.stdout
+    else:
+        _, text = script.communicate(timeout=120)
+        status = script.returncode
+    assert status == 3
+    assert 2_000_000 < len(text) < 2_400_000
+    assert text.startswith("line 000000000.") and f"line {lines - 1:09}" in text.splitlines()[-1]
+    assert "bytes are left out here]" in text
+
+
+def test_a_worker_is_quiet_while_the_submitting_host_s_disk_is_full(sandbox: Path) -> None:
+    worker = (
+        "def write(text, word):\n    print(text, file=sys.stderr, flush=True)\n"
+        "    while not Path(word).exists():\n        time.sleep(0.02)\n"
+        "write('before', 'read')\nbe_quiet(sandbox, True)\nPath('is-quiet').touch()\nwrite('within', 'room')\n"
+        "be_quiet(sandbox, False)\nwrite('after', 'full')\nbe_quiet(sandbox, True)\n"
+        "print('at the end', file=sys.stderr)\nreturn 0"
+    )
+    process = start(sandbox, worker)
+    assert process.stderr is not None and process.stderr.readline() == "before\n"
+    (sandbox / "read").touch()
+    wait_until((sandbox / "is-quiet").exists, 60, "it is to be quiet")
+    assert select.select([process.stderr], [], [], 1.0)[0] == []
+    (sandbox / "room").touch()
+    assert [process.stderr.readline() for _ in range(2)] == ["within\n", "after\n"]
+    (sandbox / "full").touch()
+    status, stderr = finish(process)
+    assert (status, stderr) == (0, ""), "what it says while nobody can take it is lost"
+
+
+def test_a_process_that_the_worker_leaves_behind_does_not_keep_the_job(sandbox: Path) -> None:
+    worker = (
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "Path('child').write_text(str(child.pid))\nprint('last', file=sys.stderr, flush=True)\nreturn 0"
+    )
+    began = time.monotonic()
+    process = start(sandbox, worker)
+    try:
+        assert process.stderr is not None and process.stderr.readline() == "last\n"
+        assert process.wait(30) == 0 and time.monotonic() - began < 25
+    finally:
+        os.kill(int((sandbox / "child").read_text()), signal.SIGKILL)
+
+
+def test_a_job_that_starts_again_says_so_first(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stderr goes on in the file of the start before."""
+    ad = sandbox / ".job.ad"
+    monkeypatch.setenv("_CONDOR_JOB_AD", str(ad))
+    for starts, said in ((1, ""), (2, "--- start 2 of HTCondor job 7.3 on ")):
+        ad.write_text(f"ClusterId = 7\nProcId = 3\nNumJobStarts = {starts - 1}\nNumShadowStarts = {starts}\n")
+        (sandbox / worker_start.SECRETS_FILE).write_text("{}")
+        _, stderr = finish(start(sandbox, "return 0"))
+        assert stderr.startswith(said) and bool(stderr) == bool(said)

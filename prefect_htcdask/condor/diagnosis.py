@@ -152,6 +152,13 @@ def diagnose_never_joined(running: int) -> Diagnosis:
 def diagnose_eviction(host: str | None, reason: str) -> Diagnosis:
     """What an eviction means: HTCondor starts the job again, and the worker has handed its tasks back."""
     where = f" from {host}" if host else ""
+    if "StreamHandler" in reason:
+        # HTCondor's starter gives a job up whose stderr it cannot write to the submitting host (stream_handler.cpp).
+        return Diagnosis(
+            Category.DISK_FULL,
+            f"evicted{where}: {reason.strip()}",
+            "its stderr could not be written here: free space on this host's disk, or set condor.directory to another",
+        )
     return Diagnosis(Category.EVICTED, f"evicted{where}: {reason.strip() or 'no reason given'}", "")
 
 

@@ -25,6 +25,16 @@ _MAX_FAILURES = 2**20
 _TAIL = 64 * 1024
 """Bytes of a worker's stderr, the last, that are looked at."""
 
+_STARTED = re.compile(
+    "^"
+    + re.escape(worker_start.START_LINE)
+    .replace(r"\{number\}", r"\d+")
+    .replace(r"\{job\}", r"[\d.]+")
+    .replace(r"\{host\}", ".+")
+    + "$",
+    re.MULTILINE,
+)
+
 # The configuration has the cluster's name, which opens the dashboard.
 _SECRET_FILES = (worker_start.SECRETS_FILE, worker_start.KEY_FILE, worker_start.CONFIG_FILE)
 
@@ -154,20 +164,8 @@ class RunDirectory:
                 if stream.tell() < _MAX_FAILURES:
                     stream.write(json.dumps({"time": time.time(), **told}) + "\n")
 
-    def keep_stderr(self, job_id: str, start: int) -> None:
-        """Keep the stderr of a run that has ended, which the job's next start overwrites.
-
-        Args:
-            job_id: ``cluster.proc``.
-            start: which start of the job it was.
-        """
-        log = self.logs / f"worker.{job_id}.err"
-        with suppress(OSError):
-            if log.stat().st_size:
-                shutil.copyfile(log, self.logs / f"worker.{job_id}.{start}.err")
-
     def stderr_tail(self, job_id: str, lines: int = 20) -> list[str]:
-        """Last lines of a worker's stderr, as far as they came back."""
+        """Last lines that a worker wrote to stderr since its last start, as far as they came back."""
         try:
             with (self.logs / f"worker.{job_id}.err").open("rb") as stream:
                 # A worker may have written gigabytes, and the supervisor has other work.
@@ -176,6 +174,7 @@ class RunDirectory:
                 text = stream.read(_TAIL).decode(errors="replace")
         except OSError:
             return []
+        text = _STARTED.split(text)[-1]
         whole = text.splitlines()[1:] if size > _TAIL else text.splitlines()
         return [line for line in whole if line.strip()][-lines:]
 

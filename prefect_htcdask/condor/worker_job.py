@@ -38,7 +38,8 @@ LEASE_REASON = (
 # fmt: off
 RESERVED_COMMANDS = frozenset([
     "accountinggroup", "acctgroup", "args", "arguments", "batchname", "cmd", "containerimage", "dockerimage",
-    "encryptinputfiles", "env", "environment", "err", "error", "executable", "getenv", "initialdir", "iwd",
+    "encryptinputfiles", "env", "environment", "eraseoutputanderroronrestart", "err", "error", "executable", "getenv",
+    "initialdir", "iwd",
     "jobbatchname", "jobleaseduration", "jobmaxvacatetime", "jobprio", "jobuniverse", "killsig", "leaveinqueue",
     "leavejobinqueue", "log", "maxidle", "maxmaterialize", "out", "output", "periodicremove",
     "periodicremovereason", "priority", "queue", "requestcpus", "requestdisk", "requestgpus", "requestmemory",
@@ -184,6 +185,8 @@ def submit_description(
         commands["log"] = _plain(files.event_log, "condor.directory")
         # HTCondor brings no output back of a job that is evicted or removed: what is written comes as it is written.
         commands["stream_error"] = "true"
+        # A job that is started again writes on where it stopped: nobody else could keep that in time.
+        commands["erase_output_and_error_on_restart"] = "false"
     if flow_run:
         commands[f"My.{FLOW_RUN_ATTRIBUTE}"] = quote(flow_run.id)
         commands["My.PrefectFlowName"] = quote(flow_run.flow_name)

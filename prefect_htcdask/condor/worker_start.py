@@ -13,11 +13,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,11 @@ PACKAGE_FILE = "prefect_htcdask.zip"
 ADDRESS_FILE = "worker_address"
 LEAVING_FILE = "worker_leaving"
 BEAT_FILE = "worker_beat"
+QUIET_FILE = "worker_quiet"
+"""There while the submitting host has no room for what a worker writes: HTCondor evicts one whose stderr it cannot."""
+
+START_LINE = "--- start {number} of HTCondor job {job} on {host} ---"
+"""What a job that is started again writes first: it goes on in the file of the start before."""
 
 EXIT_VERSIONS = 64
 EXIT_MISSING = 69
@@ -39,6 +47,11 @@ _MEMORY_INTERVAL = 0.5
 
 _BEAT = 5.0  # seconds between two signs that the worker's event loop runs
 _SILENT = 20.0  # seconds without one, after which its guard speaks for it
+
+# Bytes of stdout and stderr that are passed on as they come, of each. Of what follows only the last are, at the end.
+_PASSED_ON = 2 * 2**20
+_LAST = 64 * 2**10
+_EMPTYING = 5.0  # seconds for what an ended worker has written
 
 # Shares of the vacate time: after how long a worker that has not listened is spoken for, and when all has to be over.
 _SILENCE = 0.25
@@ -52,8 +65,94 @@ def main() -> int:
     """
     sandbox = Path(os.environ.get("_CONDOR_SCRATCH_DIR", "."))
     roles = {"--worker": run_worker, "--voice": speak_for, "--farewell": say_farewell}
-    role = next((roles[word] for word in sys.argv[1:] if word in roles), guard)
-    return role(sandbox)
+    role = next((roles[word] for word in sys.argv[1:] if word in roles), None)
+    if role is not None:
+        return role(sandbox)
+    with bounded_output(sandbox / QUIET_FILE):
+        job, starts = job_identity()
+        if starts > 1:
+            line = START_LINE.format(number=starts, job=job, host=os.uname().nodename)
+            print(line, file=sys.stderr, flush=True)
+        return guard(sandbox)
+
+
+@contextmanager
+def bounded_output(quiet: Path) -> Iterator[None]:
+    """Pass on so much of what this process and its children write: it fills the disk of the submitting host.
+
+    Args:
+        quiet: nothing is passed on while this file is there.
+    """
+    spouts = [Spout(number, quiet) for number in (sys.stdout.fileno(), sys.stderr.fileno())]
+    try:
+        yield
+    finally:
+        for spout in spouts:
+            spout.finish()
+
+
+class Spout:
+    """Takes what is written to a descriptor of this process and its children from now on, and passes it on.
+
+    Args:
+        number: the descriptor.
+        quiet: nothing is passed on while this file is there.
+    """
+
+    def __init__(self, number: int, quiet: Path) -> None:
+        self._number = number
+        self._quiet = quiet
+        self._target = os.dup(number)
+        self._source, end = os.pipe()
+        os.dup2(end, number)
+        os.close(end)
+        self._passed = self._missing = 0
+        self._last = bytearray()
+        self._busy = threading.Lock()
+        self._thread = threading.Thread(target=self._pump, daemon=True)
+        self._thread.start()
+
+    def _pump(self) -> None:
+        while data := os.read(self._source, 2**16):
+            with self._busy:
+                self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        if self._passed < _PASSED_ON and not self._quiet.exists():
+            self._pass_last()
+            self._passed += len(data)
+            self._write(data)
+            return
+        self._last += data
+        beyond = max(0, len(self._last) - _LAST)
+        self._missing += beyond
+        del self._last[:beyond]
+
+    def _pass_last(self) -> None:
+        if self._missing:
+            self._write(f"\n[{self._missing:,} bytes are left out here]\n".encode())
+        self._write(bytes(self._last))
+        self._missing, self._last = 0, bytearray()
+
+    def _write(self, data: bytes) -> None:
+        with suppress(OSError):
+            while data:
+                data = data[os.write(self._target, data) :]
+
+    def finish(self) -> None:
+        """Pass on the last that was written, and let the descriptor be what it was."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(self._target, self._number)
+        deadline = time.monotonic() + _EMPTYING
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(0.1)
+            # A process that the worker left behind may hold the other end for ever.
+            if not select.select([self._source], [], [], 0)[0]:
+                break
+        with self._busy:
+            if not self._quiet.exists():
+                self._pass_last()
 
 
 def guard(sandbox: Path) -> int:
@@ -117,6 +216,12 @@ def say(text: str) -> None:
     print(f"htcdask: {text}", file=sys.stderr, flush=True)
     if (relay := logging.getLogger("htcdask")).handlers:  # `prefect_htcdask.flow_run_log`
         relay.warning("%s", text)
+
+
+def be_quiet(sandbox: Path, quiet: bool) -> None:
+    """Have this job pass on nothing of what it writes, or all of it again."""
+    with suppress(OSError):
+        (sandbox / QUIET_FILE).touch() if quiet else (sandbox / QUIET_FILE).unlink(missing_ok=True)
 
 
 def is_silent(sandbox: Path) -> bool:
@@ -287,6 +392,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, listen)
     worker.stream_handlers[worker_leave.DRAIN] = lambda **_: due.set()
+    worker.stream_handlers[worker_leave.QUIET] = lambda quiet, **_: be_quiet(sandbox, quiet)
     lifetime = config.get("lifetime")
     if lifetime:
         stagger = config.get("lifetime_stagger") or 0.0  # its default is resolved where the settings are

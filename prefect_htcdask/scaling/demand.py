@@ -35,6 +35,7 @@ SPREAD_INTERVAL = 0.25
 """Seconds between two looks at piles of tasks."""
 
 DRAIN = "htcdask-drain"
+QUIET = "htcdask-quiet"
 """A message of this name on the stream to a worker of ours has it finish what it runs, and leave (`worker_leave`)."""
 
 LEAVING = (Status.closing_gracefully, Status.closing)
@@ -95,6 +96,7 @@ class DemandPlugin(SchedulerPlugin):
         scheduler.handlers["htcdask_retire"] = self.retire
         scheduler.handlers["htcdask_pardon"] = self.pardon
         scheduler.handlers["htcdask_alive"] = self.alive
+        scheduler.handlers["htcdask_quiet"] = self.quiet
         for address in scheduler.workers:
             self.suspicions.add_worker(scheduler, address)
         gateway = scheduler.services.get("gateway")
@@ -287,6 +289,12 @@ class DemandPlugin(SchedulerPlugin):
                 await scheduler.remove_worker(ws.address, expected=True, close=True, stimulus_id=stimulus_id)
             went.append(str(ws.name))
         return went
+
+    async def quiet(self, quiet: bool) -> None:
+        """Have the workers write nothing to the submitting host, which has no room for it, or write again."""
+        for ws in list(self.scheduler.workers.values()):
+            if str(ws.name).startswith("htcdask-"):  # another's would not know what is meant
+                self.scheduler.worker_send(ws.address, {"op": QUIET, "quiet": quiet})
 
     def keep(self, ws: Any, stimulus_id: str) -> None:
         """Have a worker take tasks again; it tells the scheduler that it does (as `Scheduler.retire_workers` does)."""

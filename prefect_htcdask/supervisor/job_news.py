@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..condor.diagnosis import (
+    Category,
     Diagnosis,
     diagnose_eviction,
     diagnose_exit,
@@ -71,8 +72,6 @@ class JobNews:
         self._say(message)
         if died or change.what == "held":
             self._directory.note_failure(message)
-        if change.what == "evicted":
-            self._directory.keep_stderr(change.job_id, record.starts)
         if change.what == "started":
             group.started(record)
         if failed_start:
@@ -85,7 +84,7 @@ class JobNews:
             return "warning", f"ended on {record.host}: {diagnosis}"
         if change.what == "removed":
             return "warning", str(diagnosis)
-        return "info", str(diagnosis)
+        return "error" if diagnosis.category is Category.DISK_FULL else "info", str(diagnosis)
 
     def joined(self, record: JobRecord) -> None:
         """Say that a job's worker is at the scheduler."""

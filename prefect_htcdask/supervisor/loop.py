@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..condor.idle_jobs import IdleJobs
-from ..condor.job_events import EventLogReader, JobReader, JobState, QueueReader
+from ..condor.job_events import DoubtingReader, EventLogReader, JobReader, JobState, QueueReader
 from ..condor.schedd import ScheddClient
 from ..condor.staging import RunDirectory
 from ..condor.worker_job import cluster_constraint, cluster_digest
 from ..scaling.policy import Decision, Target, decide
 from .actions import Actions
+from .disk_watch import DiskWatch
 from .fleet import HELD_BY_USER, Fleet
 from .group import Group, idle_job_caps
 from .job_news import JobNews, unmatched
@@ -74,6 +75,12 @@ class Supervisor:
         )
         self.gateway = GatewayLink(plan.access)
         self.actions = Actions(plan, schedd, self.condor, self.fleet, self.scheduler, self.voice)
+        self.disk = DiskWatch(
+            self.directory.path,
+            self.condor,
+            lambda quiet: self.actions.spawn(self.scheduler.quiet(quiet)),
+            say,
+        )
         self.wake = asyncio.Event()
         self.over = asyncio.Event()
         self.ended_because = ""
@@ -125,9 +132,25 @@ class Supervisor:
                 log_is_local=self.schedd.address.is_local,
             )
         queue = QueueReader(self.schedd, self.constraint)
-        self._reader = EventLogReader(self.directory.event_log) if self.schedd.address.is_local else queue
+        if self.schedd.address.is_local:
+            loop = asyncio.get_running_loop()
+
+            def complain(what: str) -> None:  # in the bindings' thread
+                loop.call_soon_threadsafe(self.doubt, what)
+
+            self._reader = DoubtingReader(EventLogReader(self.directory.event_log), queue, complain)
+        else:
+            self._reader = queue
         if takeover or answer["epoch"] > 1:
             await self.take_over(queue)
+
+    def doubt(self, what: str) -> None:
+        """Tell once that the event log cannot be relied on."""
+        text = (
+            f"the job event log {self.directory.event_log} {what}: from now on the schedd's queue is asked as well, "
+            "once a minute. Leave the files in condor.directory alone while a flow runs, and see that its disk has room"
+        )
+        self.voice.tell_once("warning", text, key="the event log cannot be relied on")
 
     async def take_over(self, queue: QueueReader) -> None:
         """Find the jobs that a predecessor submitted. What became of them was told by that one."""
@@ -186,6 +209,7 @@ class Supervisor:
         if self.over.is_set():
             return
         await self.renew()
+        await self.disk.look(time.monotonic())
         self.progress.tell(time.monotonic())
         for group in self.groups.values():
             if group.overdue(time.monotonic()):

@@ -73,6 +73,13 @@ class SchedulerLink:
         except Exception as exc:
             logger.warning("the scheduler was not told of evictions: %s: %s", type(exc).__name__, exc)
 
+    async def quiet(self, quiet: bool) -> None:
+        """Have the workers write nothing to the submitting host, or write again."""
+        try:
+            await self._ask("htcdask_quiet", quiet=quiet)
+        except Exception as exc:
+            logger.warning("the workers were not told of the full disk: %s: %s", type(exc).__name__, exc)
+
     async def close(self) -> None:
         """Close the connection."""
         await self._rpc.close_rpc()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,23 @@ def fill(name: str) -> str:
 
 
 @task
+def chatty(name: str) -> str:
+    """Writes line after line to its worker's stderr, until all is let go."""
+    mark(name)
+    while not (Path(MARKS) / "go").exists():
+        print("a line of what the worker writes", file=sys.stderr, flush=True)
+        time.sleep(0.1)
+    return name
+
+
+@task
 def joined(parts: list[str]) -> str:
     """Uses results that were collected long before."""
     mark("joined")
     return ", ".join(parts)
 
 
-KINDS = {"gated": gated, "hog": hog, "fill": fill}
+KINDS = {"chatty": chatty, "gated": gated, "hog": hog, "fill": fill}
 
 
 def wait_for_word(*words: str) -> None:
