@@ -25,6 +25,7 @@ from prefect_htcdask.condor.job_events import (
     apply,
     by_our_clock,
 )
+from prefect_htcdask.condor.schedd import ScheddError
 
 ZONES = ["UTC", "Asia/Tokyo", "America/Chicago", "Asia/Kathmandu", "Europe/Berlin", "Australia/Lord_Howe"]
 
@@ -261,6 +262,18 @@ def test_a_log_that_is_a_little_late_is_believed(log: Path) -> None:
     time.sleep(0.3)
     reader.read(table)
     assert queue.asked >= 1 and table.get("8.0").starts == 1 and complaints == []
+
+
+def test_what_the_log_tells_is_told_though_the_schedd_is_away(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue()
+
+    def away(*_: object) -> list[dict[str, Any]]:
+        raise ScheddError("it is away")
+
+    monkeypatch.setattr(queue, "query", away)
+    reader, _ = doubting(log, queue, interval=0.0)
+    append(log, event("8.0"))
+    assert [change.what for change in reader.read(JobTable())] == ["started"]
 
 
 def test_at_the_end_the_queue_is_believed_at_once(log: Path) -> None:

@@ -9,6 +9,7 @@ import enum
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ import htcondor2
 
 from .diagnosis import SPOOLING
 from .event_times import EventTimes
-from .schedd import ScheddClient
+from .schedd import ScheddClient, ScheddError
 
 
 class JobState(str, enum.Enum):
@@ -308,8 +309,8 @@ class EventLogReader:
                 current.size = status.st_size
                 return False
             self._logs.append(_OpenLog(self._path, fresh=False))
-        except OSError:
-            # Its directory is gone, or the disk is full.
+        except (OSError, htcondor2.HTCondorException):
+            # Its directory is gone, or the disk is full, or it is not ours any more.
             self.replaced += not self._lost
             self._lost = True
             return False
@@ -532,7 +533,9 @@ class DoubtingReader:
             self._next = min(self._next, now + self._pause)
             self._complain("was truncated, replaced or damaged")
         if self._at_once or (now >= self._next and any(record.in_queue for record in table.records.values())):
-            changes += self._look(table, now)
+            # What the log has told is told, whether or not the schedd answers.
+            with suppress(ScheddError):
+                changes += self._look(table, now)
         return changes
 
     def _look(self, table: JobTable, now: float) -> list[JobChange]:
