@@ -42,6 +42,7 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
         def setup(self, worker: Any) -> None:
             import contextlib
             import importlib
+            import importlib.machinery
             import importlib.util
             import io
             import os
@@ -49,6 +50,35 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
             import sys
             import tempfile
             import zipfile
+
+            class ByName:
+                """Finds modules whose names are not their files', such as those that Prefect loads by a path."""
+
+                def __init__(self, found: dict[str, tuple[str, list[str] | None]]) -> None:
+                    self.found = found
+
+                def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+                    if name not in self.found:
+                        return None
+                    file, locations = self.found[name]
+                    return importlib.util.spec_from_file_location(name, file, submodule_search_locations=locations)
+
+            def name_modules(archive: Any, mine: list[str]) -> None:
+                home_of = {member: root for root, members in archive.roots for member in members}
+                found: dict[str, tuple[str, list[str] | None]] = {}
+                for name, file, inside in archive.modules:
+                    base = home_of[file] if home_of[file] in mine else mine[0]
+                    locations = (
+                        None if inside is None else [os.path.join(b, i) if i else b for i in inside for b in mine]
+                    )
+                    found[name] = os.path.join(base, file), locations
+                # As names of the last version only.
+                finders = [each for each in sys.meta_path if type(each).__name__ == "ByName"]
+                for finder in finders:
+                    for name in found:
+                        finder.found.pop(name, None)  # type: ignore[attr-defined]
+                if found:
+                    sys.meta_path.insert(0, ByName(found))
 
             def install(archive: Any) -> None:
                 content = zipfile.ZipFile(io.BytesIO(archive.data))
@@ -69,6 +99,7 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
                 behind = min((sys.path.index(path) for path in others if path in sys.path), default=len(sys.path))
                 front = [path for path in mine if path not in sys.path[:behind]]
                 sys.path[:] = front + [path for path in sys.path if path not in front]
+                name_modules(archive, mine)
                 importlib.invalidate_caches()
 
             def shared(archive: Any, content: zipfile.ZipFile) -> bool:
@@ -83,12 +114,19 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
                 return True
 
             def unpack(archive: Any, content: zipfile.ZipFile) -> str:
-                parent = os.path.join(worker.local_directory or tempfile.gettempdir(), "prefect_htcdask_code")
-                os.makedirs(parent, mode=0o700, exist_ok=True)
+                if worker.local_directory:
+                    parent = os.path.join(worker.local_directory, "prefect_htcdask_code")
+                    os.makedirs(parent, mode=0o700, exist_ok=True)
+                else:  # a directory that another user could have made is no place for code
+                    parent = tempfile.mkdtemp(prefix="prefect_htcdask_code-")
                 target = os.path.join(parent, archive.digest)
                 if not os.path.isdir(target):
                     unpacked = tempfile.mkdtemp(dir=parent)
                     content.extractall(unpacked)
+                    for directory, _, members in os.walk(unpacked):
+                        os.chmod(directory, 0o700)
+                        for member in members:
+                            os.chmod(os.path.join(directory, member), 0o600)
                     # Another worker of this host may be faster; the content is the same.
                     with contextlib.suppress(OSError):
                         os.rename(unpacked, target)

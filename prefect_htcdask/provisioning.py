@@ -19,6 +19,7 @@ from prefect_htcdask.live import LiveRun, Logger
 from prefect_htcdask.lost_work import LostWork
 from prefect_htcdask.preflight import check_api_reachable, warn_of_local_storage
 from prefect_htcdask.reconnection import ResumingClient
+from prefect_htcdask.settings import load_settings
 
 if TYPE_CHECKING:
     from prefect_htcdask.task_runner import HTCDaskTaskRunner
@@ -55,7 +56,7 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
             options.setdefault("security", target.security)
         client = undo.enter_context(ResumingClient(target, **options))
         flow = context.flow if context is not None else None
-        _send_code(client, flow, with_package=cluster is None)
+        _send_code(client, flow, _data_files(runner), with_package=cluster is None)
         install(client, LostWork())
         install(client, KeptWork())
         if client.dashboard_link:
@@ -190,9 +191,15 @@ def _api_url(context: FlowRunContext | None) -> str | None:
     return url if url.startswith("http") else None
 
 
-def _send_code(client: distributed.Client, flow: Any | None, with_package: bool) -> None:
-    plugin = code_plugin.make_plugin(source_code.collect(flow), source_code.own_package() if with_package else None)
-    code_plugin.send(client, plugin)
+def _data_files(runner: HTCDaskTaskRunner) -> list[str]:
+    if runner.settings is not None:
+        return runner.settings.code.data_files
+    return load_settings(code=runner.overrides.get("code")).code.data_files
+
+
+def _send_code(client: distributed.Client, flow: Any | None, data_files: list[str], with_package: bool) -> None:
+    code = source_code.collect(flow, data_files)
+    code_plugin.send(client, code_plugin.make_plugin(code, source_code.own_package() if with_package else None))
 
 
 def _logger(runner: HTCDaskTaskRunner, context: FlowRunContext | None) -> Logger:

@@ -8,14 +8,15 @@ fields: as JSON in ``PREFECT_INTEGRATIONS_HTCDASK_WORKERS``, or under ``[integra
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
 from .access_settings import ENV_PREFIX, CondorSettings, GatewaySettings
@@ -66,6 +67,41 @@ class AdaptiveSettings(PrefectBaseSettings):
                 "raise the maximum or lower the minimum"
             )
         return self
+
+
+def _listed(value: Any) -> Any:
+    """A list, also from the text of an environment variable: with commas, as Prefect's own, or JSON."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError as exc:
+            raise ValueError(f"{value!r} is no JSON; write names with commas between them") from exc
+    return [name.strip() for name in value.split(",")] if value.strip() else []
+
+
+def _inside(patterns: list[str]) -> list[str]:
+    for pattern in patterns:
+        if not pattern.strip() or pattern.startswith(("/", "~")) or ".." in pattern.split("/"):
+            raise ValueError(
+                f"{pattern!r} is no pattern of files below the flow's directory; write one relative to it, such as "
+                "'cuts.yaml' or 'tables/*.csv'"
+            )
+    return patterns
+
+
+class CodeSettings(PrefectBaseSettings):
+    """What travels to workers beside the flow's code."""
+
+    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "htcdask", "code"))
+
+    data_files: Annotated[list[str], NoDecode, BeforeValidator(_listed), AfterValidator(_inside)] = Field(
+        default_factory=list,
+        description="Data files that are sent to workers beside the flow's Python sources: names, directories or "
+        "patterns as in a .gitignore, relative to the directory of the flow's file, such as ['cuts.yaml', "
+        "'tables/*.csv']. What may be a secret is never sent, whatever is written here.",
+    )
 
 
 class EmbeddedSettings(PrefectBaseSettings):
@@ -132,6 +168,7 @@ class HTCDaskSettings(PrefectBaseSettings):
     adaptive: AdaptiveSettings = Field(default_factory=AdaptiveSettings, description="Adaptive scaling.")
     lease: LeaseSettings = Field(default_factory=LeaseSettings, description="Leases of jobs and schedulers.")
     report: ReportSettings = Field(default_factory=ReportSettings, description="What the Prefect UI shows.")
+    code: CodeSettings = Field(default_factory=CodeSettings, description="What travels with the flow's code.")
     embedded: EmbeddedSettings = Field(
         default_factory=EmbeddedSettings,
         description="The personal pool and gateway of a machine that has neither.",

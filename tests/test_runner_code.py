@@ -20,6 +20,7 @@ import pytest
 from distributed import Client, Worker
 
 from prefect_htcdask import code_plugin, source_code
+from prefect_htcdask.settings import SettingsError, load_settings
 
 
 def _write(root: Path, files: dict[str, str]) -> None:
@@ -131,6 +132,121 @@ def test_a_package_reaches_workers_that_share_no_files(
                 process.wait(20)
 
 
+BY_PATH = {
+    "my_pkg/__init__.py": "",
+    "my_pkg/sub/__init__.py": "",
+    "my_pkg/sub/helper.py": "def triple(x):\n    return 3 * x\n",
+    "my_pkg/late.py": "def late(x):\n    return -x\n",
+    "lib/late.py": "def late(x):\n    return 10 * x\n",
+    "my_pkg/calc.py": """
+        import enum, os, sys
+        from dataclasses import dataclass
+        from prefect import flow, task
+        from prefect_htcdask import HTCDaskTaskRunner
+        from .sub.helper import triple
+
+        class Kind(enum.Enum):
+            A = "a"
+
+        @dataclass
+        class Row:
+            n: int
+            kind: Kind
+
+        class OwnError(Exception):
+            def __init__(self, n):
+                super().__init__(n)
+                self.n = n
+
+        def local_helper(x):
+            return x + 1
+
+        @task
+        def make(n):
+            from .late import late
+            from lib import late as of_the_working_directory
+            return Row(local_helper(triple(n)) + late(n) + of_the_working_directory.late(n), Kind.A), late.__module__
+
+        @task
+        def check(made):
+            return isinstance(made[0], Row) and made[0].kind is Kind.A
+
+        @task
+        def fail(n):
+            raise OwnError(n)
+
+        @flow(task_runner=HTCDaskTaskRunner(address=sys.argv[1]))
+        def main():
+            made = make.submit(2)
+            for directory in ("my_pkg", "lib"):
+                # From now on nobody finds the source here.
+                os.rename(directory, f"hidden-{directory}")
+            row, module = made.result(timeout=60)
+            caught = None
+            try:
+                fail.submit(7).result(timeout=60)
+            except OwnError as exc:
+                caught = exc.n
+            assert module == f"{__name__}.late"
+            checked = check.submit(made).result(timeout=60)
+            print("RESULT", isinstance(row, Row), row.kind is Kind.A, row.n, checked, caught)
+    """,
+}
+
+
+@pytest.mark.parametrize("entrypoint", ["my_pkg/calc.py:main", "my_pkg/json.py:main"])
+def test_a_flow_loaded_by_its_path_imports_relatively_on_workers(
+    entrypoint: str, scheduler: tuple[Path, str], tmp_path: Path, prefect_api: Any
+) -> None:
+    """As Prefect's workers and `prefect deploy` load flows: a module that is a package to itself.
+
+    Prefect gives a name of its own to a file whose name is another module's.
+    """
+    directory, address = scheduler
+    source = tmp_path / "source"
+    _write(source, {**BY_PATH, "my_pkg/json.py": BY_PATH["my_pkg/calc.py"]})
+    load = f"from prefect.flows import load_flow_from_entrypoint; load_flow_from_entrypoint({entrypoint!r})()"
+    flow = subprocess.Popen(
+        [sys.executable, "-c", load, address],
+        cwd=source,
+        env={**os.environ, **prefect_api.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    worker = None
+    try:
+        _until(lambda: (source / "hidden-lib").exists() or flow.poll() is not None)
+        worker = _dask(directory, "worker", "--nthreads", "1")
+        out, _ = flow.communicate(timeout=90)
+        assert flow.returncode == 0, out
+        assert "RESULT True True 25 True 7" in out
+    finally:
+        for process in (flow, worker):
+            if process is not None and process.poll() is None:
+                process.terminate()
+                process.wait(20)
+
+
+def test_a_flow_loaded_by_its_path_sends_nothing_from_above_its_directories(tmp_path: Path) -> None:
+    """Its module says that it is a package; the directory above its own is not where it was found."""
+    _write(tmp_path, {**BY_PATH, "above.py": ""})
+    for directory, expected in ((tmp_path, True), (tmp_path / "my_pkg", False)):
+        load = (
+            "import os, pickle, sys; from prefect.flows import load_flow_from_entrypoint;"
+            "from prefect_htcdask import source_code;"
+            f"flow = load_flow_from_entrypoint({str(tmp_path / 'my_pkg/calc.py')!r} + ':main');"
+            "sys.stdout.buffer.write(pickle.dumps(source_code.collect(flow)))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", load, "tcp://127.0.0.1:1"], cwd=directory, capture_output=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        names = _names(pickle.loads(done.stdout))
+        assert {"calc.py", "sub/helper.py", "late.py"} <= names
+        assert ("above.py" in names) is expected
+
+
 def _said(client: Client) -> dict[str, str]:
     """What each worker's version of the module says."""
 
@@ -140,6 +256,17 @@ def _said(client: Client) -> dict[str, str]:
         return str(importlib.import_module("analysis.version").SAYS)
 
     return dict(client.run(said))
+
+
+def _modes(client: Client) -> set[int]:
+    """The modes of what workers have unpacked, and of the directories in it."""
+
+    def modes(dask_worker: Worker) -> list[int]:
+        root = os.path.join(dask_worker.local_directory, "prefect_htcdask_code")
+        found = [os.path.join(place, name) for place, inner, names in os.walk(root) for name in (*inner, *names)]
+        return [os.stat(path).st_mode & 0o777 for path in found]
+
+    return {mode for found in client.run(modes).values() for mode in found}
 
 
 def _plugins(client: Client) -> dict[str, list[tuple[str, int]]]:
@@ -172,6 +299,7 @@ def test_workers_run_the_last_version_and_are_sent_it_once(
             client.wait_for_workers(1, timeout=60)
             for says in ("one", "two", "one"):
                 code_plugin.send(client, plugins[says])
+                assert _modes(client) == (set() if files_are_shared else {0o700, 0o600})
                 assert set(_said(client).values()) == {says}
                 sent = _plugins(client)
                 assert all(sent.values())
@@ -187,7 +315,7 @@ def test_workers_run_the_last_version_and_are_sent_it_once(
             process.wait(20)
 
 
-def _archive(root: Path, module: str) -> source_code.CodeArchive:
+def _archive(root: Path, module: str, data_files: list[str] | None = None) -> source_code.CodeArchive:
     """What is sent for the flow in `module`, found by a fresh process that starts in `root`."""
     done = subprocess.run(
         [
@@ -195,7 +323,7 @@ def _archive(root: Path, module: str) -> source_code.CodeArchive:
             "-c",
             "import pickle, sys, importlib; from prefect_htcdask import source_code;"
             f"flow = importlib.import_module({module!r}).main;"
-            "sys.stdout.buffer.write(pickle.dumps(source_code.collect(flow)))",
+            f"sys.stdout.buffer.write(pickle.dumps(source_code.collect(flow, {data_files or []!r})))",
             "tcp://127.0.0.1:1",
         ],
         cwd=root,
@@ -216,6 +344,145 @@ def test_what_is_sent(tmp_path: Path) -> None:
     assert {"analysis/flows.py", "analysis/late.py", "analysis/table.json", "other/module.py", "script.py"} <= names
     assert not [n for n in names if ".git" in n or "venv" in n or n in ("big.csv", "analysis/events.root")]
     assert not [n for n in names if n.startswith(("prefect", "dask", "distributed"))]
+
+
+def _names(archive: source_code.CodeArchive | None) -> set[str]:
+    assert archive is not None
+    return set(zipfile.ZipFile(io.BytesIO(archive.data)).namelist())
+
+
+PRIVATE = {
+    "prefect.toml": '[api]\nkey = "pnu_1"\n',
+    "pyproject.toml": "",
+    "prefect.yaml": "",
+    "profiles.toml": "",
+    "client_secrets.json": "{}",
+    "my-token.txt": "",
+    "apikey.txt": "",
+    "db-Password.cfg": "",
+    "credentials/db.json": "{}",
+    ".env": "",
+    "closed.json": "{}",
+    "closed/table.json": "{}",
+    "leak.csv": "",
+    "id_rsa.txt": "",
+    "server.pem": "",
+    "x509up_u1000": "",
+    "prod.env": "",
+}
+"""Names of data files that never travel; `_private` closes some of them."""
+
+
+def _private(directory: Path) -> None:
+    _write(directory, PRIVATE)
+    (directory / "closed.json").chmod(0o600)
+    (directory / "closed").chmod(0o700)
+    (directory / "leak.csv").unlink()
+    outside = directory.parent.parent / "outside.csv"
+    outside.write_text("another's")
+    (directory / "leak.csv").symlink_to(outside)
+
+
+def test_data_travels_from_imported_packages_only_and_secrets_never(tmp_path: Path) -> None:
+    """Whatever stands beside a flow, such as Prefect's own configuration with the key of its API, stays there."""
+    source = tmp_path / "source"
+    more = {"other/__init__.py": "", "other/table.json": "{}", "cuts.yaml": "", "analysis/tokenizer.json": "{}"}
+    _write(source, {**FILES, **more, "analysis/data/cuts.yaml": ""})
+    _private(source)
+    _private(source / "analysis")
+    (source / "linked.py").symlink_to(tmp_path / "elsewhere.py")
+    (tmp_path / "elsewhere.py").write_text("")
+    names = _names(_archive(source, "analysis.flows"))
+    data = {name for name in names if not name.endswith(".py")}
+    assert data == {"analysis/table.json", "analysis/data/cuts.yaml", "analysis/tokenizer.json"}
+    assert {"other/__init__.py", "script.py"} <= names and "linked.py" not in names
+
+
+@pytest.mark.parametrize("umask", ["077", "022"])
+def test_code_travels_whatever_its_mode(umask: str, tmp_path: Path) -> None:
+    _write(tmp_path, FILES)
+    for path in tmp_path.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~int(umask, 8))
+    names = _names(_archive(tmp_path, "analysis.flows"))
+    assert {"analysis/flows.py", "analysis/late.py", "script.py"} <= names
+    assert ("analysis/table.json" in names) == (umask == "022")
+
+
+def test_data_files_that_the_setting_names_travel(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    more = {"cuts.yaml": "", "tables/a.csv": "", "tables/deep/b.csv": "", "tables/c.root": "", "big.parquet": ""}
+    _write(source, {**more, "alone.py": "import prefect\n@prefect.flow\ndef main(): ...\n"})
+    (source / "big.parquet").write_bytes(b"x" * 2_000_000)
+    _private(source)
+    assert _names(_archive(source, "alone")) == {"alone.py"}
+    some = _names(_archive(source, "alone", ["cuts.yaml", "tables/**/*.csv", "big.parquet"]))
+    assert some == {"alone.py", "cuts.yaml", "tables/a.csv", "tables/deep/b.csv", "big.parquet"}
+    assert _names(_archive(source, "alone", ["tables"])) == {"alone.py", *(name for name in more if "tables" in name)}
+    everything = _names(_archive(source, "alone", ["*", *PRIVATE, "credentials"]))
+    assert everything == {"alone.py", *more}
+
+
+def test_what_is_left_behind_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(tmp_path, {"alone_and_told.py": "import prefect\n@prefect.flow\ndef main(): ...\n", "token.csv": ""})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(source_code.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(source_code.logger, "level", 20)
+    import importlib
+
+    flow = importlib.import_module("alone_and_told").main
+    source_code.collect(flow, ["token.csv"])
+    assert f"Not sent to workers: {tmp_path / 'token.csv'} (the name of a secret)" in caplog.text
+    source_code.collect(flow, ["cuts.yaml"])
+    assert "code.data_files = ['cuts.yaml']: there are none such in" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["cuts.yaml, t/*.csv", '["cuts.yaml", "t/*.csv"]'])
+def test_data_files_in_the_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_CODE_DATA_FILES", text)
+    assert load_settings().code.data_files == ["cuts.yaml", "t/*.csv"]
+
+
+@pytest.mark.parametrize("pattern", ["/etc/passwd", "../other.csv", "a/../../b", "~/x", ""])
+def test_data_files_outside_of_the_flows_directory_are_refused(pattern: str) -> None:
+    with pytest.raises(SettingsError, match=r"code\.data_files.* relative to it"):
+        load_settings(code={"data_files": [pattern]})
+
+
+def test_a_directory_is_looked_through_no_further_than_agreed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A flow in a directory of a million files, none of which would travel, does not wait until all are seen."""
+    _write(tmp_path, {f"many{n}/out{m}.root": "" for n in range(10) for m in range(20)})
+    package = {"big_package/__init__.py": "", "big_package/used.py": "", "big_package/unused.py": ""}
+    _write(tmp_path, {**package, **{f"big_package/data/{n}.bin": "" for n in range(120)}})
+    _write(tmp_path, {"flow_among_many.py": "import prefect, big_package.used\n@prefect.flow\ndef main(): ...\n"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(source_code, "MAX_VISITED", 100)
+    monkeypatch.setattr(source_code.logger, "handlers", [caplog.handler])
+    seen = []
+    real = os.scandir
+
+    class Counted:
+        def __init__(self, path: Any) -> None:
+            self.entries = real(path)
+
+        def __enter__(self) -> Iterator[Any]:
+            return (seen.append(entry.path) or entry for entry in self.entries)  # type: ignore[func-returns-value]
+
+        def __exit__(self, *_: object) -> None:
+            self.entries.close()
+
+    import importlib
+
+    flow = importlib.import_module("flow_among_many").main
+    monkeypatch.setattr(source_code.os, "scandir", Counted)  # type: ignore[attr-defined]
+    names = _names(source_code.collect(flow))
+    assert len([path for path in seen if path.startswith(str(tmp_path))]) <= 2 * 101
+    assert {"flow_among_many.py", "big_package/__init__.py", "big_package/used.py"} <= names
+    assert "big_package/unused.py" not in names
+    assert "The package" in caplog.text and "looked through" in caplog.text
 
 
 def test_equal_sources_make_equal_archives(tmp_path: Path) -> None:
