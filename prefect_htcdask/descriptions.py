@@ -23,6 +23,7 @@ from distributed.protocol.pickle import dumps
 from prefect.context import FlowRunContext, SettingsContext, TaskRunContext, serialize_context
 from prefect.tasks import Task
 
+from prefect_htcdask.access_settings import ENV_PREFIX
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT, Place
 from prefect_htcdask.worker_groups import Offers
 
@@ -141,7 +142,7 @@ class Descriptions:
         context = serialize_context()
         for varying in ("tags_context", "asset_context"):
             context.pop(varying)
-        settings_context = context.pop("settings_context")
+        settings_context = _for_workers(context.pop("settings_context"))
         settings: dict[str, Any] = settings_context.get("settings", {})
         api = settings["api"] = dict(settings.get("api") or {})
         if self._api_url:
@@ -159,6 +160,25 @@ class Descriptions:
             "offers": offers,
         }
         return bytes(cloudpickle.dumps(described))
+
+
+def _for_workers(settings_context: dict[str, Any]) -> dict[str, Any]:
+    """The settings without what only the flow's host needs: logins of gateway and pool, and a server's database."""
+    sent = dict(settings_context)
+    if profile := sent.get("profile"):
+        settings = {
+            name: value
+            for name, value in profile["settings"].items()
+            if not str(name).startswith((ENV_PREFIX, *_DATABASE_VARIABLES))
+        }
+        sent["profile"] = {**profile, "settings": settings}
+    if server := sent.get("settings", {}).get("server"):
+        server = {name: value for name, value in server.items() if name != "database"}
+        sent["settings"] = {**sent["settings"], "server": server}
+    return sent
+
+
+_DATABASE_VARIABLES = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
 
 
 def parts(task: Task[Any, Any]) -> Iterator[Any]:

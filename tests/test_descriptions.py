@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from prefect import task
+from prefect.context import use_profile
+from prefect.settings import Profile
 
 from prefect_htcdask.descriptions import INLINE_LIMIT, MAX_DESCRIBED, Descriptions, parts
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT
@@ -111,6 +113,23 @@ def test_other_objects_with_the_same_options_are_described_once(local_pool: Any)
             assert client.get_metadata([METADATA_ROOT, *place])
         descriptions.forget()
         assert descriptions.held_bytes == 0 and descriptions.places() == []
+
+
+def test_logins_of_the_flows_host_do_not_travel(local_pool: Any) -> None:
+    """A profile holds the gateway's password, as docs/site.md has it, or a server's database; workers need neither."""
+    held = {
+        "PREFECT_INTEGRATIONS_HTCDASK_GATEWAY_PASSWORD": "hunter2",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:hunter2@db/prefect",
+        "PREFECT_TASKS_DEFAULT_RETRIES": "7",
+    }
+    profile = Profile(name="mine", settings=held, source=None)
+    with use_profile(profile, override_environment_variables=True), local_pool.get_client() as client:
+        descriptions = Descriptions(client, f"run-{uuid.uuid4()}", None)
+        descriptions.envelope(plain, None)
+        blobs = [bytes(client.get_metadata([METADATA_ROOT, *place])) for place in descriptions.places()]
+        descriptions.forget()
+    assert blobs and not [blob for blob in blobs if b"hunter2" in blob]
+    assert [blob for blob in blobs if b"PREFECT_TASKS_DEFAULT_RETRIES" in blob]
 
 
 def test_who_takes_away_what_he_left_leaves_the_same_bytes_to_others(local_pool: Any) -> None:
