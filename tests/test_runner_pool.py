@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from prefect import flow, get_client, get_run_logger, task
 from prefect.runtime import flow_run as flow_run_runtime
@@ -44,6 +46,16 @@ def touch_and_sleep(path: Path, seconds: float) -> None:
     time.sleep(seconds)
 
 
+@task
+def work_in_children(path: Path, seconds: float) -> int:
+    """Forks 12 children, which share all that this process has but for little."""
+    with path.open("a") as file:
+        file.write("begun\n")
+    with multiprocessing.get_context("fork").Pool(12) as pool:
+        pool.map(time.sleep, [seconds] * 12)
+        return sum(psutil.Process(child.pid).memory_info().rss for child in multiprocessing.active_children())
+
+
 def _runner(maximum: int = 2, **more: Any) -> HTCDaskTaskRunner:
     return HTCDaskTaskRunner(worker=SMALL, adapt_kwargs={"minimum": 0, "maximum": maximum}, **more)
 
@@ -63,6 +75,17 @@ def _until_nothing_is_left(timeout: float = 30) -> None:
     while (left := _left()) != ([], []):
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
+
+
+def test_a_task_that_forks_is_not_ended_for_memory_that_it_shares(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+
+    @flow(task_runner=_runner(maximum=1))
+    def forking() -> int:
+        return work_in_children.submit(tmp_path / "begun", 4.0).result()
+
+    assert forking() > 2 * 300 * 2**20
+    assert (tmp_path / "begun").read_text() == "begun\n"
 
 
 def test_a_flow_run_has_jobs_of_its_own() -> None:

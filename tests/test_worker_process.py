@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from distributed.system_monitor import SystemMonitor
 
 from prefect_htcdask import worker_process
 from tests import time_slices
@@ -85,3 +90,19 @@ asyncio.run(main())
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == ticks
+
+
+def test_pages_of_mapped_files_are_no_memory_of_the_worker() -> None:
+    size = 64 * 2**20
+    worker = SimpleNamespace(monitor=SystemMonitor())
+    with tempfile.TemporaryFile(dir="/var/tmp") as file:
+        file.write(b"1" * size)
+        file.flush()
+        worker_process.count_own_memory(worker)
+        before = worker.monitor.get_process_memory()
+        with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
+            assert sum(mapped[at] for at in range(0, size, 4096)) > 0
+            assert worker.monitor.update()["memory"] < before + size / 2
+            assert psutil.Process().memory_info().rss > worker.monitor.get_process_memory() + size / 2
+        block = b"1" * size
+        assert worker.monitor.get_process_memory() > before + len(block) / 2

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -85,6 +86,133 @@ def test_a_worker_that_takes_too_much_memory_is_ended_with_its_children(sandbox:
     assert "htcdask: the worker used" in stderr and "120 MiB" in stderr and "worker.memory" in stderr
     pids = [int(pid) for pid in (sandbox / "children").read_text().split()]
     wait_until(lambda: not [pid for pid in pids if alive(pid)], 5, "the worker's own processes are gone")
+
+
+FAMILY = """
+import mmap, multiprocessing as mp, os, sys, time
+from multiprocessing import shared_memory
+size = 64 * 2**20
+ready = []
+
+def stay(function=None):
+    if function is not None:
+        function()
+    os.write(1, b"up\\n")
+    time.sleep(60)
+
+def touch(memory):
+    for at in range(0, size, 4096):
+        memory[at]
+
+def start(how, function=None):
+    child = mp.get_context(how).Process(target=stay, args=(function,), daemon=True)
+    child.start()
+"""
+
+
+MEASURED = {
+    # What 4 forked children share with their parent.
+    "forked": ("x = bytearray(b'1') * size\nfor _ in range(4): start('fork')\nstay()", 5, 64, 64),
+    # What forked children write is their own.
+    "written": (
+        "x = bytearray(b'1') * size\n"
+        "def write():\n    for at in range(0, size, 4096): x[at] = 2\n"
+        "for _ in range(4): start('fork', write)\nstay()",
+        *(5, 5 * 64, 5 * 64),
+    ),
+    # A file that 3 processes have mapped.
+    "mapped": (
+        "with open('data', 'wb') as file: file.write(b'1' * size)\n"
+        "file = open('data', 'rb')\nx = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)\n"
+        "for _ in range(2): start('fork', lambda: touch(x))\ntouch(x)\nstay()",
+        *(3, 0, 0),
+    ),
+    # As joblib does with large arrays: private, and written by nobody.
+    "copy on write": (
+        "with open('data', 'wb') as file: file.write(b'1' * size)\n"
+        "file = open('data', 'rb')\nx = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)\n"
+        "for _ in range(2): start('fork', lambda: touch(x))\ntouch(x)\nstay()",
+        *(3, 0, 0),
+    ),
+    # Shared memory is memory, once.
+    "shared": (
+        "x = shared_memory.SharedMemory(create=True, size=size)\nx.unlink()\nx.buf[:] = b'1' * size\n"
+        "for _ in range(3): start('fork', lambda: touch(x.buf))\nstay()",
+        *(4, 64, 64),
+    ),
+}
+"""Processes: Python that starts them, how many there are, and MiB that they use, at least and besides their own."""
+
+
+@pytest.mark.parametrize("how", MEASURED)
+def test_memory_is_what_is_used(how: str) -> None:
+    """Pages that processes share count once, and the pages of files not at all."""
+    code, number, least, most = MEASURED[how]
+    # Where /tmp is in memory, its files are memory too.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        family = subprocess.Popen(
+            [sys.executable, "-c", FAMILY + code], cwd=directory, stdout=subprocess.PIPE, text=True
+        )
+        measured(family, number, least, most)
+
+
+def measured(family: subprocess.Popen[str], number: int, least: int, most: int) -> None:
+    """Measure processes that come up, and end them."""
+    try:
+        assert family.stdout is not None
+        for _ in range(number):
+            assert family.stdout.readline() == "up\n"
+        used, resident = worker_start.used_memory_of(family.pid), worker_start.memory_of(family.pid)
+        assert least * 2**20 <= used <= (most + 8 * number + 24) * 2**20
+        assert resident >= number * 64 * 2**20
+        watch = worker_start.MemoryWatch((most + 8 * number + 24) * 2**20)
+        assert watch.excess(family.pid) is None
+        if least:
+            assert worker_start.MemoryWatch(least * 2**20 - 1).excess(family.pid) == pytest.approx(used, rel=0.1)
+    finally:
+        for pid in [*worker_start.descendants(family.pid), family.pid]:
+            os.kill(pid, signal.SIGKILL)
+        family.wait(10)
+
+
+def test_memory_of_a_process_that_does_not_show_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's, as of a container runtime; the tests run as root, who may read them all."""
+    size, real = 64 * 2**20, Path.read_text
+    block = bytearray(b"1") * size
+    usual = worker_start.used_memory_of(os.getpid())
+
+    def refused(self: Path, *arguments: object, **keywords: object) -> str:
+        if self.name in hidden:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **keywords)  # type: ignore[arg-type]
+
+    hidden = {"smaps_rollup"}
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert len(block) <= worker_start.used_memory_of(os.getpid()) == pytest.approx(usual, rel=0.2)
+    hidden = {"smaps_rollup", "status"}
+    assert worker_start.used_memory_of(os.getpid()) >= usual
+    hidden = {"smaps_rollup", "status", "statm"}
+    assert worker_start.used_memory_of(os.getpid()) == 0
+
+
+def test_the_pages_are_walked_through_for_a_part_of_the_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+    now = 100.0
+
+    def look(pid: int) -> int:
+        nonlocal now
+        looks.append(now)
+        now += 0.3
+        return 50
+
+    monkeypatch.setattr(worker_start.time, "monotonic", lambda: now)  # type: ignore[attr-defined]
+    monkeypatch.setattr(worker_start, "used_memory_of", look)
+    monkeypatch.setattr(worker_start, "memory_of", lambda pid: 200)
+    watch = worker_start.MemoryWatch(100)
+    while now < 160:
+        assert watch.excess(1) is None
+        now += 0.5
+    assert 15 <= len(looks) <= 20
 
 
 def alive(pid: int) -> bool:
