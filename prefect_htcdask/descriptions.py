@@ -23,6 +23,7 @@ from distributed.protocol.pickle import dumps
 from prefect.context import FlowRunContext, SettingsContext, TaskRunContext, serialize_context
 from prefect.tasks import Task
 
+from prefect_htcdask import worker_logging
 from prefect_htcdask.access_settings import ENV_PREFIX
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT, Place
 from prefect_htcdask.worker_groups import Offers
@@ -158,6 +159,7 @@ class Descriptions:
             "parameters": self.put(dumps(parameters)) if parameters is not None else None,
             "client_key": _client_key(api.get("url")),
             "offers": offers,
+            "logging": worker_logging.describe(),
         }
         return bytes(cloudpickle.dumps(described))
 

@@ -19,6 +19,7 @@ from uuid import UUID
 import cloudpickle
 
 from prefect_htcdask.scheduler_metadata import Place, blobs
+from prefect_htcdask.worker_logging import FlowLogging, logging_as, take_on
 
 if TYPE_CHECKING:
     from prefect_htcdask.worker_runtime import Call
@@ -39,6 +40,7 @@ class Prototypes:
         parameters: those of the flow run, pickled, or where they are; a task run gets a copy of its own.
         client_key: names the API, and how to come to it.
         offers: what the cluster's worker groups offer (`worker_groups.Offers`), where the flow's process knew.
+        logging: how the flow's process logs.
     """
 
     settings: Any | None
@@ -49,6 +51,7 @@ class Prototypes:
     deployment_parameters: dict[str, Any] | None
     client_key: str
     offers: Any
+    logging: FlowLogging | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
 
 
@@ -79,6 +82,7 @@ def hydrate(blob: bytes) -> Prototypes:
         offers=content["offers"],
     )
     with _copy_of(made.settings), _open_client(made.client_key) as client:
+        made.logging = take_on(content["logging"])
         if flow_run := context.get("flow_run_context"):
             runner = made._stack.enter_context(flow_run["flow"].task_runner.duplicate())
             made.flow_run = FlowRunContext(**flow_run, client=client, task_runner=runner, detached=True)
@@ -119,6 +123,7 @@ def task_context(prototypes: Prototypes, call: Call) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(_copy_of(prototypes.settings))
+        stack.enter_context(logging_as(prototypes.logging))
         client = stack.enter_context(_open_client(prototypes.client_key))
         if prototypes.flow_run is not None:
             store = prototypes.flow_run.result_store.model_copy(update={"cache": default_cache()})

@@ -77,6 +77,7 @@ KNOW_PREFECT = {
     "worker_context",
     "worker_events",
     "worker_jobs",
+    "worker_logging",
     "worker_runtime",
     "worker_settings",
 }
