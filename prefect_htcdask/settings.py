@@ -338,7 +338,7 @@ def _describe(group: str, error: dict[str, Any]) -> str:
     if not location:
         return message
     variable = WORKERS_VARIABLE if group.startswith("workers") else f"{ENV_PREFIX}{group}_{location[0]}".upper()
-    secret = location[0] in {"password", "token"}
+    secret = location[0] in {"password", "token", "environment"}
     shown = "" if secret else f" = {error.get('input')!r}"
     return f"setting {group}.{'.'.join(location)} ({variable}){shown}: {message}"
 

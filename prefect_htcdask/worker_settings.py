@@ -65,6 +65,26 @@ def _resources(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
+def _public(value: dict[str, str]) -> dict[str, str]:
+    for name in value:
+        if name.upper() in _SECRET_VARIABLES:
+            raise ValueError(
+                f"{name} is a secret, and the environment of a job stands in its ad, for every user of the pool to "
+                "read; leave it out: workers get what they need of it by themselves"
+            )
+    return value
+
+
+_SECRET_VARIABLES = frozenset(
+    {
+        "PREFECT_API_KEY",
+        "PREFECT_API_AUTH_STRING",
+        "PREFECT_INTEGRATIONS_HTCDASK_GATEWAY_PASSWORD",
+        "PREFECT_INTEGRATIONS_HTCDASK_GATEWAY_TOKEN",
+        "JUPYTERHUB_API_TOKEN",
+    }
+)
+
 Duration = Annotated[float, BeforeValidator(_duration)]
 """Seconds, from a number or a string such as ``"90 s"`` (`dask.utils.parse_timedelta`)."""
 
@@ -103,7 +123,7 @@ class WorkerSettings(PrefectBaseSettings):
         default=None,
         description="Python interpreter of the worker jobs. Unset: this process's own, or `python3` in a container.",
     )
-    environment: dict[str, str] = Field(
+    environment: Annotated[dict[str, str], AfterValidator(_public)] = Field(
         default_factory=dict,
         description="Environment variables of the worker jobs. They stand in the job ad: no secret belongs here.",
     )

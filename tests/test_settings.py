@@ -235,3 +235,11 @@ def test_a_lifetime_needs_a_smaller_stagger() -> None:
     with pytest.raises(SettingsError, match=r"worker\.lifetime_stagger"):
         load_settings(worker={"lifetime": "1 h", "lifetime_stagger": "1 h"})
     assert load_settings(worker={"lifetime_stagger": "1 h"}).worker.lifetime is None
+
+
+@pytest.mark.parametrize("name", ["PREFECT_API_KEY", "PREFECT_INTEGRATIONS_HTCDASK_GATEWAY_PASSWORD"])
+def test_a_login_is_no_environment_of_a_job(name: str) -> None:
+    """It would stand in the job's ad."""
+    with pytest.raises(SettingsError, match=rf"worker\.environment .*: {name} is a secret") as caught:
+        load_settings(worker={"environment": {"FINE": "1", name: "hunter2"}})
+    assert "hunter2" not in str(caught.value)
