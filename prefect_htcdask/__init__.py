@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from prefect_htcdask.blocks import HTCDaskCondorCredentials, HTCDaskGatewayCredentials
     from prefect_htcdask.cleanup import remove_leftover_jobs, with_cleanup
     from prefect_htcdask.clients import get_async_dask_client, get_dask_client
-    from prefect_htcdask.errors import HTCDaskError, UnknownWorkerGroupError
+    from prefect_htcdask.errors import (
+        HTCDaskError,
+        RemoteTaskError,
+        UnknownWorkerGroupError,
+        UnpicklableResultError,
+    )
     from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
     from prefect_htcdask.settings import HTCDaskSettings
     from prefect_htcdask.task_runner import HTCDaskTaskRunner
@@ -26,7 +31,9 @@ _HOMES = {
     "HTCDaskTaskRunner": "task_runner",
     "HTCGateway": "gateway",
     "HTCGatewayCluster": "gateway",
+    "RemoteTaskError": "errors",
     "UnknownWorkerGroupError": "errors",
+    "UnpicklableResultError": "errors",
     "get_async_dask_client": "clients",
     "get_dask_client": "clients",
     "remove_leftover_jobs": "cleanup",
@@ -42,7 +49,9 @@ __all__ = [
     "HTCDaskTaskRunner",
     "HTCGateway",
     "HTCGatewayCluster",
+    "RemoteTaskError",
     "UnknownWorkerGroupError",
+    "UnpicklableResultError",
     "get_async_dask_client",
     "get_dask_client",
     "remove_leftover_jobs",

@@ -30,6 +30,7 @@ from prefect_htcdask.future_ends import on_end
 from prefect_htcdask.gathering import MAX_BATCH, batch_size, held_back
 from prefect_htcdask.losses import JobFates, killer_of, lost_reason
 from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.portable_states import is_unreadable
 from prefect_htcdask.read_ahead import ReadAhead
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.result_sizes import ResultSizes
@@ -297,6 +298,8 @@ class Collector:
             if isinstance(state, State):
                 future.packed = PackedState(state)
                 ended.append(future)
+                if is_unreadable(state):
+                    self._report_lost(future, state)
             elif future.packed is not None or (self.over and key in finished):
                 continue  # it has its end, or its client has closed meanwhile
             elif future.wrapped_future.status in COMING:
@@ -360,13 +363,16 @@ class Collector:
             if future.packed is not None:
                 return
             future.packed = PackedState(state)
-        if self._on_lost is not None and future.wrapped_future.status != "finished":
-            # Of what has finished, and cannot be brought here, its worker has told.
-            try:
-                self._on_lost(future, state)
-            except Exception:
-                logger.exception("Could not report that task run %s crashed", future._task_run_id)
+        self._report_lost(future, state)
         self._finish([future])
+
+    def _report_lost(self, future: HTCDaskFuture[Any], state: State[Any]) -> None:
+        if self._on_lost is None:
+            return
+        try:
+            self._on_lost(future, state)
+        except Exception:
+            logger.exception("Could not report that task run %s crashed", future._task_run_id)
 
     def _finish(self, futures: list[HTCDaskFuture[Any]]) -> None:
         with self.condition:

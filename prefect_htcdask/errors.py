@@ -15,6 +15,29 @@ class TaskRunLost(HTCDaskError):
     """A task run ended without a state of its own: its worker, the scheduler or the connection was lost."""
 
 
+class UnpicklableResultError(HTCDaskError):
+    """The result of a task run cannot be pickled on its worker, or cannot be unpickled where it is needed."""
+
+
+class RemoteTaskError(HTCDaskError):
+    """Stands for the exception of a task run whose class cannot be imported, or not be made again, in this process.
+
+    Args:
+        type_name: the class of that exception.
+        message: what it said.
+        reason: why it is not here itself.
+    """
+
+    def __init__(self, type_name: str, message: str, reason: str) -> None:
+        super().__init__(type_name, message, reason)
+        self.type_name = type_name
+        self.message = message
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message} (the exception itself cannot be had in this process: {self.reason})"
+
+
 class WorkerGroupError(HTCDaskError):
     """It cannot be said which worker group a task belongs to."""
 

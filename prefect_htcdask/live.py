@@ -317,7 +317,9 @@ class LiveRun:
         # When the whole cluster fails, task runs that never started need no record of their own.
         # Nor do those that were cancelled before they started.
         task = future.task if self.collector.failure is None and not state.is_cancelled() else None
-        self.reporter.report(Ended(future._task_run_id, future.task_name, task, state))
+        # Of what has finished, its worker has told otherwise.
+        overrules = future.wrapped_future.status == "finished"
+        self.reporter.report(Ended(future._task_run_id, future.task_name, task, state, overrules))
 
     def _watch(self) -> None:
         """Notice what nobody waits for: lost task runs, a lost scheduler, versions that do not match."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from prefect._internal.result_records import ResultRecord
 from prefect.client.schemas.objects import State, StateType
-from pydantic import BaseModel
 
+from prefect_htcdask.portable_states import data_of, put_data
 from prefect_htcdask.task_run_states import without_data
 
 _lock = threading.Lock()
@@ -39,10 +39,8 @@ class PackedState:
     def __init__(self, state: State[Any]) -> None:
         self.type: StateType = state.type
         self.name = sys.intern(str(state.name or ""))
-        data: Any = state.data
-        record = isinstance(data, ResultRecord)
-        self.data: Any = data.result if record else data
-        self.has_result = record and state.is_completed()
+        self.data: Any = data_of(state)
+        self.has_result = isinstance(state.data, ResultRecord) and state.is_completed()
         self.travels_along: bool | None = None
         self._pickle = b""
         self._state: Callable[[], State[Any] | None] = _nobody
@@ -81,24 +79,12 @@ def _nobody() -> None:
 def _pack(state: State[Any], data: Any) -> bytes:
     """Pickle a state with nothing in the place of the user's data; the state itself is left alone."""
     light = copy.copy(state)
-    if isinstance(light.data, ResultRecord):
-        record = copy.copy(light.data)
-        _put(record, "result", None)
-        _put(light, "data", record)
-    elif data is not None:
-        _put(light, "data", None)
+    if data is not None:
+        put_data(light, None)
     return pickle.dumps(light, pickle.HIGHEST_PROTOCOL)
 
 
 def _unpack(packed: bytes, data: Any) -> State[Any]:
     state: State[Any] = pickle.loads(packed)
-    if isinstance(state.data, ResultRecord):
-        _put(state.data, "result", data)
-    else:
-        _put(state, "data", data)
+    put_data(state, data)
     return state
-
-
-def _put(model: BaseModel, field: str, value: Any) -> None:
-    # As it is: no validation, and no note that the field was set.
-    model.__dict__[field] = value

@@ -64,12 +64,21 @@ AT_MOST = 30.0
 
 
 class Ended(NamedTuple):
-    """A task run that has ended: its id, its task's name, the task, and its final state where that is known."""
+    """A task run that has ended.
+
+    Attributes:
+        task_run_id: its id.
+        name: its task's name.
+        task: the task.
+        state: its final state where that is known.
+        overrules: whether that counts though the API has another final state: of a result that the flow cannot read.
+    """
 
     task_run_id: UUID
     name: str
     task: Task[Any, Any] | None
     state: State[Any] | None
+    overrules: bool = False
 
 
 class Started(NamedTuple):
@@ -99,7 +108,7 @@ class StateReporter:
         self._thread: threading.Thread | None = None
 
     def report(self, ended: Ended) -> None:
-        """Have a task run moved to its state, unless it has reached a final state by itself."""
+        """Have a task run moved to its state, unless it has reached a final state by itself that is not overruled."""
         with self._lock:
             self._untold[ended.task_run_id] = ended
             self._queue.put(ended)
@@ -291,7 +300,7 @@ class StateReporter:
             # Its worker died before the API heard of it at all.
             self._emit_end(ended, None)
             return
-        if known.state is None or not known.state.is_final():
+        if ended.overrules or known.state is None or not known.state.is_final():
             self._set_state(client, ended.task_run_id, _final(ended))
 
     def _set_state(self, client: SyncPrefectClient, task_run_id: UUID, state: State[Any]) -> None:

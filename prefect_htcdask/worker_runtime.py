@@ -135,7 +135,8 @@ def _run_call(
 ) -> Any:
     from prefect._internal.states import exception_to_crashed_state_sync
     from prefect.client.schemas.objects import State
-    from prefect.task_engine import run_task_async, run_task_sync
+
+    from prefect_htcdask.worker_engine import final_state, run_async, run_sync
 
     current_call.set(scope)
     envelope = envelopes.get(scope.envelope_key)
@@ -157,7 +158,6 @@ def _run_call(
         "task_run_id": call.task_run_id,
         "parameters": parameters,
         "wait_for": wait_for,
-        "return_type": "state",
         "dependencies": call.dependencies,
     }
     loss = rerun.loss_of_this_task()
@@ -168,12 +168,11 @@ def _run_call(
                 if isinstance(found, State):
                     return found
                 arguments["task_run"] = found
-            if envelope.task.isasync:
-                return _run_coroutine(run_task_async(**arguments))
-            return run_task_sync(**arguments)
+            state = _run_coroutine(run_async(**arguments)) if envelope.task.isasync else run_sync(**arguments)
         except (KeyboardInterrupt, SystemExit, asyncio.CancelledError) as exc:
             # The engine has recorded the crash; the worker itself has to live on for the other tasks.
-            return exception_to_crashed_state_sync(exc)
+            state = exception_to_crashed_state_sync(exc)
+        return final_state(envelope.task, state)
 
 
 def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -212,10 +211,10 @@ def executing_keys(dask_worker: Worker) -> list[str]:
 
 async def dask_setup(worker: Worker) -> None:
     """Dask preload: import Prefect before the first task run has to wait for it, and have events outlast an outage."""
-    import prefect.task_engine  # noqa: F401
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
+    import prefect_htcdask.worker_engine  # noqa: F401
     from prefect_htcdask.flow_run_log import relay
     from prefect_htcdask.worker_console import without_highlighting
     from prefect_htcdask.worker_events import keep_trying, send_in_batches
