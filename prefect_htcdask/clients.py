@@ -7,28 +7,38 @@ credentials too, and in a flow the cluster may not have been provisioned yet.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import timedelta
 from typing import Any
 
 import distributed
-from distributed import Client
+from dask.utils import parse_timedelta
+from distributed import Client, Worker
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect_dask.task_runners import DaskTaskRunner
 
+from prefect_htcdask.worker_client import WorkerClient, client_of
+from prefect_htcdask.worker_slots import worker_slot_freed
 
-def _arguments(asynchronous: bool, timeout: float | str | timedelta | None, given: dict[str, Any]) -> dict[str, Any]:
-    flow_run, task_run = FlowRunContext.get(), TaskRunContext.get()
+
+def _worker() -> Worker | None:
+    """The worker on which the task runs that calls; `None` in a flow, and in a task that was called, not submitted."""
+    if TaskRunContext.get() is None:
+        return None
+    try:
+        return distributed.get_worker()
+    except ValueError:
+        return None
+
+
+def _arguments(
+    worker: Worker | None, asynchronous: bool, timeout: float | str | timedelta | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    flow_run = FlowRunContext.get()
     arguments: dict[str, Any] = {"asynchronous": asynchronous}
-    source: Any = None
-    if task_run is not None:
-        try:
-            source = distributed.get_worker()
-        except ValueError:
-            # A task that was called, not submitted, runs in the flow's process.
-            source = None
-    if source is not None:
-        arguments.update(address=source.scheduler.address, security=source.security)
+    if worker is not None:
+        # Other tasks of the worker have its own client for their default.
+        arguments.update(address=worker.scheduler.address, security=worker.security, set_as_default=False)
     elif flow_run is not None and isinstance(flow_run.task_runner, DaskTaskRunner):
         client: Any = flow_run.task_runner.client
         arguments.update(flow_run.task_runner.client_kwargs)
@@ -41,13 +51,28 @@ def _arguments(asynchronous: bool, timeout: float | str | timedelta | None, give
 
 @contextmanager
 def get_dask_client(timeout: float | str | timedelta | None = None, **client_kwargs: Any) -> Iterator[Client]:
-    """A temporary Dask client of the cluster that runs the flow: in tasks, in flows, and outside of both.
+    """A Dask client of the cluster that runs the flow: in tasks, in flows, and outside of both.
+
+    In a task it is the client that all tasks of the worker share, unless `client_kwargs` ask for one of its own; it is
+    what `distributed.get_client`, ``.compute()`` and the like use within the context. The task's slot on its worker is
+    free for other tasks meanwhile, as with `distributed.worker_client`: those that it waits for may need it.
 
     Args:
         timeout: how long connecting may take, in seconds or as "10 s".
         client_kwargs: further arguments of `distributed.Client`.
     """
-    with Client(**_arguments(False, timeout, client_kwargs)) as client:
+    worker = _worker()
+    if worker is None:
+        with Client(**_arguments(None, False, timeout, client_kwargs)) as client:
+            yield client
+        return
+    with ExitStack() as stack:
+        if client_kwargs:
+            client = stack.enter_context(WorkerClient(**_arguments(worker, False, timeout, client_kwargs)))
+        else:
+            client = client_of(worker, parse_timedelta(timeout) if timeout is not None else None)
+        stack.enter_context(client.as_current())
+        stack.enter_context(worker_slot_freed(True))
         yield client
 
 
@@ -55,6 +80,11 @@ def get_dask_client(timeout: float | str | timedelta | None = None, **client_kwa
 async def get_async_dask_client(
     timeout: float | str | timedelta | None = None, **client_kwargs: Any
 ) -> AsyncIterator[Client]:
-    """As `get_dask_client`, for async tasks and flows."""
-    async with Client(**_arguments(True, timeout, client_kwargs)) as client:
-        yield client
+    """As `get_dask_client`, for async tasks and flows; the client is one of the task's own event loop."""
+    worker = _worker()
+    async with Client(**_arguments(worker, True, timeout, client_kwargs)) as client:
+        with ExitStack() as stack:
+            if worker is not None:
+                stack.enter_context(client.as_current())
+                stack.enter_context(worker_slot_freed(True))
+            yield client

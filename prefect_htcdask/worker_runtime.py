@@ -24,6 +24,7 @@ from prefect_htcdask import rerun
 from prefect_htcdask.envelopes import contexts, envelopes
 from prefect_htcdask.interruption import interruptible
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT, blobs
+from prefect_htcdask.worker_client import give_own_client
 from prefect_htcdask.worker_context import task_context
 
 FLUSH_TIMEOUT = 15.0
@@ -105,6 +106,7 @@ def run_call(
         the `prefect.states.State` in which the task run ended.
     """
     scope = CallScope(tuple(envelope_key))
+    give_own_client(get_worker())
     try:
         with interruptible(scope.envelope_key[0]):
             return _clean_context().run(_run_call, scope, payload, shared, upstream)
