@@ -10,13 +10,38 @@ import sys
 import threading
 from typing import Any
 
-from dask_gateway import Gateway
+from dask_gateway import Gateway, GatewayClusterError
 
 from .gateway_http import CheckedGateway
 
 
 class PrivateGateway(CheckedGateway):
     """The client inside a cluster object, which closes it."""
+
+    def scale_cluster(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the gateway would start workers of its own."""
+        raise GatewayClusterError("cluster.gateway scales no workers that are HTCondor jobs; use cluster.scale(n)")
+
+    def adapt_cluster(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as `scale_cluster`."""
+        raise GatewayClusterError("cluster.gateway scales no workers that are HTCondor jobs; use cluster.adapt(...)")
+
+    def new_cluster(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the cluster's workers would be the gateway's."""
+        raise GatewayClusterError(
+            "cluster.gateway makes no clusters of HTCondor workers; use HTCGateway().new_cluster()"
+        )
+
+    def connect(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as `new_cluster`."""
+        raise GatewayClusterError("cluster.gateway knows no HTCondor workers; use HTCGateway().connect(name)")
+
+    def stop_cluster(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the cluster's jobs would stay."""
+        raise GatewayClusterError(
+            "cluster.gateway leaves a cluster's HTCondor jobs behind; use cluster.shutdown() or "
+            "HTCGateway().stop_cluster(name)"
+        )
 
     def __del__(self) -> None:
         """Nothing: a cluster and its client are collected together, in any order."""

@@ -5,6 +5,7 @@ Any stock gateway will do: it gives the scheduler, and never starts a worker. Th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dask_gateway import GatewayClusterError
@@ -16,7 +17,8 @@ from .gateway_checks import GatewayUnreachable
 from .gateway_cluster import HTCGatewayCluster
 from .gateway_http import CheckedGateway
 from .resolution import Parts, resolve_parts
-from .settings import HTCDaskSettings, load_settings
+from .scaling_requests import worker_count
+from .settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from .supervisor import oneshot
 from .supervisor.handle import SupervisorError
 from .threads import in_thread
@@ -99,6 +101,69 @@ class HTCGateway(CheckedGateway):
 
     def __del__(self) -> None:
         close_when_collected(self, self)
+
+    def submit(self, cluster_options: Any = None, **kwargs: Any) -> Any:
+        """Have the gateway start a scheduler, and return the cluster's name at once; see `dask_gateway.Gateway.submit`.
+
+        It has no workers and nobody looks after it, until somebody connects to it and scales it.
+
+        Raises:
+            SettingsError: a keyword is a setting of the workers, which this cluster does not keep.
+        """
+        settings = sorted(WorkerSettings.model_fields.keys() & kwargs.keys() - {"image"})
+        if settings:
+            raise SettingsError(
+                f"submit({settings[0]}={kwargs[settings[0]]!r}) is a setting of the workers, and submit starts no more "
+                "than a scheduler; give it to new_cluster, or to HTCGatewayCluster.from_name as you connect"
+            )
+        return super().submit(cluster_options=cluster_options, **kwargs)
+
+    def scale_cluster(self, cluster_name: str, n: int, group: str | None = None, **kwargs: Any) -> Any:
+        """Have `n` workers of a cluster, by its name; as `HTCGatewayCluster.scale`.
+
+        Args:
+            cluster_name: the cluster.
+            n: how many.
+            group: name of the worker group; the default group by default.
+
+        Raises:
+            ValueError: `n` is no number of workers, or there is no such group or cluster.
+            GatewayClusterError: the cluster's workers cannot be scaled from here.
+        """
+        worker_count(n)
+        return self.sync(self._ask_cluster, cluster_name, lambda cluster: cluster.scale(n, group), **kwargs)
+
+    def adapt_cluster(
+        self,
+        cluster_name: str,
+        minimum: int | None = None,
+        maximum: float | None = None,
+        active: bool = True,
+        group: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Have the number of a cluster's workers follow its queue, by its name; as `HTCGatewayCluster.adapt`.
+
+        Args:
+            cluster_name: the cluster.
+            minimum: workers kept in any case.
+            maximum: workers at most.
+            active: False: stop adapting, and keep as many workers as there are.
+            group: name of the worker group; the default group by default.
+
+        Raises:
+            ValueError: minimum is above maximum, or negative, or there is no such group or cluster.
+            GatewayClusterError: the cluster's workers cannot be scaled from here.
+        """
+        return self.sync(
+            self._ask_cluster, cluster_name, lambda cluster: cluster.adapt(minimum, maximum, active, group), **kwargs
+        )
+
+    async def _ask_cluster(self, cluster_name: str, ask: Callable[[HTCGatewayCluster], Any]) -> None:
+        # The gateway itself is not asked: it would start workers of its own.
+        cluster = HTCGatewayCluster.from_name(cluster_name, asynchronous=True, settings=self.settings, parts=self.parts)
+        async with cluster:
+            await ask(cluster)
 
     def stop_cluster(self, cluster_name: str, **kwargs: Any) -> Any:
         """Stop a cluster and remove its worker jobs, found by their ads."""

@@ -331,7 +331,7 @@ class HTCGatewayCluster(GatewayCluster):
     def adapt(
         self,
         minimum: int | None = None,
-        maximum: int | None = None,
+        maximum: float | None = None,
         active: bool = True,
         group: str | None = None,
         **kwargs: Any,
@@ -340,7 +340,7 @@ class HTCGatewayCluster(GatewayCluster):
 
         Args:
             minimum: workers kept in any case; default: the settings'.
-            maximum: workers at most; default: the settings'.
+            maximum: workers at most; default, and where it is infinite: the settings'.
             active: False: stop adapting, and keep as many workers as there are.
             group: name of the worker group; the default group by default.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -48,10 +49,17 @@ def hold_request(group: str | None, groups: Mapping[str, Any]) -> dict[str, Any]
     return {"op": "hold", "group": group_of({"group": group}, groups)}
 
 
+def is_unbounded(maximum: Any) -> bool:
+    """Whether a maximum is none: `None`, as dask_gateway writes it, or infinite, as `distributed.deploy.Adaptive`."""
+    return maximum is None or (isinstance(maximum, float) and maximum == math.inf)
+
+
 def adapt_request(
     minimum: Any, maximum: Any, group: str | None, groups: Mapping[str, Any], settings: HTCDaskSettings
 ) -> dict[str, Any]:
     """Follow the queue of a group between two numbers of workers; one that is `None` is as in the settings.
+
+    So is a maximum that is infinite, Dask's own default: it asks for no bound, and lifts none.
 
     Raises:
         ValueError: minimum is above maximum, or negative, or there is no such group.
@@ -59,7 +67,7 @@ def adapt_request(
     name = group_of({"group": group}, groups)
     limits = settings.groups.get(name)
     low = (limits and limits.minimum) or 0 if minimum is None else worker_count(minimum)
-    if maximum is not None:
+    if not is_unbounded(maximum):
         high = worker_count(maximum)
     else:
         high = max((limits and limits.maximum) or settings.adaptive.maximum, low)

@@ -21,6 +21,7 @@ from prefect_htcdask import live
 from prefect_htcdask.futures import HTCDaskFuture, HTCDaskFutureList
 from prefect_htcdask.mapping import expand_mapping
 from prefect_htcdask.nested import NestedRun, nested_run
+from prefect_htcdask.scaling_requests import is_unbounded
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.submission import current_tags
 from prefect_htcdask.worker_groups import Offers, resources_of
@@ -110,7 +111,8 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             raise SettingsError(
                 f"adapt_kwargs = {self.adapt_kwargs!r}: {', '.join(unknown)} cannot be set, only minimum and maximum"
             )
-        groups["adaptive"] = {**groups.get("adaptive", {}), **self.adapt_kwargs}
+        limits = {name: value for name, value in self.adapt_kwargs.items() if not is_unbounded(value)}
+        groups["adaptive"] = {**groups.get("adaptive", {}), **limits}
         return load_settings(**groups)
 
     def __eq__(self, other: object) -> bool:
@@ -183,7 +185,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         self,
         task: Task[Any, R],
         parameters: dict[str, Any],
-        wait_for: Iterable[PrefectFuture[Any]] | None = None,
+        wait_for: PrefectFuture[Any] | Iterable[Any] | None = None,
         dependencies: dict[str, set[RunInput]] | None = None,
     ) -> HTCDaskFuture[R]:
         """Submit one task run.
@@ -208,7 +210,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         self,
         task: Task[Any, R],
         parameters: dict[str, Any],
-        wait_for: Iterable[PrefectFuture[Any]] | None = None,
+        wait_for: PrefectFuture[Any] | Iterable[Any] | None = None,
     ) -> PrefectFutureList[HTCDaskFuture[R]]:
         """Submit one task run for each element of the iterable parameters, as one Dask graph.
 
