@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 import dask
 from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
+from dask_gateway.utils import format_template
 
 from .condor.worker_job import WorkerSpec
 from .gateway_http import EmbeddedAuth
@@ -56,7 +57,9 @@ class Parts:
     @property
     def workers_are_local(self) -> bool:
         """Whether all workers run on this machine: no other could reach a proxy that listens on loopback."""
-        return self.embedded or is_loopback(str(self.proxy_address or self.address))
+        # A number is a port of the gateway's host.
+        proxy = self.proxy_address if isinstance(self.proxy_address, str) else None
+        return self.embedded or is_loopback(proxy or self.address)
 
 
 def resolve_parts(
@@ -74,8 +77,7 @@ def resolve_parts(
         SettingsError: nothing is configured and the embedded pool is disabled, or credentials cannot be had.
         EmbeddedError: the embedded pool could not be started.
     """
-    dask_address = dask.config.get("gateway.address", None)
-    address = address or settings.gateway.address or dask_address
+    address = address or settings.gateway.address or dask_setting("address")
     condor = settings.condor
     # Before anything is started: a block that there is not is found out here.
     login = auth if isinstance(auth, GatewayAuth) else None
@@ -122,7 +124,7 @@ def resolve_running_parts(settings: HTCDaskSettings) -> Parts | None:
     """
     from .embedded import find
 
-    address = settings.gateway.address or dask.config.get("gateway.address", None)
+    address = settings.gateway.address or dask_setting("address")
     condor = settings.condor
     needs_embedded = address is None or not (
         any((condor.collector, condor.schedd, condor.config_file)) or _condor_is_configured()
@@ -145,11 +147,32 @@ def _configured(
         raise SettingsError(f"gateway.address = {address!r} is no URL; write http://host:port or https://host")
     return Parts(
         address=address,
-        proxy_address=proxy_address or settings.gateway.proxy_address,
-        public_address=public_address or settings.gateway.public_address,
+        proxy_address=proxy_address or settings.gateway.proxy_address or dask_setting("proxy-address"),
+        public_address=public_address or settings.gateway.public_address or dask_setting("public-address"),
         auth=login,
         schedd=schedd,
         embedded=False,
+    )
+
+
+def dask_setting(name: str) -> Any:
+    """A value of Dask's own configuration of gateways, such as ``address``, with ``{VARIABLE}`` filled in.
+
+    The environment gives the variables, as in dask_gateway, whose sites write such values for all of their users.
+
+    Raises:
+        SettingsError: a variable is not set, or the braces are wrong.
+    """
+    value = dask.config.get(f"gateway.{name}", None)
+    try:
+        return format_template(value)
+    except KeyError as exc:
+        problem = f"the environment has no variable {exc.args[0]}"
+    except (ValueError, IndexError, AttributeError) as exc:
+        problem = str(exc)
+    raise SettingsError(
+        f"gateway.{name} = {value!r} of Dask's configuration cannot be filled in: {problem}; set it, or set "
+        f"gateway.{name.replace('-', '_')} of prefect_htcdask"
     )
 
 
@@ -192,14 +215,20 @@ def gateway_auth(gateway: GatewaySettings, auth: str | None) -> GatewayAuth:
     if kind is None:
         kind = "basic" if gateway.password else "jupyterhub" if gateway.token else None
     try:
-        if kind == "basic":
+        if kind == "basic" and (gateway.username or gateway.password):
             return BasicAuth(
                 username=gateway.username,
                 password=gateway.password.get_secret_value() if gateway.password else None,
             )
         if kind == "jupyterhub" and gateway.token:
             return JupyterHubAuth(api_token=gateway.token.get_secret_value())
+        # What the settings do not say, Dask's configuration does.
         return get_auth(kind)
+    except KeyError as exc:
+        raise SettingsError(
+            f"gateway.auth.kwargs of Dask's configuration cannot be filled in: the environment has no variable "
+            f"{exc.args[0]}; set it, or set gateway.auth of prefect_htcdask and its secret"
+        ) from exc
     except (ImportError, TypeError, ValueError, AttributeError) as exc:
         raise SettingsError(
             f"gateway.auth = {kind!r} cannot be used: {exc}; it is 'basic', 'jupyterhub', 'kerberos' or a class's name"

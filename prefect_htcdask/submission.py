@@ -26,13 +26,14 @@ from dask.utils import key_split
 from distributed import Client, Future
 from distributed.protocol.pickle import dumps
 from prefect._internal.uuid7 import uuid7
+from prefect.client.schemas.objects import State
 from prefect.context import (
     AssetContext,
     FlowRunContext,
     TagsContext,
 )
 from prefect.tasks import MaterializingTask, Task
-from prefect.utilities.annotations import allow_failure, opaque, quote, unmapped
+from prefect.utilities.annotations import BaseAnnotation, allow_failure, opaque, quote, unmapped
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
 from prefect_htcdask.descriptions import Descriptions
@@ -123,7 +124,7 @@ class Submission:
         self,
         task: Task[Any, Any],
         parameters: dict[str, Any],
-        wait_for: Iterable[Any] | None,
+        wait_for: Any,
         dependencies: Mapping[str, set[Any]] | None,
         resources: Mapping[str, float] | None = None,
     ) -> Submitted:
@@ -144,7 +145,7 @@ class Submission:
         task: Task[Any, Any],
         calls: list[dict[str, Any]],
         shared: dict[str, Any],
-        wait_for: Iterable[Any] | None,
+        wait_for: Any,
         dependencies: Mapping[str, set[Any]],
         resources: Mapping[str, float] | None = None,
     ) -> list[Submitted]:
@@ -156,6 +157,7 @@ class Submission:
             what was submitted, in the order of `calls`.
         """
         envelope = self._described.envelope(task, self.offers)
+        wait_for = as_list(wait_for)  # once, should it be an iterator
         shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
         bring_back = partial(self._in_hand.bring_back, resources=resources)
         holder = UpstreamFutures(self.client, bring_back=bring_back)
@@ -223,7 +225,7 @@ class Submission:
         task: Task[Any, Any],
         envelope: Place,
         parameters: dict[str, Any],
-        wait_for: Iterable[Any] | None,
+        wait_for: Any,
         dependencies: Mapping[str, set[Any]],
         needed: UpstreamFutures,
         *,
@@ -242,7 +244,8 @@ class Submission:
 
         sent = {name: needed.replace(value) for name, value in parameters.items()}
         sent.update(replaced or {})
-        waited = needed.replace_awaited(list(wait_for)) if wait_for else None
+        awaited = as_list(wait_for)
+        waited = needed.replace_awaited(awaited) if awaited else None
         call = Call(
             task_run_id=task_run_id,
             parameters=sent,
@@ -302,6 +305,15 @@ class Submission:
 
     def _kept(self, spec: Spec) -> Spec | None:
         return spec if isinstance(self.client, ResumingClient) else None
+
+
+def as_list(wait_for: Any) -> list[Any]:
+    """What a task waits for, as Prefect takes it: one future, state or value, or many of them, also nested."""
+    if wait_for is None:
+        return []
+    if isinstance(wait_for, (str, bytes, Mapping, State, BaseAnnotation)) or not isinstance(wait_for, Iterable):
+        return [wait_for]
+    return list(wait_for)
 
 
 def _needs(upstreams: UpstreamFutures) -> list[Any]:

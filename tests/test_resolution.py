@@ -144,3 +144,43 @@ def test_a_lifetime_is_staggered_by_a_tenth_unless_said_otherwise() -> None:
 def test_a_group_s_missing_image_is_named_with_its_group() -> None:
     with pytest.raises(SettingsError, match=r"workers\.gpu\.container_image = '/no/such\.sif' does not exist"):
         worker_specs(load_settings(workers={"cpu": {}, "gpu": {"container_image": "/no/such.sif"}}))
+
+
+def test_dask_s_configuration_is_filled_in_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUB_HOST", "hub.example.org")
+    monkeypatch.setenv("HUB_USER", "anna")
+    written = {
+        "gateway.address": "https://{HUB_HOST}/services/dask-gateway",
+        "gateway.proxy-address": "gateway://{HUB_HOST}:8786",
+        "gateway.public-address": "https://{HUB_HOST}/user/{HUB_USER}",
+        "gateway.auth.type": "basic",
+        "gateway.auth.kwargs": {"username": "{HUB_USER}", "password": "p"},
+    }
+    with dask.config.set(written):
+        parts = resolve_parts(configured())
+        assert parts.address == "https://hub.example.org/services/dask-gateway"
+        assert parts.proxy_address == "gateway://hub.example.org:8786"
+        assert parts.public_address == "https://hub.example.org/user/anna"
+        for auth in (None, "basic"):
+            login = gateway_auth(configured(gateway={"auth": auth} if auth else {}).gateway, None)
+            assert isinstance(login, BasicAuth) and (login.username, login.password) == ("anna", "p")
+        # What is set for prefect_htcdask counts more.
+        own = gateway_auth(configured(gateway={"username": "bert", "password": "q"}).gateway, None)
+        assert isinstance(own, BasicAuth) and (own.username, own.password) == ("bert", "q")
+
+
+@pytest.mark.parametrize("name", ["address", "proxy-address", "public-address", "auth.kwargs"])
+def test_a_variable_that_is_not_set_is_named(name: str) -> None:
+    value: Any = "http://{NO_SUCH_VARIABLE}"
+    written = {
+        "gateway.address": "http://g",
+        f"gateway.{name}": {"username": value} if name == "auth.kwargs" else value,
+    }
+    with dask.config.set(written), pytest.raises(SettingsError) as caught:
+        resolve_parts(configured())
+    assert f"gateway.{name}" in str(caught.value) and "NO_SUCH_VARIABLE" in str(caught.value)
+
+
+def test_a_proxy_that_is_a_port_is_on_the_gateway_s_host() -> None:
+    for address, local in (("http://127.0.0.1:8000", True), ("http://gateway.example.org", False)):
+        assert resolve_parts(configured(), address=address, proxy_address=8786).workers_are_local is local

@@ -117,6 +117,37 @@ def test_map_shares_large_parameters(runner: HTCDaskTaskRunner) -> None:
     assert computing() == ([97, 98], list(range(10)))
 
 
+def test_wait_for_takes_one_or_many_as_prefect_does(runner: HTCDaskTaskRunner) -> None:
+    @flow(task_runner=runner)
+    def computing() -> Any:
+        first, broken, many = double.submit(1), fail.submit("no"), double.map([1, 2])
+        sound = [
+            first,
+            [first],
+            (first, many),
+            {"a": first},
+            {first},
+            iter([first]),
+            many,
+            5,
+            "text",
+            None,
+            [[[first]]],
+        ]
+        done = [add.submit(1, 1, wait_for=one).result() for one in sound]
+        sound[5] = iter([first])
+        mapped = [sum(double.map([1, 2], wait_for=one).result()) for one in sound]
+        despite = double.submit(1, wait_for=allow_failure(broken)).result()
+        waiting = [
+            double.submit(1, wait_for=one) for one in (broken, [first, [broken]], {"a": broken}, iter([first, broken]))
+        ]
+        waiting += double.map([1, 2], wait_for=iter([broken]))
+        wait(waiting, timeout=60)
+        return set(done), set(mapped), despite, {one.state.name for one in waiting}
+
+    assert computing() == ({2}, {6}, 2, {"NotReady"})
+
+
 def test_map_complains_as_prefect_does(runner: HTCDaskTaskRunner) -> None:
     @flow(task_runner=runner)
     def computing() -> None:
