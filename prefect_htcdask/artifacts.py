@@ -11,22 +11,18 @@ import contextvars
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.context import SyncClientContext
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from slugify import slugify
 
 from prefect_htcdask import artifact_contents as contents
 from prefect_htcdask.artifact_contents import Content
 from prefect_htcdask.picture import why_none
+from prefect_htcdask.prefect_api import TIMEOUT, open_client
 from prefect_htcdask.report import markdown
-
-TIMEOUT = 10.0
-"""Seconds that one call may take."""
 
 PATIENCE = 5.0
 """Seconds that the end of a flow run waits for its last artifacts at most; where the last call failed, it does not."""
@@ -105,7 +101,7 @@ class Artifacts:
         self._shown: dict[str, Content] = {}
         self._ids: dict[str, UUID] = {}
         self._turns: list[str] = []
-        self._failing = self._complained = False
+        self._failing = self._complained = self._closed = False
         if dashboard:
             self._want({DASHBOARD: contents.dashboard_link(dashboard)})
         # A thread has no context of its own, and the API's address is in that.
@@ -145,6 +141,8 @@ class Artifacts:
         self._ending.set()
         self._wake.set()
         self._thread.join(min(timeout, HARDLY) if self._failing else timeout)
+        # Should it go on, it says nothing beside the interpreter's end, and nothing new begins.
+        self._closed = True
 
     def _want(self, wanted: Mapping[str, Content | None]) -> None:
         with self._lock:
@@ -154,21 +152,18 @@ class Artifacts:
     # In the thread
 
     def _work(self) -> None:
-        # A client of this thread's own: the flow's may be in use, or closed.
-        SyncClientContext.__var__.set(cast(Any, None))
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-            more = True
-            while more:
-                ending = self._ending.is_set()
-                try:
-                    with get_client(httpx_settings={"timeout": TIMEOUT}, sync_client=True) as client:
-                        while more := self._show_one(client):
-                            self._ending.wait(self._interval)
-                except Exception as exc:
-                    self._failing = True
-                    self._complain(exc)
-                    more = not ending
-                    self._ending.wait(self._interval)
+        more = True
+        while more and not self._closed:
+            ending = self._ending.is_set()
+            try:
+                with open_client(TIMEOUT) as client:
+                    while more := not self._closed and self._show_one(client):
+                        self._ending.wait(self._interval)
+            except Exception as exc:
+                self._failing = True
+                self._complain(exc)
+                more = not ending
+                self._ending.wait(self._interval)
 
     def _show_one(self, client: SyncPrefectClient) -> bool:
         """Show what changed, one artifact of it; returns whether there may be more to come."""
@@ -208,6 +203,6 @@ class Artifacts:
         )
 
     def _complain(self, exc: Exception) -> None:
-        if not self._complained:
+        if not self._complained and not self._closed:
             self._complained = True
             self._log("warning", f"The flow run's artifacts could not be written, and are tried again: {exc}")

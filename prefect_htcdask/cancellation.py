@@ -11,7 +11,6 @@ import contextvars
 import logging
 import threading
 import time
-from typing import Any, cast
 from uuid import UUID
 
 GRACE = 2.0
@@ -44,17 +43,11 @@ def _end(flow_run_id: UUID, grace: float) -> None:
 
 
 def _end_now(flow_run_id: UUID) -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.context import SyncClientContext
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
     from prefect.states import Cancelled
 
-    # The flow's own client is closed by now.
-    SyncClientContext.__var__.set(cast(Any, None))
-    with (
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
-        get_client(httpx_settings={"timeout": TIMEOUT}, sync_client=True) as client,
-    ):
+    from prefect_htcdask.prefect_api import open_client
+
+    with open_client(TIMEOUT) as client:
         state = client.read_flow_run(flow_run_id).state
         if state is not None and state.is_cancelling():
             message = "Cancelled: its task runs were cancelled and its workers removed"

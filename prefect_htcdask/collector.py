@@ -6,7 +6,6 @@ message; nothing is swallowed and nothing waits for ever.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import math
@@ -34,6 +33,7 @@ from prefect_htcdask.portable_states import is_unreadable
 from prefect_htcdask.read_ahead import ReadAhead
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.result_sizes import ResultSizes
+from prefect_htcdask.threads import in_thread
 from prefect_htcdask.worker_slots import worker_slot_freed
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ class Collector:
         first, self.on_first = self.on_first, None
         if first is not None:
             try:
-                await asyncio.to_thread(first)
+                await in_thread(first)
             except Exception:
                 logger.exception("Error as the first final state came")
         ended: list[HTCDaskFuture[Any]] = []

@@ -26,6 +26,7 @@ from prefect_htcdask.event_shapes import (
     flow_run_resource,
     scaled_event,
 )
+from prefect_htcdask.threads import interpreter_ends
 
 FLUSH_TIMEOUT = 3.0
 """Seconds that the end of a flow run waits at most for events that are still queued."""
@@ -109,7 +110,9 @@ def emit_cleanup(flow_run_id: str, name: str, jobs: int, clusters: list[str], pr
 
 
 def _emit(event: EventShape, *related: dict[str, str]) -> bool:
-    """Queue an event; returns whether there is an API that it goes to."""
+    """Queue an event; returns whether there is an API that it goes to, and still a way."""
+    if interpreter_ends():
+        return False
     context = FlowRunContext.get()
     if context is not None and context.flow_run is not None:
         # Said here, since Prefect itself adds only what it can read from the API as it sends.

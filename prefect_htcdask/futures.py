@@ -17,7 +17,6 @@ from uuid import UUID
 
 import distributed
 from distributed import Client
-from prefect import get_client
 from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
@@ -28,6 +27,7 @@ from prefect_htcdask.client_collectors import collector_of
 from prefect_htcdask.collector import COMING, Collector
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.prefect_api import open_client
 from prefect_htcdask.worker_slots import free_worker_slot, worker_slot_freed
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         deadline = (self.collector.closed_at or 0.0) + API_LAG
         if timeout is not None:
             deadline = min(deadline, time.monotonic() + timeout)
-        with get_client(sync_client=True) as api:
+        with open_client(timeout=None, retries=None) as api:
             while True:
                 state: State[Any] | None = None
                 with suppress(ObjectNotFound):

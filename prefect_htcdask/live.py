@@ -37,6 +37,7 @@ from prefect_htcdask.recall import Recall
 from prefect_htcdask.reconnection import ResumingClient, Terms
 from prefect_htcdask.submission import Submission
 from prefect_htcdask.task_run_states import Ended, Started, StateReporter
+from prefect_htcdask.threads import interpreter_ends
 from prefect_htcdask.unawaited import executing, settle
 from prefect_htcdask.worker_groups import OFFERS_METADATA, Offers
 
@@ -215,7 +216,9 @@ class LiveRun:
         number = logging.getLevelName(level.upper())
         if not isinstance(number, int):
             number = logging.INFO
-        self._context.copy().run(self.logger.log, number, text)
+        # Prefect sends no more logs as the interpreter ends; the console has them.
+        chosen = logging.getLogger("prefect.task_runner.htcdask") if interpreter_ends() else self.logger
+        self._context.copy().run(chosen.log, number, text)
 
     def close(self, error: BaseException | None = None) -> None:
         """End the run: what has not started is cancelled, what runs may finish, then client and cluster close.

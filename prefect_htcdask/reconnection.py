@@ -30,6 +30,7 @@ from prefect_htcdask.kept_work import KEEP, LEAVE, RESUME
 from prefect_htcdask.lost_work import MARK
 from prefect_htcdask.outbox import Outbox, OutboxClient
 from prefect_htcdask.resubmission import Spec, graphs, needed_again
+from prefect_htcdask.threads import in_thread
 
 ATTEMPT = 10.0
 """Seconds for one attempt to connect."""
@@ -304,7 +305,7 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
         while terms.goes_on() and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         if terms.goes_on():
-            await asyncio.to_thread(terms.fail, error)
+            await in_thread(terms.fail, error)
         self._given_up = error
         for state in list(self.futures.values()):
             if state.status == "pending":

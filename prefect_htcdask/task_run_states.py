@@ -12,13 +12,12 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 from uuid import UUID
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
@@ -28,12 +27,13 @@ from prefect.client.schemas.filters import (
     TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import State, StateDetails, StateType, TaskRun
-from prefect.context import SyncClientContext
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.tasks import Task
 from prefect.types import DateTime
 from prefect.utilities.engine import emit_task_run_state_change_event
+
+from prefect_htcdask.prefect_api import TIMEOUT, open_client
+from prefect_htcdask.threads import interpreter_ends
 
 logger = logging.getLogger("prefect.task_runner.htcdask")
 
@@ -51,9 +51,6 @@ LONGEST_PAUSE = 2.0
 UNCHANGED_PAGES = 2
 """Pages of task runs of which none has ended, after which the others are not asked for: what arrives, arrives in order.
 """
-
-TIMEOUT = 10.0
-"""Seconds that a request to the API may take."""
 
 RETRIES = 2
 """Attempts of Prefect's client beyond the first, about 2 s and 4 s later, while the flow runs; what fails then is tried
@@ -148,7 +145,7 @@ class StateReporter:
         return self._context.copy().run(self._confirm, by_id, settle, events, workers_gone) if by_id else 0
 
     def _confirm(self, ended: dict[UUID, Ended], settle: float, events: bool, workers_gone: bool) -> int:
-        with self._client() as client:
+        with open_client(TIMEOUT) as client:
             known, arriving = self._await_ends(client, ended, settle)
             if arriving and not workers_gone:
                 logger.info("The Prefect API has yet to record the ends of %d task runs; they are arriving", len(known))
@@ -217,7 +214,7 @@ class StateReporter:
         return self._context.copy().run(self._ask_unfinished) if self.flow_run_id is not None else set()
 
     def _ask_unfinished(self) -> set[UUID]:
-        with self._client() as client:
+        with open_client(TIMEOUT) as client:
             return self._unfinished(client)
 
     def end_unfinished(self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float = 2.0) -> int:
@@ -259,7 +256,7 @@ class StateReporter:
 
     def _end_unfinished(self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float) -> int:
         deadline = time.monotonic() + settle
-        with self._client() as client:
+        with open_client(TIMEOUT) as client:
             while True:
                 unfinished = self._unfinished(client) & task_run_ids
                 if not unfinished or time.monotonic() >= deadline:
@@ -271,18 +268,8 @@ class StateReporter:
                 self._set_state(client, task_run_id, _new_state(state_type, message))
         return len(unfinished)
 
-    @contextmanager
-    def _client(self, retries: int = 0) -> Iterator[SyncPrefectClient]:
-        # A client of this thread's own: the flow's may be in use, or closed.
-        SyncClientContext.__var__.set(cast(Any, None))
-        with (
-            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries}),
-            get_client(httpx_settings={"timeout": TIMEOUT}, sync_client=True) as client,
-        ):
-            yield client
-
     def _work(self) -> None:
-        with self._client(RETRIES) as client:
+        with open_client(TIMEOUT, RETRIES) as client:
             while (ended := self._queue.get()) is not None:
                 try:
                     self._tell(client, ended)
@@ -314,6 +301,8 @@ class StateReporter:
             ended: the task run.
             task_run: what the API knows of it, if anything.
         """
+        if interpreter_ends():
+            raise RuntimeError("the interpreter ends, and Prefect sends no more events")
         state = _final(ended)
         state.state_details = StateDetails(task_run_id=ended.task_run_id, flow_run_id=self.flow_run_id)
         before = task_run.state if task_run is not None else None
@@ -344,7 +333,7 @@ class StateReporter:
         return self.flow_run_id is not None and self._context.copy().run(self._ask_cancelled, self.flow_run_id)
 
     def _ask_cancelled(self, flow_run_id: UUID) -> bool:
-        with self._client() as client:
+        with open_client(TIMEOUT) as client:
             state = client.read_flow_run(flow_run_id).state
         return state is not None and (state.is_cancelling() or state.is_cancelled())
 

@@ -18,6 +18,7 @@ from uuid import UUID
 
 import cloudpickle
 
+from prefect_htcdask.prefect_api import send_again_where_kept
 from prefect_htcdask.scheduler_metadata import Place, blobs
 from prefect_htcdask.worker_logging import FlowLogging, logging_as, take_on
 
@@ -181,6 +182,8 @@ def _open_client(key: str) -> Iterator[Any]:
     if context is None:
         context = SyncClientContext()
         context.client.__enter__()
+        # The engine's requests are as far apart as a worker's tasks.
+        send_again_where_kept(context.client)
         settings = SettingsContext.get()
         if settings is None or settings.settings.client.server_version_check_enabled:
             context.client.raise_for_api_version_mismatch_once()

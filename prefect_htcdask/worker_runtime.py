@@ -24,6 +24,7 @@ from prefect_htcdask import rerun
 from prefect_htcdask.envelopes import contexts, envelopes
 from prefect_htcdask.interruption import interruptible
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT, blobs
+from prefect_htcdask.threads import in_thread
 from prefect_htcdask.worker_client import give_own_client
 from prefect_htcdask.worker_context import task_context
 
@@ -234,6 +235,6 @@ async def dask_setup(worker: Worker) -> None:
 async def dask_teardown(worker: Worker) -> None:
     """Dask preload and plugin hook: send off what Prefect has queued, before the worker goes."""
     try:
-        await asyncio.wait_for(asyncio.to_thread(flush), FLUSH_TIMEOUT + 1)
+        await asyncio.wait_for(in_thread(flush), FLUSH_TIMEOUT + 1)
     except asyncio.TimeoutError:
         logger.warning("Gave up on the queued events and logs of Prefect after %s s", FLUSH_TIMEOUT + 1)

@@ -88,6 +88,7 @@ KNOW_PREFECT = {
 FLOW_SIDE = KNOW_PREFECT - {
     "access_settings",
     "lease_settings",
+    "prefect_api",
     "report_settings",
     "settings",
     "supervisor.flow_watch",

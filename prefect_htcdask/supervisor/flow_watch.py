@@ -39,11 +39,11 @@ async def flow_run_ended(flow_run_id: str, environment: Mapping[str, str]) -> st
     # Prefect takes over a second to import; the workers' start comes first.
     await asyncio.sleep(_FIRST_LOOK)
     os.environ.update(environment)
-    client_module = await asyncio.to_thread(_import_client)
+    api = await asyncio.to_thread(_import_api)
     run_id = UUID(flow_run_id)
     while True:
         try:
-            async with client_module.get_client() as client:
+            async with api.open_async_client() as client:
                 while True:
                     flow_run = await client.read_flow_run(run_id)
                     state = flow_run.state.type.value if flow_run.state else ""
@@ -95,7 +95,7 @@ def _import_events():  # type: ignore[no-untyped-def]
     return clients, schemas
 
 
-def _import_client():  # type: ignore[no-untyped-def]
-    import prefect.client.orchestration as orchestration
+def _import_api():  # type: ignore[no-untyped-def]
+    from .. import prefect_api
 
-    return orchestration
+    return prefect_api
