@@ -22,6 +22,9 @@ from prefect_htcdask.pickling import dump_exception, load_exception
 _OUT_OF_BAND = 5
 """The protocol of pickle from which large buffers may go beside the pickle (PEP 574)."""
 
+_SIMPLE = frozenset({type(None), bool, int, float, str})
+"""What is unpickled anywhere, and quickest within the state itself."""
+
 
 class PortableState(State[Any]):
     """A final state, as it leaves the process in which the task ran; there it has the very result or exception."""
@@ -50,7 +53,7 @@ def portable(state: State[Any]) -> State[Any]:
         Exception: what is in it cannot be pickled, when it is; see `pickling.why_unpicklable`.
     """
     data = data_of(state)
-    if data is not None and not isinstance(state, PortableState):
+    if type(data) not in _SIMPLE and not isinstance(state, PortableState):
         exception = dump_exception(data) if isinstance(data, BaseException) else None
         _become(state, PortableState, {"_exception": exception, "_unreadable": False})
     return state
