@@ -30,6 +30,9 @@ class OtherClock(ScheddClient):
         clock.passed += self.slow
         return [{"ServerTime": int(then + self.slow / 2 + self.ahead)}]
 
+    def user(self) -> str:
+        return "anne@example.org"
+
     def query(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         return list(self._call("", "query"))
 
