@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from distributed import Client
@@ -31,6 +32,8 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
     """
 
     home = (socket.gethostname(), os.getpid())
+    # As objects of the standard library: a worker that has to be brought this package could not read its own.
+    code_sent, package_sent = (SimpleNamespace(**vars(each)) if each else None for each in (code, package))
 
     class PrefectHTCDaskPlugin(WorkerPlugin):
         idempotent = False
@@ -103,9 +106,15 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
                 importlib.invalidate_caches()
 
             def shared(archive: Any, content: zipfile.ZipFile) -> bool:
+                trusted = {0, os.geteuid()}
                 try:
                     for root, members in archive.roots:
+                        # On a host of its own, the same path may be anybody's, with more in it than these files.
+                        if os.stat(root).st_uid not in trusted:
+                            return False
                         for member in members:
+                            if os.stat(os.path.join(root, member)).st_uid not in trusted:
+                                return False
                             with open(os.path.join(root, member), "rb") as file:
                                 if file.read() != content.read(member):
                                     return False
@@ -134,10 +143,10 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
 
             if (socket.gethostname(), os.getpid()) == home:
                 return
-            if package is not None and importlib.util.find_spec("prefect_htcdask") is None:
-                install(package)
-            if code is not None:
-                install(code)
+            if package_sent is not None and importlib.util.find_spec("prefect_htcdask") is None:
+                install(package_sent)
+            if code_sent is not None:
+                install(code_sent)
 
         async def teardown(self, worker: Any) -> None:
             from distributed.worker import WORKER_ANY_RUNNING

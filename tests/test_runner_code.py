@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from distributed import Client, Worker
+from distributed.protocol.pickle import dumps
 
 from prefect_htcdask import code_plugin, source_code
 from prefect_htcdask.settings import SettingsError, load_settings
@@ -313,6 +314,66 @@ def test_workers_run_the_last_version_and_are_sent_it_once(
             process.terminate()
         for process in workers:
             process.wait(20)
+
+
+SET_UP = """
+import pickle, sys, types
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "prefect_htcdask" and not any("htcdask_code" in path for path in sys.path):
+            raise ModuleNotFoundError(name, name=name)
+
+sys.path[:] = [path for path in sys.path if path]
+if sys.argv[1] == "without the package":
+    sys.meta_path.insert(0, Missing())
+    import importlib.util
+    real = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: None if name == "prefect_htcdask" else real(name, package)
+plugin = pickle.load(sys.stdin.buffer)
+plugin.setup(types.SimpleNamespace(local_directory=sys.argv[2], plugins={}))
+import alone
+print(alone.__file__)
+"""
+
+
+def _set_up(plugin: Any, directory: Path, how: str = "") -> str:
+    """Where a process elsewhere, with the plugin set up in it, finds a module that was sent."""
+    done = subprocess.run(
+        [sys.executable, "-c", SET_UP, how, str(directory)],
+        input=dumps(plugin),
+        capture_output=True,
+        timeout=60,
+        cwd=directory,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().strip()
+
+
+def test_the_code_reaches_a_worker_that_has_not_even_this_package(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    _write(source, {"alone.py": "import prefect\n@prefect.flow\ndef main(): ...\n"})
+    elsewhere.mkdir()
+    plugin = code_plugin.make_plugin(_archive(source, "alone"), source_code.own_package())
+    shutil.rmtree(source)
+    found = _set_up(plugin, elsewhere, "without the package")
+    assert found.startswith(f"{elsewhere}/prefect_htcdask_code/")
+
+
+def test_the_same_path_of_another_user_is_not_shared(tmp_path: Path) -> None:
+    """On an execute host, who may write below /tmp could have the same files there, and others beside them."""
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    _write(source, {"alone.py": "import prefect\n@prefect.flow\ndef main(): ...\n"})
+    elsewhere.mkdir()
+    plugin = code_plugin.make_plugin(_archive(source, "alone"), None)
+    assert _set_up(plugin, elsewhere) == str(source / "alone.py")
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to another user")
+    for path in (source / "alone.py", source):
+        os.chown(path, 65534, -1)
+        assert _set_up(plugin, elsewhere).startswith(f"{elsewhere}/prefect_htcdask_code/")
+        os.chown(path, 0, -1)
 
 
 def _archive(root: Path, module: str, data_files: list[str] | None = None) -> source_code.CodeArchive:
