@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 EXTRA = "prefect.extra"
@@ -39,7 +40,7 @@ class FlowLogging:
     config: Mapping[str, Any]
     extra: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def levels(self) -> dict[str, int]:
         """The levels of loggers by their names, "" for the root; those that are unset are 0."""
         named = {"": self.config["root"]} if self.config.get("root") else {}
@@ -189,9 +190,9 @@ def _effective(name: str, one: FlowLogging) -> int:
 
     What no flow's configuration names has the level that it has here, as a library gives it to its own loggers.
     """
-    configured = {each for known in _known for each in known.levels}
     while True:
-        level = one.levels.get(name, logging.NOTSET) if name in configured else logging.getLogger(name or None).level
+        configured = any(name in known.levels for known in _known)
+        level = one.levels.get(name, logging.NOTSET) if configured else logging.getLogger(name or None).level
         if level or not name:
             return level
         name = name.rpartition(".")[0]
