@@ -173,3 +173,14 @@ async def test_the_user_is_told_once_of_each_silence_of_the_scheduler(tmp_path: 
     assert await silent_for(50) == []
     await rounds.take_answer(dict(ANSWER))
     assert len(await silent_for(30)) == 1
+
+
+async def test_what_the_schedd_last_said_is_why_no_worker_came(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path)
+    for group in rounds.groups.values():
+        group.wanted(1, time.monotonic() - 31.0)
+    rounds.groups["cpu"].refused(time.monotonic(), "the schedd takes no more jobs at a time (MAX_JOBS_PER_OWNER)")
+    rounds.groups["gpu"].has_joined = True
+    await rounds.tick()
+    (told,) = [message["text"] for message in rounds.messages if message["kind"] == "failed"]
+    assert "start_timeout = 30 s" in told and "MAX_JOBS_PER_OWNER" in told

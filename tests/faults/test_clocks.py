@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from prefect_htcdask.condor.worker_job import LEASE_REASON
 from prefect_htcdask.embedded import ensure_running, stop
 from prefect_htcdask.settings import EmbeddedSettings
 from tests.faults.arena import Arena, kill, kill_at_once
@@ -21,6 +22,8 @@ pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long
 
 NewFlow = Callable[..., FlowProcess]
+VACATE = 20.0
+"""Seconds that a worker is given to leave."""
 APART = 300.0
 """Seconds: more than lease and grace."""
 
@@ -62,15 +65,19 @@ def test_schedd_clock(arena: Arena, row: Row, new_flow: NewFlow, request: pytest
 def test_schedd_clock_and_orphans(arena: Arena, row: Row, new_flow: NewFlow) -> None:
     """schedd's clock 300 s off, SIGKILL of flow and supervisor, leases of 8 s: their jobs are kept no longer"""
     flow = new_flow(SHORT_LEASE).start().compute()
-    # A worker that has lost its scheduler would leave by itself.
+    # Scheduler and workers stand still: else they would leave by themselves.
     scheduler = arena.scheduler_of(arena.jobs()[0]["HTCDaskClusterName"])
-    kill(scheduler, number=signal.SIGSTOP)
+    kill(scheduler, *(flow.runs(task) for task, _ in flow.order["late"]), number=signal.SIGSTOP)
     since = time.time()
     kill_at_once([flow.supervisor, flow.pid])
+    within = LEASE + LATE + VACATE + 20
     try:
-        wait_until(lambda: arena.job_ids() == [], LEASE + LATE + 40, "the schedd ends the jobs")
+        wait_until(lambda: arena.job_ids() == [], within + 10, "the schedd ends the jobs")
     finally:
         kill(scheduler, number=signal.SIGCONT)
-    row.gone(arena, since, LEASE + LATE + 30, LEASE + LATE + 50)
+    row.gone(arena, since, within, within + 20)
+    reasons = arena.condor("condor_history", "-limit", "2", "-af", "RemoveReason").stdout.splitlines()
+    row.note = "; ".join(dict.fromkeys(reasons))
+    row.expect([one for one in reasons if LEASE_REASON in one] == reasons, f"the jobs ended otherwise: {reasons}")
     row.judge(arena, [flow], ["Crashed"], again=0, sweep=True)
     row.check()
