@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from prefect import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from prefect_htcdask.artifacts import Artifacts
 from prefect_htcdask.prefect_api import open_async_client, open_client, prefect_api
@@ -78,11 +78,10 @@ def fickle() -> Iterator[Fickle]:
 
 def test_a_request_that_fails_on_a_kept_connection_is_sent_again_at_once(fickle: Fickle) -> None:
     with open_client() as client:
-        begun = time.monotonic()
+        # Prefect's own client tries nothing again here.
         for _ in range(5):
             assert client.request("GET", "/health").json() == {}
             assert client.request("GET", "/hello").json() == {}
-        assert time.monotonic() - begun < 1.5  # Prefect's own next attempt would be after about 2 s
     # Each was sent again once, on a new connection.
     assert fickle.requests == [2] * 9 + [1]
 
@@ -118,13 +117,15 @@ def test_a_client_that_was_idle_for_as_long_as_the_server_waits_is_answered() ->
         return ""
 
     async def ask_async(pause: float) -> str:
-        async with open_async_client() as client:
-            await client.hello()
-            await asyncio.sleep(pause)
-            begun = time.monotonic()
-            await client.hello()
-            # Prefect's own next attempt would be after about 2 s.
-            return f"{pause:.4f} s: late" if time.monotonic() - begun > 1.5 else ""
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            async with open_async_client() as client:
+                await client.hello()
+                await asyncio.sleep(pause)
+                try:
+                    await client.hello()
+                except httpx.HTTPError as exc:
+                    return f"{pause:.4f} s, async: {exc!r}"
+        return ""
 
     pauses = [SERVER_KEEPS + (number - 30) / 1000 for number in range(60)]
     with ThreadPoolExecutor(len(pauses)) as pool:
