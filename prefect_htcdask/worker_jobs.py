@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prefect_htcdask.condor.diagnosis import SPOOLING, Category, diagnose_hold
+from prefect_htcdask.condor.event_times import SERVER_TIME, by_our_clock, seconds_ahead
 from prefect_htcdask.condor.worker_job import (
     API_ATTRIBUTE,
     CLUSTER_ATTRIBUTE,
@@ -38,7 +39,7 @@ _PROJECTION = [
     "HTCDaskAttempt",
     GROUP_ATTRIBUTE,
     "HTCDaskLeaseExpires",
-    "ServerTime",
+    SERVER_TIME,
     CLUSTER_ATTRIBUTE,
     FLOW_RUN_ATTRIBUTE,
     API_ATTRIBUTE,
@@ -47,9 +48,6 @@ _PROJECTION = [
 
 FAILED = "failed"
 """State of a job that is no more: its worker died, or HTCondor held it and another took its place."""
-
-_ANSWER_TIME = 5.0
-"""Seconds that an answer of the schedd may be old: clocks that differ by no more count as one."""
 
 _WELL = frozenset({"", Category.WAITING.value, Category.POOL_FULL.value, Category.LOW_PRIORITY.value})
 
@@ -101,9 +99,11 @@ def worker_jobs(parts: Parts, flow_run_id: str | None = None) -> list[WorkerJob]
     condition = f"{CLUSTER_ATTRIBUTE} =!= undefined"
     if flow_run_id is not None:
         condition += f" && {flow_run_constraint(flow_run_id)}"
+    asked = time.time()
     ads = oneshot.call(parts.schedd, "query", condition, _PROJECTION)
-    now = time.time()
-    return [_worker_job(ad, now) for ad in sorted(ads, key=lambda ad: (ad["ClusterId"], ad["ProcId"]))]
+    ahead = seconds_ahead(float(ads[0][SERVER_TIME]), asked, time.time()) if ads and ads[0].get(SERVER_TIME) else 0.0
+    ours = (by_our_clock(ad, ahead) for ad in sorted(ads, key=lambda ad: (ad["ClusterId"], ad["ProcId"])))
+    return [_worker_job(ad) for ad in ours]
 
 
 def explained_jobs(parts: Parts, settings: HTCDaskSettings, flow_run_id: str | None = None) -> list[WorkerJob]:
@@ -193,17 +193,7 @@ def _settings_of(group: str, groups: set[str]) -> str:
     return "worker" if groups <= {DEFAULT_GROUP} else f"workers.{group}"
 
 
-def _by_our_clock(when: float | None, schedd_now: float | None, now: float) -> float:
-    """A time of the schedd's clock as ours has it, where the two differ by more than its answer may have taken.
-
-    Where it is not known, it is 0.
-    """
-    if not when or schedd_now is None or abs(schedd_now - now) <= _ANSWER_TIME:
-        return float(when or 0)
-    return float(when) - schedd_now + now
-
-
-def _worker_job(ad: dict[str, Any], now: float) -> WorkerJob:
+def _worker_job(ad: dict[str, Any]) -> WorkerJob:
     state, held = STATES.get(ad["JobStatus"], "unknown"), None
     running = state == "running"
     code, subcode = (int(ad.get(name) or 0) for name in ("HoldReasonCode", "HoldReasonSubCode"))
@@ -217,14 +207,14 @@ def _worker_job(ad: dict[str, Any], now: float) -> WorkerJob:
         state=state,
         host=str(ad.get("RemoteHost") or ""),
         submitted=float(ad.get("QDate") or 0),
-        started=_by_our_clock(ad.get("JobCurrentStartDate"), ad.get("ServerTime"), now) or None if running else None,
+        started=float(ad["JobCurrentStartDate"]) if running and ad.get("JobCurrentStartDate") else None,
         hold_reason=str(ad.get("HoldReason") or "") if held else "",
         batch_name=str(ad.get("JobBatchName") or ""),
         cluster=str(ad.get(CLUSTER_ATTRIBUTE) or ""),
         group=str(ad.get(GROUP_ATTRIBUTE) or ""),
         flow_run_id=str(ad.get(FLOW_RUN_ATTRIBUTE) or ""),
         attempt=int(ad.get("HTCDaskAttempt") or 1),
-        lease_expires=_by_our_clock(ad.get("HTCDaskLeaseExpires"), ad.get("ServerTime"), now),
+        lease_expires=float(ad.get("HTCDaskLeaseExpires") or 0),
         api=str(ad.get(API_ATTRIBUTE) or ""),
         category=held.category.value if held else "",
         summary=held.summary if held else "",

@@ -63,6 +63,20 @@ def test_the_mirror_is_the_machines_own(
     assert module._mirror(own_state(tmp_path)) == MIRROR
 
 
+def test_a_copy_that_answers_late_is_kept(no_condor: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool may run on it: a busy machine is no damage."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "VERSION_TIMEOUT", 0.5)
+    name = f"condor-23.9.6-{module.SUITE}-{module.platform.machine()}"
+    program = tmp_path / module.APPLICATION / name / "usr" / "bin" / "condor_version"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o700)
+    with pytest.raises(EmbeddedError, match="did not end within"):
+        condor_binaries(lambda message: None)
+    assert program.exists()
+
+
 def test_no_mirror_is_a_clear_error(apt_sources: Path, tmp_path: Path) -> None:
     (apt_sources / "other.list").write_text("deb http://other.invalid/apt stable main\n")
     with pytest.raises(EmbeddedError, match=r"name no Debian mirror.*install HTCondor"):

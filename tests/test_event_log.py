@@ -23,7 +23,6 @@ from prefect_htcdask.condor.job_events import (
     JobTable,
     QueueReader,
     apply,
-    by_our_clock,
 )
 from prefect_htcdask.condor.schedd import ScheddError
 
@@ -283,11 +282,3 @@ def test_at_the_end_the_queue_is_believed_at_once(log: Path) -> None:
     reader.hurry()
     (change,) = reader.read(table)
     assert change.what == "removed" and complaints == []
-
-
-def test_the_times_of_a_schedd_of_another_clock_are_told_by_ours() -> None:
-    ad = {"QDate": 1000, "JobCurrentStartDate": 1010, "ServerTime": 1600, "JobStatus": 2}
-    assert by_our_clock([ad], 1601.0) == [ad]
-    (ours,) = by_our_clock([ad], 1000.0)
-    assert (ours["QDate"], ours["JobCurrentStartDate"]) == (400.0, 410.0)
-    assert by_our_clock([{"QDate": 5}], 1000.0) == [{"QDate": 5}]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from prefect_htcdask.condor import schedd as schedd_module
+from prefect_htcdask.condor.event_times import by_our_clock
 from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient
+from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.voice import Voice
-from prefect_htcdask.worker_jobs import _worker_job
+from prefect_htcdask.worker_jobs import worker_jobs
 from tests.cluster_fixtures import texts
 
 
@@ -88,15 +91,27 @@ def test_clocks_that_are_apart_are_told_of_once(ahead: float, word: str) -> None
 
 
 @pytest.mark.parametrize("ahead", [-300.0, 0.0, 300.0])
-def test_a_lease_is_shown_and_judged_by_this_host_s_clock(ahead: float) -> None:
+@pytest.mark.parametrize("slow", [0.0, 50.0])
+def test_jobs_are_shown_and_judged_by_this_host_s_clock(
+    ahead: float, slow: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = clock.time()
-    ad = {"ClusterId": 7, "ProcId": 0, "JobStatus": 2, "ServerTime": now + ahead}
-    assert _worker_job({**ad, "HTCDaskLeaseExpires": now + ahead + 60}, now).lease_expires == now + 60
-    assert _worker_job({**ad, "JobCurrentStartDate": now + ahead - 60}, now).started == now - 60
-    assert (_worker_job(ad, now).lease_expires, _worker_job(ad, now).started) == (0, None)
+    there = now + ahead
+    ad = {"ClusterId": 7, "ProcId": 0, "JobStatus": 2, "ServerTime": int(there), "QDate": now - 90}
+    ad |= {"HTCDaskLeaseExpires": there + 60, "JobCurrentStartDate": there - 60}
+
+    def query(*arguments: Any) -> list[dict[str, Any]]:
+        clock.passed += slow
+        return [ad]
+
+    monkeypatch.setattr(oneshot, "call", query)
+    (job,) = worker_jobs(SimpleNamespace(schedd=None))  # type: ignore[arg-type]
+    assert job.lease_expires == pytest.approx(now + 60, abs=slow + 1)
+    assert job.started == pytest.approx(now - 60, abs=slow + 1)
+    assert job.submitted == now - 90, "the host that submits says when"
+    if not ahead:
+        assert job.lease_expires == now + 60, "an answer that took a while moves no lease"
 
 
-@pytest.mark.parametrize("off", [-3.0, 3.0])
-def test_an_answer_that_took_a_while_moves_no_lease(off: float) -> None:
-    ad = {"ClusterId": 7, "ProcId": 0, "JobStatus": 2, "ServerTime": 1000.0 + off, "HTCDaskLeaseExpires": 1060}
-    assert _worker_job(ad, 1000.0).lease_expires == 1060
+def test_times_that_are_not_known_stay_unknown() -> None:
+    assert by_our_clock({"QDate": 5, "HTCDaskLeaseExpires": None}, 300.0) == {"QDate": 5, "HTCDaskLeaseExpires": None}

@@ -43,7 +43,5 @@ def test_jobs_whose_input_could_not_be_spooled_are_removed(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("code", "state", "category"), [(16, "idle", ""), (13, "held", "held_transfer")])
 def test_a_job_whose_input_is_on_its_way_is_well(code: int, state: str, category: str) -> None:
-    job = _worker_job(
-        {"ClusterId": 7, "ProcId": 0, "JobStatus": 5, "HoldReasonCode": code, "HoldReason": "Spooling"}, 0.0
-    )
+    job = _worker_job({"ClusterId": 7, "ProcId": 0, "JobStatus": 5, "HoldReasonCode": code, "HoldReason": "Spooling"})
     assert (job.state, job.category, job.is_well) == (state, category, code == 16)

@@ -1,4 +1,6 @@
-"""When job events happened, in any time zone: an event log holds the local time of the schedd that writes it.
+"""When things happened to jobs, by this host's clock, whatever the schedd's zone and clock are.
+
+An event log holds the local time of the schedd that writes it.
 
 HTCondor's readers take such a time for one of their own zone (`ULogEvent::readHeader` calls mktime), so that it is off
 by whole quarters of an hour where the zones differ, and by an hour after summer time has ended in one of them. Which
@@ -7,7 +9,16 @@ quarters these are is seen by when an event can have been written at all: after 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .worker_job import LEASE_ATTRIBUTE
+
+SERVER_TIME = "ServerTime"
+"""What the schedd adds to its answer where it is asked for: the time there (`condor_q` counts by it, too)."""
+
+_SCHEDD_TIMES = ("EnteredCurrentStatus", "JobCurrentStartDate", "JobCurrentStartExecutingDate", LEASE_ATTRIBUTE)
+"""Attributes of a job ad that have the schedd's time. QDate has that of the host that submits: ours."""
 
 _QUARTER = 900.0
 _LENIENCE = 2.0
@@ -68,3 +79,24 @@ class EventTimes:
 
 def _whole_quarters(seconds: float) -> float:
     return _QUARTER * round(seconds / _QUARTER)
+
+
+def seconds_ahead(there: float, asked: float, answered: float) -> float:
+    """Seconds that another host's clock is ahead of ours, at least; negative where it is behind.
+
+    Args:
+        there: the time by that clock, in whole seconds, at some time between the question and the answer.
+        asked: when the question was asked, by our clock.
+        answered: when the answer was there.
+    """
+    return max(0.0, there - answered) or min(0.0, there + 1 - asked)
+
+
+def by_our_clock(ad: Mapping[str, Any], ahead: float) -> dict[str, Any]:
+    """A job ad with the schedd's times by our clock.
+
+    Args:
+        ad: as the schedd gave it.
+        ahead: seconds that its clock is ahead of ours.
+    """
+    return {**ad, **{name: float(ad[name]) - ahead for name in _SCHEDD_TIMES if ahead and ad.get(name)}}

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import htcondor2
 
 from .diagnosis import SPOOLING
-from .event_times import EventTimes
+from .event_times import SERVER_TIME, EventTimes, by_our_clock, seconds_ahead
 from .schedd import ScheddClient, ScheddError
 
 
@@ -359,28 +359,10 @@ _PROJECTION = [
     "RemoveReason",
     "JobCurrentStartDate",
     "JobCurrentStartExecutingDate",
-    "ServerTime",
+    SERVER_TIME,
 ]
-_TIMES = ("EnteredCurrentStatus", "QDate", "JobCurrentStartDate", "JobCurrentStartExecutingDate")
 _LENIENCE = 2.0
 """Seconds by which two clocks may differ and count as one: the schedd tells whole seconds."""
-
-
-def by_our_clock(ads: Iterable[dict[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Job ads with their times by our own clock, where the schedd's is another.
-
-    Args:
-        ads: as the schedd gave them; each tells the time there as `ServerTime`, where the schedd does.
-        now: when they were asked for, Unix time in seconds.
-    """
-    return [_by_our_clock(ad, now) for ad in ads]
-
-
-def _by_our_clock(ad: dict[str, Any], now: float) -> dict[str, Any]:
-    behind = now - float(ad.get("ServerTime") or now)
-    if abs(behind) <= _LENIENCE:
-        return ad
-    return {**ad, **{name: float(ad[name]) + behind for name in _TIMES if ad.get(name)}}
 
 
 def events_of_ad(record: JobRecord | None, ad: Mapping[str, Any]) -> Iterable[tuple[str, float, dict[str, Any]]]:
@@ -438,6 +420,7 @@ class QueueReader:
         self._constraint = constraint
         self._interval = interval
         self._next = 0.0
+        self._ahead = 0.0
 
     def read(self, table: JobTable) -> list[JobChange]:
         """Changes that the queue shows, or none where the last look was a short time ago."""
@@ -456,18 +439,21 @@ class QueueReader:
 
     def look(self, table: JobTable) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """The ads of all jobs in the queue, and of those in the table that have left it, by job."""
-        queued = self._by_job(self._schedd.query(self._constraint, _PROJECTION))
+        asked = time.time()
+        ads = self._schedd.query(self._constraint, _PROJECTION)
+        if ads and ads[0].get(SERVER_TIME):  # ads of the history have none
+            self._ahead = seconds_ahead(float(ads[0][SERVER_TIME]), asked, time.time())
+        queued = self._by_job(ads)
         gone = {record.job_id for record in table.records.values() if record.in_queue} - queued.keys()
         lost = {"JobStatus": 3, "RemoveReason": "no longer in the queue, nor in the history"}
         past = self._by_job(self._schedd.history(self._constraint, _PROJECTION)) if gone else {}
         return queued, {job_id: past.get(job_id, lost) for job_id in gone}
 
-    @staticmethod
-    def _by_job(ads: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _by_job(self, ads: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Ads by their jobs, of several the first: the history tells the newest first."""
         found: dict[str, dict[str, Any]] = {}
-        for ad in by_our_clock(ads, time.time()):
-            found.setdefault(f"{ad['ClusterId']}.{ad['ProcId']}", ad)
+        for ad in ads:
+            found.setdefault(f"{ad['ClusterId']}.{ad['ProcId']}", by_our_clock(ad, self._ahead))
         return found
 
     def hurry(self) -> None:

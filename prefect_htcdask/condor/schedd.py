@@ -24,6 +24,7 @@ import classad2
 import htcondor2
 
 from ..listeners import PORT_OWNERS, ForeignListenerError, check_pool
+from .event_times import SERVER_TIME, seconds_ahead
 from .token import TokenDirectory
 from .worker_job import LEASE_ATTRIBUTE, string_literal
 
@@ -34,9 +35,6 @@ _EDIT_REFUSED = re.compile(r"Unable to (edit jobs?\b|commit transaction)")
 
 _NOBODY = frozenset({"", "unauthenticated", "unmapped"})
 """Names of a schedd's for who has not proved to be anybody."""
-
-_CLOCK = "ServerTime"
-"""What the schedd adds to its answer where it is asked for: the time there (`condor_q` counts by it, too)."""
 
 
 class ScheddError(RuntimeError):
@@ -410,18 +408,17 @@ class ScheddClient:
         """
         asked = time.time()
         summary = htcondor2.QueryOpts.SummaryOnly
-        ads = self._call("the schedd's clock could not be read", "query", "false", [_CLOCK], opts=summary)
+        ads = self._call("the schedd's clock could not be read", "query", "false", [SERVER_TIME], opts=summary)
         return self._saw_clock(ads, asked)
 
     def _saw_clock(self, ads: Sequence[Mapping[str, Any]], asked: float) -> float:
         """Take in what an answer to a question, asked at `asked`, tells of the schedd's clock; returns its time now."""
         answered = time.time()
-        told = ads[0].get(_CLOCK) if ads else None
+        told = ads[0].get(SERVER_TIME) if ads else None
         if told is None:  # no release that is in use; but it has its own clock, whatever it says of it
             return answered + self.clock_ahead
-        # The schedd answered at some time between, and tells whole seconds.
         seen = float(told)
-        self.clock_ahead = max(0.0, seen - answered) or min(0.0, seen + 1 - asked)
+        self.clock_ahead = seconds_ahead(seen, asked, answered)
         return seen
 
     def renew(self, condition: str, duration: float) -> int:
@@ -433,7 +430,7 @@ class ScheddClient:
             ScheddError: the schedd is unreachable, or refused for jobs that are in the queue; the others were renewed.
         """
         asked = time.time()
-        found = self.query(condition, [_CLOCK], limit=1)
+        found = self.query(condition, [SERVER_TIME], limit=1)
         if not found:
             return 0  # an edit that matches no job raises
         expires = int(self._saw_clock(found, asked) + duration)

@@ -28,6 +28,9 @@ SUITE = "trixie"
 
 KEYRINGS = ("/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp")
 
+VERSION_TIMEOUT = 300.0
+"""Seconds for a program of HTCondor's to say its version, on however busy a machine."""
+
 NOT_NEEDED = (
     "libboost-python", "libdebconf", "libjs-", "libpam", "libperl", "libpython", "libsemanage", "libsepol"
 )  # fmt: skip
@@ -91,16 +94,24 @@ def installed() -> CondorBinaries | None:
 
 
 def _version(release: Path) -> str | None:
-    """The version that `condor_version` tells, or `None` where it does not run."""
+    """The version that `condor_version` tells, or `None` where it does not run.
+
+    Raises:
+        EmbeddedError: it does not end: a busy machine or a file server that hangs, and no damage.
+    """
     try:
         result = subprocess.run(
             [release / "bin" / "condor_version"],
             env={**os.environ, "CONDOR_CONFIG": "/dev/null"},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=VERSION_TIMEOUT,
             check=True,
         )
+    except subprocess.TimeoutExpired as error:
+        raise EmbeddedError(
+            f"{release}/bin/condor_version did not end within {VERSION_TIMEOUT:.0f} s: is the disk or file server slow?"
+        ) from error
     except (OSError, subprocess.SubprocessError):
         return None
     words = result.stdout.split()  # $CondorVersion: 23.9.6 2026-07-12 ... $
