@@ -296,9 +296,12 @@ class Collector:
             key = str(future.wrapped_future.key)
             state = states.get(key)
             if isinstance(state, State):
+                unreadable = is_unreadable(state)
+                if unreadable and self._only_ahead(future):
+                    continue  # other tasks may be able to use it
                 future.packed = PackedState(state)
                 ended.append(future)
-                if is_unreadable(state):
+                if unreadable:
                     self._report_lost(future, state)
             elif future.packed is not None or (self.over and key in finished):
                 continue  # it has its end, or its client has closed meanwhile

@@ -37,7 +37,7 @@ class PortableState(State[Any]):
         _become(light, State, None)
         put_data(light, None)
         if self._exception is not None:
-            return _with_exception, (light, self._exception)
+            return _with_exception, (light, self._exception, self._unreadable)
         if protocol < _OUT_OF_BAND:
             return _with_result, (light, dumps(data_of(self), protocol=protocol))
         buffers: list[pickle.PickleBuffer] = []
@@ -59,10 +59,11 @@ def portable(state: State[Any]) -> State[Any]:
     return state
 
 
-def _with_exception(state: State[Any], blob: bytes) -> State[Any]:
+def _with_exception(state: State[Any], blob: bytes, unreadable: bool) -> State[Any]:
     put_data(state, load_exception(blob))
-    # As it is sent on, such as to a task that it is a parameter of.
-    _become(state, PortableState, {"_exception": blob, "_unreadable": False})
+    # As it is sent on, such as to a task that it is a parameter of. A worker that could not read a result holds a copy
+    # of it for Dask all the same, which anybody may be given.
+    _become(state, PortableState, {"_exception": blob, "_unreadable": unreadable})
     return state
 
 

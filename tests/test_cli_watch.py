@@ -56,7 +56,7 @@ def test_jobs_come_and_go_before_ones_eyes(new_cluster: NewCluster, condor_envir
     with in_terminal("jobs", *OFTEN) as terminal:
         terminal.shows("no worker jobs in the queue")
         cluster = new_cluster(n_workers=1)
-        terminal.shows(cluster.name)
+        terminal.shows(cluster.run_directory.name)
         terminal.shows("running")
         cluster.close()
         terminal.shows("no worker jobs in the queue")

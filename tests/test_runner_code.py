@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -489,7 +490,7 @@ def test_what_is_left_behind_is_told(
     _write(tmp_path, {"alone_and_told.py": "import prefect\n@prefect.flow\ndef main(): ...\n", "token.csv": ""})
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(source_code.logger, "handlers", [caplog.handler])
-    monkeypatch.setattr(source_code.logger, "level", 20)
+    caplog.set_level(logging.INFO, source_code.logger.name)
     import importlib
 
     flow = importlib.import_module("alone_and_told").main

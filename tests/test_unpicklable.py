@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import dask
 import pytest
 from prefect import allow_failure, flow, get_client, task
 from prefect.client.schemas.objects import State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.futures import as_completed, wait
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
 from prefect_htcdask import HTCDaskTaskRunner
 from prefect_htcdask.errors import UnpicklableResultError
+from prefect_htcdask.portable_states import is_unreadable, portable
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -95,13 +99,12 @@ def in_api(future: Any, kind: StateType) -> State[Any]:
     """The state that the API has, once it is of this kind."""
     found: list[State[Any]] = []
 
-    def read() -> bool:
-        with get_client(sync_client=True) as api:
-            runs = api.read_task_runs()
-        found[:] = [run.state for run in runs if run.id == future.task_run_id and run.state is not None]
+    def reached() -> bool:
+        with get_client(sync_client=True) as api, suppress(ObjectNotFound):
+            found[:] = [state for state in [api.read_task_run(future.task_run_id).state] if state is not None]
         return bool(found) and found[0].type is kind
 
-    wait_until(read, 60, f"the API having {kind}")
+    wait_until(reached, 60, f"the API having {kind}")
     return found[0]
 
 
@@ -189,3 +192,12 @@ def test_what_pickle_takes_or_cloudpickle_does_arrives(runner: HTCDaskTaskRunner
         return a_lambda.submit().result()(1), take.submit(a_lambda.submit()).result()
 
     assert working() == (2, "function")
+
+
+def test_a_copy_of_what_a_worker_could_not_read_is_known_for_it() -> None:
+    """Dask may give the flow the copy that another worker holds, which is no longer the result."""
+    copy = pickle.loads(pickle.dumps(portable(Completed(data=BadUnpickle()))))
+    for _ in range(2):
+        assert copy.is_failed() and is_unreadable(copy)
+        copy = pickle.loads(pickle.dumps(copy))
+    assert not is_unreadable(pickle.loads(pickle.dumps(portable(Failed(data=ValueError("no"))))))
