@@ -234,12 +234,10 @@ def test_large_arrays_are_not_copied_into_the_pickle() -> None:
 @pytest.mark.parametrize("copies", ["pickle", "dask"])
 def test_a_result_that_cannot_be_unpickled_arrives_as_a_failure_that_says_so(copies: str) -> None:
     state = portable(completed(BadUnpickle()))
-    for times in range(2):
+    for _ in range(2):
         came = _sent(state, copies)
-        # Only the first process that could not read it has to tell of that.
-        assert (
-            came.is_failed() and is_unreadable(came) == (times == 0) and isinstance(came.data, UnpicklableResultError)
-        )
+        # Copies too: Dask may give the flow the one that another worker holds.
+        assert came.is_failed() and is_unreadable(came) and isinstance(came.data, UnpicklableResultError)
         assert "RuntimeError: this value refuses" in came.message
         assert isinstance(came.data.__cause__, RuntimeError)
         state = came
@@ -254,6 +252,7 @@ def test_a_state_with_an_exception_can_be_sent_on_and_packed(copies: str) -> Non
         assert isinstance(came.data, TwoArguments) and str(came.data) == "404: gone"
         packed = PackedState(came)
         assert packed.state.data is came.data
+        assert not is_unreadable(came)
         assert packed.without_data().state.data is None or packed.without_data().data is None
         state = packed.state
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import queue
 import threading
 from contextlib import suppress
@@ -15,11 +14,10 @@ from prefect import allow_failure, flow, get_client, task
 from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.futures import as_completed, wait
-from prefect.states import Completed, Failed
+from prefect.states import Failed
 
 from prefect_htcdask import HTCDaskTaskRunner
 from prefect_htcdask.errors import UnpicklableResultError
-from prefect_htcdask.portable_states import is_unreadable, portable
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -192,12 +190,3 @@ def test_what_pickle_takes_or_cloudpickle_does_arrives(runner: HTCDaskTaskRunner
         return a_lambda.submit().result()(1), take.submit(a_lambda.submit()).result()
 
     assert working() == (2, "function")
-
-
-def test_a_copy_of_what_a_worker_could_not_read_is_known_for_it() -> None:
-    """Dask may give the flow the copy that another worker holds, which is no longer the result."""
-    copy = pickle.loads(pickle.dumps(portable(Completed(data=BadUnpickle()))))
-    for _ in range(2):
-        assert copy.is_failed() and is_unreadable(copy)
-        copy = pickle.loads(pickle.dumps(copy))
-    assert not is_unreadable(pickle.loads(pickle.dumps(portable(Failed(data=ValueError("no"))))))
