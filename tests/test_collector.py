@@ -60,7 +60,7 @@ def test_of_many_each_waits_until_the_interval_is_over_or_a_batch_is_full(full: 
     pause = held_back(full, asked, False, since)
     assert 0 <= pause <= interval(asked)
     assert (pause == 0) == (full or since >= interval(asked))
-    assert since + pause >= interval(asked) or full
+    assert since + pause >= interval(asked) - 1e-9 or full  # sums of floats are rounded
 
 
 @given(st.integers(0), st.integers(0))
