@@ -8,6 +8,7 @@ Dask's future of a task is there before its graph is sent, and waits as it would
 from __future__ import annotations
 
 import contextvars
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +49,7 @@ class Outbox:
         self._sending = threading.Lock()
         self._waiting: list[tuple[Spec, object]] = []
         self._bytes = 0
-        self._sent_at = 0.0
+        self._sent_at = -math.inf
         self._timer: threading.Timer | None = None
         self._hurried = False
 

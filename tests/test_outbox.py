@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_one_submit_alone_waits_for_nothing(runner: HTCDaskTaskRunner, monkeypat
     def computing() -> int:
         nothing.submit(0).wait()
         # As if the last graph had been sent long ago.
-        client_of_this_flow().outbox._sent_at = 0.0
+        client_of_this_flow().outbox._sent_at = -math.inf
         monkeypatch.setattr(outbox, "INTERVAL", NEVER)
         with graphs() as sizes:
             future = one_more.submit(1)
