@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
-from .advice import mib
+from prefect_htcdask.advice import mib
 
 
 class Content(NamedTuple):

@@ -11,17 +11,17 @@ from typing import Any
 from dask_gateway import GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
-from .collection import close_when_collected, forget_loop
-from .condor.worker_job import WorkerJobError
-from .gateway_checks import GatewayUnreachable
-from .gateway_cluster import HTCGatewayCluster
-from .gateway_http import CheckedGateway
-from .resolution import Parts, resolve_parts
-from .scaling_requests import worker_count
-from .settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
-from .supervisor import oneshot
-from .supervisor.handle import SupervisorError
-from .threads import in_thread
+from prefect_htcdask.collection import close_when_collected, forget_loop
+from prefect_htcdask.condor.worker_job import WorkerJobError
+from prefect_htcdask.gateway_checks import GatewayUnreachable
+from prefect_htcdask.gateway_cluster import HTCGatewayCluster
+from prefect_htcdask.gateway_http import CheckedGateway
+from prefect_htcdask.resolution import Parts, resolve_parts
+from prefect_htcdask.scaling_requests import worker_count
+from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
+from prefect_htcdask.supervisor import oneshot
+from prefect_htcdask.supervisor.handle import SupervisorError
+from prefect_htcdask.threads import in_thread
 
 
 class HTCGateway(CheckedGateway):

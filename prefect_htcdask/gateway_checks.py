@@ -11,9 +11,9 @@ from typing import Any
 import aiohttp
 from dask_gateway import Gateway, GatewayClusterError
 
-from .gateway_http import web_proxy
-from .listeners import ForeignListenerError
-from .settings import SettingsError
+from prefect_htcdask.gateway_http import web_proxy
+from prefect_htcdask.listeners import ForeignListenerError
+from prefect_htcdask.settings import SettingsError
 
 
 class GatewayUnreachable(GatewayClusterError):

@@ -12,20 +12,20 @@ from typing import Any
 from dask_gateway import GatewayCluster, GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
-from .collection import PrivateGateway, close_when_collected, forget_loop
-from .condor.worker_job import FlowRunTag
-from .gateway_checks import ask_for_options, check_scheduler_versions
-from .hand_off import gateway_access, hand_off, scheduler_plugin, start_supervisor
-from .interruptible_client import InterruptibleClient
-from .resolution import Parts, resolve_parts, worker_offers, worker_specs
-from .run_files import cluster_directory, record_cluster
-from .scaling.demand import PLUGIN_NAME
-from .scaling_requests import adapt_request, hold_request, scale_request, worker_count
-from .settings import HTCDaskSettings, WorkerSettings, load_settings
-from .supervisor import oneshot
-from .supervisor.handle import SupervisorError, SupervisorHandle
-from .threads import in_thread
-from .worker_groups import OFFERS_METADATA
+from prefect_htcdask.collection import PrivateGateway, close_when_collected, forget_loop
+from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.gateway_checks import ask_for_options, check_scheduler_versions
+from prefect_htcdask.hand_off import gateway_access, hand_off, scheduler_plugin, start_supervisor
+from prefect_htcdask.interruptible_client import InterruptibleClient
+from prefect_htcdask.resolution import Parts, resolve_parts, worker_offers, worker_specs
+from prefect_htcdask.run_files import cluster_directory, record_cluster
+from prefect_htcdask.scaling.demand import PLUGIN_NAME
+from prefect_htcdask.scaling_requests import adapt_request, hold_request, scale_request, worker_count
+from prefect_htcdask.settings import HTCDaskSettings, WorkerSettings, load_settings
+from prefect_htcdask.supervisor import oneshot
+from prefect_htcdask.supervisor.handle import SupervisorError, SupervisorHandle
+from prefect_htcdask.threads import in_thread
+from prefect_htcdask.worker_groups import OFFERS_METADATA
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ class HTCGatewayCluster(GatewayCluster):
         except GatewayClusterError as exc:
             if not self.parts.embedded or self.name is None:
                 raise
-            from .embedded import last_words_of_scheduler
+            from prefect_htcdask.embedded import last_words_of_scheduler
 
             said = last_words_of_scheduler(self.settings.embedded, self.name)
             why = f"the scheduler said last:\n{said}" if said else "the scheduler has said nothing"

@@ -11,8 +11,8 @@ import dask
 from dask_gateway import Gateway
 from dask_gateway.auth import BasicAuth
 
-from .listeners import check_configured_gateway, check_embedded_gateway
-from .web_proxies import WebProxy, environment_proxy
+from prefect_htcdask.listeners import check_configured_gateway, check_embedded_gateway
+from prefect_htcdask.web_proxies import WebProxy, environment_proxy
 
 
 class EmbeddedAuth(BasicAuth):

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
-from .advice import core_hours, seconds, wasted_core_hours
-from .report import COLOURS, total
+from prefect_htcdask.advice import core_hours, seconds, wasted_core_hours
+from prefect_htcdask.report import COLOURS, total
 
 WIDTH, HEIGHT = 900, 560
 LEFT, RIGHT = 60, 880

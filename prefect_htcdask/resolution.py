@@ -16,12 +16,12 @@ import dask
 from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
 from dask_gateway.utils import format_template
 
-from .condor.worker_job import WorkerSpec
-from .gateway_http import EmbeddedAuth
-from .listeners import is_loopback
-from .scaling.groups import group_resource
-from .settings import CondorSettings, GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings
-from .supervisor.protocol import ScheddSettings
+from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.gateway_http import EmbeddedAuth
+from prefect_htcdask.listeners import is_loopback
+from prefect_htcdask.scaling.groups import group_resource
+from prefect_htcdask.settings import CondorSettings, GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings
+from prefect_htcdask.supervisor.protocol import ScheddSettings
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def resolve_parts(
             f"nothing says where to find the {'Dask Gateway' if address is None else 'HTCondor pool'}, and "
             f"embedded.enabled is False: set {missing}"
         )
-    from .embedded import ensure_running
+    from prefect_htcdask.embedded import ensure_running
 
     endpoint = ensure_running(settings.embedded, progress=progress)
     if not pool_configured:
@@ -122,7 +122,7 @@ def resolve_running_parts(settings: HTCDaskSettings) -> Parts | None:
     Raises:
         SettingsError: a setting cannot work.
     """
-    from .embedded import find
+    from prefect_htcdask.embedded import find
 
     address = settings.gateway.address or dask_setting("address")
     condor = settings.condor
@@ -184,7 +184,7 @@ def _with_block(gateway: GatewaySettings) -> GatewaySettings:
     """
     if gateway.credentials_block is None:
         return gateway
-    from .credentials import gateway_login
+    from prefect_htcdask.credentials import gateway_login
 
     return gateway_login(gateway)
 
@@ -193,7 +193,7 @@ def _token(condor: CondorSettings) -> str | None:
     """The IDTOKEN of the credentials block, if the settings name one; errors as in `_with_block`."""
     if condor.credentials_block is None:
         return None
-    from .credentials import condor_token
+    from prefect_htcdask.credentials import condor_token
 
     return condor_token(condor)
 

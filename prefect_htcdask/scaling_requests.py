@@ -7,8 +7,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from .settings import HTCDaskSettings
-from .supervisor.protocol import group_of
+from prefect_htcdask.settings import HTCDaskSettings
+from prefect_htcdask.supervisor.protocol import group_of
 
 
 def worker_count(n: Any) -> int:

@@ -19,10 +19,18 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
-from .access_settings import ENV_PREFIX, CondorSettings, GatewaySettings
-from .lease_settings import LeaseSettings
-from .report_settings import ReportSettings
-from .worker_settings import GROUP_NAME, Duration, GroupName, Size, StatePath, WorkerGroupSettings, WorkerSettings
+from prefect_htcdask.access_settings import ENV_PREFIX, CondorSettings, GatewaySettings
+from prefect_htcdask.lease_settings import LeaseSettings
+from prefect_htcdask.report_settings import ReportSettings
+from prefect_htcdask.worker_settings import (
+    GROUP_NAME,
+    Duration,
+    GroupName,
+    Size,
+    StatePath,
+    WorkerGroupSettings,
+    WorkerSettings,
+)
 
 WORKERS_VARIABLE = f"{ENV_PREFIX}WORKERS"
 ONLY_GROUP = "default"

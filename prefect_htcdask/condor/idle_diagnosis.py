@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .diagnosis import Category, Diagnosis
-from .match_analysis import Condition, MatchAnalysis
-from .worker_job import KIB, MIB
+from prefect_htcdask.condor.diagnosis import Category, Diagnosis
+from prefect_htcdask.condor.match_analysis import Condition, MatchAnalysis
+from prefect_htcdask.condor.worker_job import KIB, MIB
 
 _RESOURCE = re.compile(r"\bRequest(Cpus|Memory|Disk|GPUs)\b", re.IGNORECASE)
 _SHOWN = 3

@@ -6,10 +6,10 @@ import logging
 
 import classad2
 
-from .diagnosis import Diagnosis
-from .idle_diagnosis import Request, Share, diagnose_idle
-from .match_analysis import SLOT_ATTRIBUTES, analyse, unknown_references
-from .schedd import ScheddClient, ScheddError
+from prefect_htcdask.condor.diagnosis import Diagnosis
+from prefect_htcdask.condor.idle_diagnosis import Request, Share, diagnose_idle
+from prefect_htcdask.condor.match_analysis import SLOT_ATTRIBUTES, analyse, unknown_references
+from prefect_htcdask.condor.schedd import ScheddClient, ScheddError
 
 logger = logging.getLogger(__name__)
 

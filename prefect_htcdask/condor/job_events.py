@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import htcondor2
 
-from .diagnosis import SPOOLING
-from .event_times import SERVER_TIME, EventTimes, by_our_clock, seconds_ahead
-from .schedd import ScheddClient, ScheddError
+from prefect_htcdask.condor.diagnosis import SPOOLING
+from prefect_htcdask.condor.event_times import SERVER_TIME, EventTimes, by_our_clock, seconds_ahead
+from prefect_htcdask.condor.schedd import ScheddClient, ScheddError
 
 
 class JobState(str, enum.Enum):

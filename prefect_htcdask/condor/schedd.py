@@ -23,10 +23,10 @@ from typing import Any
 import classad2
 import htcondor2
 
-from ..listeners import PORT_OWNERS, ForeignListenerError, check_pool
-from .event_times import SERVER_TIME, seconds_ahead
-from .token import TokenDirectory
-from .worker_job import LEASE_ATTRIBUTE, string_literal
+from prefect_htcdask.condor.event_times import SERVER_TIME, seconds_ahead
+from prefect_htcdask.condor.token import TokenDirectory
+from prefect_htcdask.condor.worker_job import LEASE_ATTRIBUTE, string_literal
+from prefect_htcdask.listeners import PORT_OWNERS, ForeignListenerError, check_pool
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import own_files, worker_start
-from .own_files import Known, OwnDirectory
-from .worker_job import JobFiles
+from prefect_htcdask.condor import own_files, worker_start
+from prefect_htcdask.condor.own_files import Known, OwnDirectory
+from prefect_htcdask.condor.worker_job import JobFiles
 
 _START_SCRIPT = "htcdask_worker.py"
 FAILURES_FILE = "failures.jsonl"

@@ -18,10 +18,10 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import time as wall_time
 from distributed.scheduler import heartbeat_interval
 
-from .counting import DemandCounter
-from .silence import INTERVAL, LOST_AFTER, Silence
-from .spreading import spread
-from .suspicion import Suspicions
+from prefect_htcdask.scaling.counting import DemandCounter
+from prefect_htcdask.scaling.silence import INTERVAL, LOST_AFTER, Silence
+from prefect_htcdask.scaling.spreading import spread
+from prefect_htcdask.scaling.suspicion import Suspicions
 
 PLUGIN_NAME = "htcdask"
 WORKER_PREFIX = "htcdask-"

@@ -10,17 +10,17 @@ import sys
 import time
 from typing import Any
 
-from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError, check_description
-from ..condor.worker_job import JobFiles, WorkerJobError, bare_words, submit_description
-from ..event_shapes import cleanup_event
-from .cleanup import Cleanup
-from .flow_watch import flow_run_ended, tell_of_cleanup
-from .loop import Supervisor
-from .outbox import Outbox
-from .parent import ParentWatch
-from .protocol import GatewayAccess, HandOff, Preflight, decode, from_line
-from .report_files import write_report
-from .scheduler_link import GatewayLink
+from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient, ScheddError, check_description
+from prefect_htcdask.condor.worker_job import JobFiles, WorkerJobError, bare_words, submit_description
+from prefect_htcdask.event_shapes import cleanup_event
+from prefect_htcdask.supervisor.cleanup import Cleanup
+from prefect_htcdask.supervisor.flow_watch import flow_run_ended, tell_of_cleanup
+from prefect_htcdask.supervisor.loop import Supervisor
+from prefect_htcdask.supervisor.outbox import Outbox
+from prefect_htcdask.supervisor.parent import ParentWatch
+from prefect_htcdask.supervisor.protocol import GatewayAccess, HandOff, Preflight, decode, from_line
+from prefect_htcdask.supervisor.report_files import write_report
+from prefect_htcdask.supervisor.scheduler_link import GatewayLink
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..condor.diagnosis import diagnose_hold
-from ..condor.job_events import JobChange, JobRecord, JobState
-from ..condor.worker_job import MIB, WorkerSpec
-from .fleet import Fleet, run_seconds, submission_order
+from prefect_htcdask.condor.diagnosis import diagnose_hold
+from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState
+from prefect_htcdask.condor.worker_job import MIB, WorkerSpec
+from prefect_htcdask.supervisor.fleet import Fleet, run_seconds, submission_order
 
 REASON_LENGTH = 300
 """Characters of a reason that one row of the table of jobs shows at most."""

@@ -8,14 +8,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ..condor.schedd import ScheddClient, ScheddError, ScheddLimit, ScheddRefusal
-from ..condor.worker_job import settings_in, submit_description
-from ..scaling.policy import Decision
-from .fleet import Fleet
-from .group import Group
-from .protocol import HandOff
-from .scheduler_link import SchedulerLink
-from .voice import Voice
+from prefect_htcdask.condor.schedd import ScheddClient, ScheddError, ScheddLimit, ScheddRefusal
+from prefect_htcdask.condor.worker_job import settings_in, submit_description
+from prefect_htcdask.scaling.policy import Decision
+from prefect_htcdask.supervisor.fleet import Fleet
+from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.protocol import HandOff
+from prefect_htcdask.supervisor.scheduler_link import SchedulerLink
+from prefect_htcdask.supervisor.voice import Voice
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ..condor.schedd import ScheddError
-from .loop import SUPERSEDED, Supervisor
+from prefect_htcdask.condor.schedd import ScheddError
+from prefect_htcdask.supervisor.loop import SUPERSEDED, Supervisor
 
 logger = logging.getLogger(__name__)
 

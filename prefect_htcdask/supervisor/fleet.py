@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..condor.job_events import JobChange, JobRecord, JobState, JobTable
-from ..condor.worker_job import job_of_worker, worker_name
-from ..scaling.policy import Demand, Supply
+from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState, JobTable
+from prefect_htcdask.condor.worker_job import job_of_worker, worker_name
+from prefect_htcdask.scaling.policy import Demand, Supply
 
 # HoldReasonCode
 HELD_BY_USER = 1

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from uuid import UUID
 
-from ..condor.worker_job import FlowRunTag
-from ..event_shapes import EventShape, flow_run_resource
+from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.event_shapes import EventShape, flow_run_resource
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,6 @@ def _import_events():  # type: ignore[no-untyped-def]
 
 
 def _import_api():  # type: ignore[no-untyped-def]
-    from .. import prefect_api
+    from prefect_htcdask import prefect_api
 
     return prefect_api

@@ -7,11 +7,11 @@ import statistics
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from ..condor.job_events import JobRecord
-from ..condor.worker_job import JobFiles, WorkerSpec, string_literal
-from ..scaling.kinds import DEFAULT_GROUP
-from ..scaling.policy import PolicySettings, Supply, Target
-from .protocol import GroupPlan
+from prefect_htcdask.condor.job_events import JobRecord
+from prefect_htcdask.condor.worker_job import JobFiles, WorkerSpec, string_literal
+from prefect_htcdask.scaling.kinds import DEFAULT_GROUP
+from prefect_htcdask.scaling.policy import PolicySettings, Supply, Target
+from prefect_htcdask.supervisor.protocol import GroupPlan
 
 _LATEST = 50
 _FIRST_BACKOFF = 1.0

@@ -16,7 +16,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .protocol import CLOSE_TIMEOUT, GatewayAccess, HandOff, Preflight, encode, from_line, group_of, target_of, to_line
+from prefect_htcdask.supervisor.protocol import (
+    CLOSE_TIMEOUT,
+    GatewayAccess,
+    HandOff,
+    Preflight,
+    encode,
+    from_line,
+    group_of,
+    target_of,
+    to_line,
+)
 
 logger = logging.getLogger(__name__)
 

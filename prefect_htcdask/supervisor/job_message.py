@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..condor.diagnosis import Diagnosis
-from ..condor.job_events import JobRecord, JobState
-from ..condor.worker_job import MIB, WorkerSpec
+from prefect_htcdask.condor.diagnosis import Diagnosis
+from prefect_htcdask.condor.job_events import JobRecord, JobState
+from prefect_htcdask.condor.worker_job import MIB, WorkerSpec
 
 
 def job_message(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..condor.diagnosis import (
+from prefect_htcdask.condor.diagnosis import (
     Category,
     Diagnosis,
     diagnose_eviction,
@@ -14,11 +14,11 @@ from ..condor.diagnosis import (
     diagnose_hold,
     diagnose_removal,
 )
-from ..condor.job_events import JobChange, JobRecord, JobState
-from ..condor.staging import RunDirectory
-from .fleet import HELD_BY_USER, Fleet
-from .group import Group
-from .job_message import job_message
+from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState
+from prefect_htcdask.condor.staging import RunDirectory
+from prefect_htcdask.supervisor.fleet import HELD_BY_USER, Fleet
+from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.job_message import job_message
 
 
 class JobNews:

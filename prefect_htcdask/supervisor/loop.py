@@ -15,22 +15,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..condor.idle_jobs import IdleJobs
-from ..condor.job_events import DoubtingReader, EventLogReader, JobReader, JobState, QueueReader
-from ..condor.schedd import ScheddClient
-from ..condor.staging import RunDirectory
-from ..condor.worker_job import cluster_constraint, cluster_digest
-from ..scaling.policy import Decision, Target, decide
-from .actions import Actions
-from .disk_watch import DiskWatch
-from .fleet import HELD_BY_USER, Fleet
-from .group import Group, idle_job_caps
-from .job_news import JobNews, unmatched
-from .progress import Progress
-from .protocol import HandOff, group_of, target_of
-from .scheduler_link import GatewayLink, SchedulerLink
-from .voice import Voice
-from .waiting import Waiting
+from prefect_htcdask.condor.idle_jobs import IdleJobs
+from prefect_htcdask.condor.job_events import DoubtingReader, EventLogReader, JobReader, JobState, QueueReader
+from prefect_htcdask.condor.schedd import ScheddClient
+from prefect_htcdask.condor.staging import RunDirectory
+from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
+from prefect_htcdask.scaling.policy import Decision, Target, decide
+from prefect_htcdask.supervisor.actions import Actions
+from prefect_htcdask.supervisor.disk_watch import DiskWatch
+from prefect_htcdask.supervisor.fleet import HELD_BY_USER, Fleet
+from prefect_htcdask.supervisor.group import Group, idle_job_caps
+from prefect_htcdask.supervisor.job_news import JobNews, unmatched
+from prefect_htcdask.supervisor.progress import Progress
+from prefect_htcdask.supervisor.protocol import HandOff, group_of, target_of
+from prefect_htcdask.supervisor.scheduler_link import GatewayLink, SchedulerLink
+from prefect_htcdask.supervisor.voice import Voice
+from prefect_htcdask.supervisor.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..condor.worker_job import cluster_constraint, cluster_digest
-from .handle import SupervisorError, clean_environment
-from .protocol import ScheddSettings, decode, encode
+from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
+from prefect_htcdask.supervisor.handle import SupervisorError, clean_environment
+from prefect_htcdask.supervisor.protocol import ScheddSettings, decode, encode
 
 if TYPE_CHECKING:
-    from ..condor.schedd import ScheddClient
+    from prefect_htcdask.condor.schedd import ScheddClient
 
 _TIMEOUT = 120.0
 _OPERATIONS = ("remove", "query", "history", "user")
@@ -72,7 +72,7 @@ def remove_jobs(schedd: ScheddSettings, cluster_name: str) -> int:
 
 def _explain(client: ScheddClient, questions: Iterable[tuple[str, int, str]]) -> list[dict[str, str] | None]:
     """Why idle jobs wait, of several kinds; see `IdleJobs.explain`."""
-    from ..condor.idle_jobs import IdleJobs
+    from prefect_htcdask.condor.idle_jobs import IdleJobs
 
     idle_jobs = IdleJobs(client)
     found = [idle_jobs.explain(*question) for question in questions]
@@ -81,7 +81,7 @@ def _explain(client: ScheddClient, questions: Iterable[tuple[str, int, str]]) ->
 
 def main() -> int:
     """Answer the question on stdin. Returns the exit status."""
-    from ..condor.schedd import ScheddAddress, ScheddClient, ScheddError
+    from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient, ScheddError
 
     schedd, operation, arguments = decode(sys.stdin.buffer.readline())
     if operation not in (*_OPERATIONS, _EXPLAIN):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from .protocol import to_line
+from prefect_htcdask.supervisor.protocol import to_line
 
 _LIMIT = 2**24
 

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec
 
-from ..condor.job_events import JobChange
-from ..scaling.policy import Supply
-from .account import Ledger, group_account, job_rows, job_states
-from .fleet import Fleet
-from .group import Group
-from .protocol import ReportPlan
-from .timeline import Timeline, Workers
+from prefect_htcdask.condor.job_events import JobChange
+from prefect_htcdask.scaling.policy import Supply
+from prefect_htcdask.supervisor.account import Ledger, group_account, job_rows, job_states
+from prefect_htcdask.supervisor.fleet import Fleet
+from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.protocol import ReportPlan
+from prefect_htcdask.supervisor.timeline import Timeline, Workers
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..condor.worker_job import FlowRunTag, WorkerSpec
-from ..scaling.policy import Target
+from prefect_htcdask.condor.worker_job import FlowRunTag, WorkerSpec
+from prefect_htcdask.scaling.policy import Target
 
 # Bounds that depend on no site: how long closing may take at most, in seconds.
 CLOSE_TIMEOUT = 20.0

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..condor.staging import write_private
-from ..picture import svg, why_none
-from ..report import FILES, markdown
-from .protocol import HandOff
+from prefect_htcdask.condor.staging import write_private
+from prefect_htcdask.picture import svg, why_none
+from prefect_htcdask.report import FILES, markdown
+from prefect_htcdask.supervisor.protocol import HandOff
 
 logger = logging.getLogger(__name__)
 

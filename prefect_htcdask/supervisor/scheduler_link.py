@@ -10,8 +10,8 @@ from typing import Any
 from dask_gateway.client import ClusterStatus, GatewaySecurity
 from distributed.core import rpc
 
-from ..gateway_http import CheckedGateway
-from .protocol import GatewayAccess
+from prefect_htcdask.gateway_http import CheckedGateway
+from prefect_htcdask.supervisor.protocol import GatewayAccess
 
 logger = logging.getLogger(__name__)
 

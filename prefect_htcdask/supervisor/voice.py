@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..condor.job_events import JobRecord
-from ..condor.schedd import ScheddError
-from ..scaling.policy import Decision
-from .group import Group
+from prefect_htcdask.condor.job_events import JobRecord
+from prefect_htcdask.condor.schedd import ScheddError
+from prefect_htcdask.scaling.policy import Decision
+from prefect_htcdask.supervisor.group import Group
 
 UNHEARD = 20.0
 """Seconds without an answer of the scheduler after which the user is told."""

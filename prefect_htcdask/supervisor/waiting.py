@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..condor.diagnosis import Category, Diagnosis, diagnose_never_joined
-from ..condor.idle_jobs import IdleJobs
-from ..condor.job_events import JobRecord, JobState
-from ..condor.schedd import ScheddError
-from ..condor.worker_job import group_constraint
-from .fleet import Fleet
-from .group import Group
+from prefect_htcdask.condor.diagnosis import Category, Diagnosis, diagnose_never_joined
+from prefect_htcdask.condor.idle_jobs import IdleJobs
+from prefect_htcdask.condor.job_events import JobRecord, JobState
+from prefect_htcdask.condor.schedd import ScheddError
+from prefect_htcdask.condor.worker_job import group_constraint
+from prefect_htcdask.supervisor.fleet import Fleet
+from prefect_htcdask.supervisor.group import Group
 
 FIRST_LOOK = 60.0
 """Seconds that jobs wait, or run without joining twice as long, before it is asked why."""
