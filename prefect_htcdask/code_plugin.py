@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,10 +19,29 @@ from distributed.diagnostics.plugin import WorkerPlugin
 if TYPE_CHECKING:
     import zipfile
 
-    from prefect_htcdask.source_code import CodeArchive
-
 PLUGIN_PREFIX = "prefect-htcdask-"
 """How the names of the worker plugins begin."""
+
+
+@dataclass(frozen=True)
+class CodeArchive:
+    """A zip of modules.
+
+    Attributes:
+        digest: names its content.
+        names: the top-level modules in it.
+        data: the zip.
+        roots: the directories of this host that they come from, each with the names of its files.
+        modules: top-level modules that the import system would not find by their files' names: name, file in the
+            archive, and the directories in the archive in which its submodules are found, `None` for a module
+            that has none.
+    """
+
+    digest: str
+    names: tuple[str, ...]
+    data: bytes
+    roots: tuple[tuple[str, tuple[str, ...]], ...]
+    modules: tuple[tuple[str, str, tuple[str, ...] | None], ...] = ()
 
 
 def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> WorkerPlugin:

@@ -25,8 +25,8 @@ from prefect.tasks import Task
 
 from prefect_htcdask import worker_logging
 from prefect_htcdask.access_settings import ENV_PREFIX
+from prefect_htcdask.scaling.groups import Offers
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT, Place
-from prefect_htcdask.worker_groups import Offers
 
 INLINE_LIMIT = 2 * 1024
 """Bytes that are rather sent along than left at the scheduler."""

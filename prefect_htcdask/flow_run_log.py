@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from distributed import Worker
 from prefect.logging.handlers import APILogHandler
 
-from prefect_htcdask.condor.worker_job import job_of_worker
+from prefect_htcdask.worker.names import job_of_worker
 
 LOGGERS = ("distributed", "htcdask")
 """Dask's, and that of the worker's start script (`condor.worker_start.say`)."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import distributed
 
-from prefect_htcdask.condor.worker_job import job_of_worker
 from prefect_htcdask.errors import TaskRunLost
+from prefect_htcdask.worker.names import job_of_worker
 
 if TYPE_CHECKING:
     from prefect_htcdask.futures import HTCDaskFuture

@@ -9,9 +9,9 @@ from distributed import Client
 
 from prefect_htcdask.client_collectors import collector_of
 from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.scaling.groups import Offers
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT
 from prefect_htcdask.submission import Submission
-from prefect_htcdask.worker_groups import Offers
 from prefect_htcdask.worker_runtime import current_call
 
 

@@ -29,6 +29,8 @@ from typing import Any
 import pathspec
 from dask.utils import format_bytes
 
+from prefect_htcdask.code_plugin import CodeArchive
+
 SKIPPED_DIRECTORIES = frozenset(
     {"__pycache__", "node_modules", "site-packages", "dist-packages", "venv", "env", "build", "dist", "htmlcov"}
 )
@@ -57,27 +59,6 @@ _SECRET_NAMES = re.compile(
 )
 
 logger = logging.getLogger("prefect.task_runner.htcdask")
-
-
-@dataclass(frozen=True)
-class CodeArchive:
-    """A zip of modules.
-
-    Attributes:
-        digest: names its content.
-        names: the top-level modules in it.
-        data: the zip.
-        roots: the directories of this host that they come from, each with the names of its files.
-        modules: top-level modules that the import system would not find by their files' names: name, file in the
-            archive, and the directories in the archive in which its submodules are found, `None` for a module
-            that has none.
-    """
-
-    digest: str
-    names: tuple[str, ...]
-    data: bytes
-    roots: tuple[tuple[str, tuple[str, ...]], ...]
-    modules: tuple[tuple[str, str, tuple[str, ...] | None], ...] = ()
 
 
 class _TooManyError(Exception):

@@ -21,10 +21,11 @@ from prefect_htcdask import live
 from prefect_htcdask.futures import HTCDaskFuture, HTCDaskFutureList
 from prefect_htcdask.mapping import expand_mapping
 from prefect_htcdask.nested import NestedRun, nested_run
+from prefect_htcdask.scaling.groups import Offers
 from prefect_htcdask.scaling_requests import is_unbounded
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.submission import current_tags
-from prefect_htcdask.worker_groups import Offers, resources_of
+from prefect_htcdask.worker_groups import resources_of
 
 if TYPE_CHECKING:
     from distributed import Client

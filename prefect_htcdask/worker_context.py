@@ -40,7 +40,7 @@ class Prototypes:
     Attributes:
         parameters: those of the flow run, pickled, or where they are; a task run gets a copy of its own.
         client_key: names the API, and how to come to it.
-        offers: what the cluster's worker groups offer (`worker_groups.Offers`), where the flow's process knew.
+        offers: what the cluster's worker groups offer (`scaling.groups.Offers`), where the flow's process knew.
         logging: how the flow's process logs.
     """
 

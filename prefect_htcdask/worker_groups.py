@@ -12,22 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any
 
 import dask.base
 
 from prefect_htcdask.errors import UnknownWorkerGroupError, WorkerGroupError
-from prefect_htcdask.scaling.groups import GROUP_RESOURCE, group_for, group_resource
+from prefect_htcdask.scaling.groups import GROUP_RESOURCE, Offers, group_for, group_resource
 
 TAG_PREFIX = "worker-group:"
 """A task tag with this prefix names the worker group in the rest of it."""
-
-OFFERS_METADATA = ("prefect_htcdask", "worker-offers")
-"""Where the scheduler's task metadata says what the worker groups of its cluster offer, for those who only have its
-address."""
-
-Offers: TypeAlias = "Mapping[str, Mapping[str, float]]"
-"""What one worker of each group offers, by the name of the group, the default group first."""
 
 _current: ContextVar[str | None] = ContextVar("prefect_htcdask_worker_group", default=None)
 

@@ -63,7 +63,7 @@ class Call:
 class CallScope:
     """What belongs to one call while it runs: where its envelope is, and what it submits itself (`live.NestedRun`).
 
-    `offers` is what the cluster's worker groups offer (`worker_groups.Offers`), where the flow's process knew.
+    `offers` is what the cluster's worker groups offer (`scaling.groups.Offers`), where the flow's process knew.
     """
 
     envelope_key: tuple[str, ...]

@@ -27,13 +27,12 @@ from prefect_htcdask.condor.worker_job import (
     cluster_constraint,
     cluster_digest,
     flow_run_constraint,
-    job_of_worker,
     quote_arguments,
     quote_environment,
     settings_in,
     submit_description,
-    worker_name,
 )
+from prefect_htcdask.worker.names import job_of_worker, worker_name
 from tests.waiting import wait_until
 
 FILES = JobFiles("/run", "start.py", ("/run/a", "/run/b"), ("b",), "/run/jobs.log")

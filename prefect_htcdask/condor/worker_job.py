@@ -416,14 +416,3 @@ def flow_run_constraint(flow_run_id: str, before_attempt: int | None = None, api
     if api:
         constraint += f" && ({API_ATTRIBUTE} =?= undefined || {API_ATTRIBUTE} == {string_literal(api)})"
     return constraint
-
-
-def worker_name(job_id: str, starts: int) -> str:
-    """Dask's name for the worker of a job: new at each start of the job, since Dask takes no name twice."""
-    return f"htcdask-{job_id}-{starts}"
-
-
-def job_of_worker(name: object) -> str | None:
-    """Id of the HTCondor job behind a Dask worker's name, or `None` for a worker that is not ours."""
-    match = re.fullmatch(r"htcdask-(\d+\.\d+)-\d+", str(name))
-    return match.group(1) if match else None

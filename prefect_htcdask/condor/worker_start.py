@@ -419,6 +419,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
 
     configure_dask(sandbox)
     from prefect_htcdask import worker_leave, worker_process
+    from prefect_htcdask.worker import names
 
     worker_process.be_a_batch_process()
     worker_process.collect_seldom()
@@ -427,8 +428,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     worker = worker_leave.LeavingWorker(
         config["scheduler_address"],
         protocol="tls",
-        # The same form as condor.worker_job.worker_name, whose module need not be importable here.
-        name=f"htcdask-{job_id}-{starts}",
+        name=names.worker_name(job_id, starts),
         nthreads=config["nthreads"],
         memory_limit=config["memory_limit"] or 0,
         host=config.get("host"),

@@ -6,6 +6,14 @@ Pure, and of the standard library alone: it travels by value to the scheduler wi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
+
+OFFERS_METADATA = ("prefect_htcdask", "worker-offers")
+"""Where the scheduler's task metadata says what the worker groups of its cluster offer, for those who only have its
+address."""
+
+Offers: TypeAlias = "Mapping[str, Mapping[str, float]]"
+"""What one worker of each group offers, by the name of the group, the default group first."""
 
 GROUP_RESOURCE = "htcdask-group-"
 """Each of several groups offers a resource of its own under this prefix and its name, as much as it has threads."""

@@ -69,7 +69,7 @@ class Suspicions:
 
 
 def job_part(name: str) -> str:
-    """The part of a worker's name that all workers of one job share (`worker_job.worker_name`)."""
+    """The part of a worker's name that all workers of one job share (`worker.names.worker_name`)."""
     return name.rpartition("-")[0]
 
 

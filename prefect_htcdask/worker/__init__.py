@@ -1,0 +1,1 @@
+"""What runs in a worker job: its start, the Dask worker, and Prefect's task runs on it."""
