@@ -131,7 +131,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     What does not hang on a broken link is tried all the same. Nothing is left behind, on Ctrl-C neither.
     """
-    from prefect_htcdask.doctor import examine
+    from prefect_htcdask.doctor_command import examine
 
     # At INFO it tells of each connection that closes, with a traceback; what breaks is the doctor's to tell.
     logging.getLogger("distributed.batched").setLevel(logging.WARNING)

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from prefect_htcdask.settings import HTCDaskSettings
-
 OK = "ok"
 BROKEN = "broken"
 NOT_TRIED = "not tried"
@@ -66,22 +64,6 @@ class Link:
     attempt: Callable[[], str]
     remedy: str
     needs: tuple[str, ...] = ()
-
-
-def examine(settings: HTCDaskSettings | None = None, trying: Callable[[str], None] | None = None) -> Iterator[Finding]:
-    """Try all links, with a test cluster of two workers, which is removed again whatever happens.
-
-    Args:
-        settings: of prefect_htcdask; read as a flow would read them by default.
-        trying: is told the name of each link before it is tried.
-
-    Yields:
-        what was found of each link, in order.
-    """
-    from prefect_htcdask.doctor_links import Chain
-
-    with Chain(settings) as chain:
-        yield from try_links(chain.links(), trying or (lambda name: None))
 
 
 def try_links(links: Sequence[Link], trying: Callable[[str], None]) -> Iterator[Finding]:

@@ -11,9 +11,9 @@ import contextvars
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Protocol, cast
 
 from dask.base import annotate
 from distributed import Client, Future
@@ -21,9 +21,6 @@ from distributed import Client, Future
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.graph_sending import send
 from prefect_htcdask.resubmission import Spec
-
-if TYPE_CHECKING:
-    from prefect_htcdask.reconnection import ResumingClient
 
 INTERVAL = 0.05
 """Seconds from one graph to the next, where submits follow one another."""
@@ -35,6 +32,19 @@ MOST_BYTES = 1024**2
 """Bytes of parameters that wait at most; Dask warns of graphs of ten times this size."""
 
 
+class SendingClient(Protocol):
+    """What an outbox needs of its client beside `distributed.Client`'s own."""
+
+    futures: dict[Any, Any]
+
+    @property
+    def specs(self) -> MutableMapping[str, Spec]:
+        """The tasks that it submits again over a new connection, by their keys."""
+
+    def steady(self) -> AbstractContextManager[None]:
+        """While it lasts, the connection is there and is not renewed; raises `TaskRunLost` where it was given up."""
+
+
 class Outbox:
     """What is on its way to the scheduler of one client.
 
@@ -42,7 +52,7 @@ class Outbox:
         client: sends it; what it could not send as its connection broke, it submits again by its own means.
     """
 
-    def __init__(self, client: ResumingClient) -> None:
+    def __init__(self, client: SendingClient) -> None:
         self._client = client
         self._lock = threading.Lock()
         # Graphs leave one at a time, so that none overtakes one on which it depends.
@@ -156,7 +166,13 @@ class Outbox:
             options = group[0].options
             try:
                 with annotate(**options.annotations):
-                    send(self._client, nodes, nodes, {spec.key: spec.number for spec in group}, options.resources)
+                    send(
+                        cast(Client, self._client),
+                        nodes,
+                        nodes,
+                        {spec.key: spec.number for spec in group},
+                        options.resources,
+                    )
             except Exception as exc:
                 self._give_up(group, exc)
             for spec in group:

@@ -10,7 +10,8 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.doctor import Broken, Finding, Link, NotTried, examine, try_links
+from prefect_htcdask.doctor import Broken, Finding, Link, NotTried, try_links
+from prefect_htcdask.doctor_command import examine
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.setting_sources import stated_settings

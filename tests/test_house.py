@@ -37,6 +37,7 @@ KNOW_PREFECT = {
     "cluster_owners",
     "descriptions",
     "doctor",
+    "doctor_command",
     "doctor_links",
     "envelopes",
     "final_account",
