@@ -12,7 +12,7 @@ from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.scaling.groups import Offers
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT
 from prefect_htcdask.submission import Submission
-from prefect_htcdask.worker_runtime import current_call
+from prefect_htcdask.worker.call import current_call
 
 
 class NestedRun:

@@ -60,7 +60,7 @@ class Spec:
     Args:
         key: of the Dask task.
         envelope: where the scheduler holds the envelope.
-        payload: the pickled `worker_runtime.Call`.
+        payload: the pickled `worker.call.Call`.
         shared: the parameters that calls share: pickled, where the scheduler holds them, or a task of their own.
         upstreams: the tasks whose states it needs, in order; only the key of one that has no such description.
 

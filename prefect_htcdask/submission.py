@@ -44,7 +44,7 @@ from prefect_htcdask.scaling.groups import Offers
 from prefect_htcdask.scheduler_metadata import Place
 from prefect_htcdask.states_in_hand import StatesInHand
 from prefect_htcdask.upstreams import UpstreamFutures
-from prefect_htcdask.worker_runtime import Call
+from prefect_htcdask.worker.call import Call
 
 MAP_BATCH = 2000
 """Task runs of a `map` that go to the scheduler in one graph; more would hold back the first of them."""

@@ -12,7 +12,7 @@ from prefect.utilities.collections import StopVisiting, visit_collection
 
 from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.outbox import OutboxClient
-from prefect_htcdask.worker_runtime import Upstream
+from prefect_htcdask.worker.call import Upstream
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State

@@ -23,7 +23,7 @@ from prefect_htcdask.scheduler_metadata import Place, blobs
 from prefect_htcdask.worker_logging import FlowLogging, logging_as, take_on
 
 if TYPE_CHECKING:
-    from prefect_htcdask.worker_runtime import Call
+    from prefect_htcdask.worker.call import Call
 
 MAX_CLIENTS_PER_THREAD = 4
 MAX_SETTINGS = 8

@@ -13,9 +13,7 @@ import gc
 import logging
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import Any, cast
-from uuid import UUID
 
 import cloudpickle
 from distributed import Worker, get_worker
@@ -25,6 +23,7 @@ from prefect_htcdask.envelopes import contexts, envelopes
 from prefect_htcdask.interruption import interruptible
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT, blobs
 from prefect_htcdask.threads import in_thread
+from prefect_htcdask.worker.call import Call, CallScope, Upstream, current_call
 from prefect_htcdask.worker_client import give_own_client
 from prefect_htcdask.worker_context import task_context
 
@@ -32,46 +31,6 @@ FLUSH_TIMEOUT = 15.0
 """Seconds that a leaving worker spends on its queued events and logs at most."""
 
 logger = logging.getLogger("prefect_htcdask.worker_runtime")
-
-
-@dataclass(frozen=True)
-class Upstream:
-    """Stands for the state of an upstream task run in parameters; Dask brings the state itself."""
-
-    index: int
-
-
-@dataclass
-class Call:
-    """One task run, as it is sent: everything that differs from call to call.
-
-    `shared` names the parameters whose values come in the batch's shared blob; `order` is the order in which the
-    task run sees its parameters.
-    """
-
-    task_run_id: UUID
-    parameters: dict[str, Any]
-    order: tuple[str, ...]
-    wait_for: Any
-    dependencies: dict[str, set[Any]]
-    tags: tuple[str, ...]
-    asset_context: dict[str, Any]
-    upstreams: int
-
-
-@dataclass
-class CallScope:
-    """What belongs to one call while it runs: where its envelope is, and what it submits itself (`live.NestedRun`).
-
-    `offers` is what the cluster's worker groups offer (`scaling.groups.Offers`), where the flow's process knew.
-    """
-
-    envelope_key: tuple[str, ...]
-    offers: Any | None = None
-    nested: Any | None = None
-
-
-current_call: contextvars.ContextVar[CallScope] = contextvars.ContextVar("prefect_htcdask_call")
 
 
 def _fill(value: Any, states: list[Any]) -> Any:

@@ -37,7 +37,7 @@ from prefect_htcdask.gathering import (
 )
 from prefect_htcdask.read_ahead import SMALL
 from prefect_htcdask.upstreams import UpstreamFutures
-from prefect_htcdask.worker_runtime import Upstream
+from prefect_htcdask.worker.call import Upstream
 from tests.this_flow import run_of_this_flow
 from tests.waiting import wait_until
 
