@@ -11,7 +11,7 @@ import os
 import httpx
 from prefect.settings import get_current_settings
 
-from prefect_htcdask.listeners import is_loopback
+from prefect_htcdask.utils.net import is_loopback
 
 
 def current_api() -> str:

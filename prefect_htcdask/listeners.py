@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
+from prefect_htcdask.utils.net import is_loopback, with_scheme
+
 IPAddress: TypeAlias = "ipaddress.IPv4Address | ipaddress.IPv6Address"
 
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
@@ -110,7 +112,7 @@ def check_configured_gateway(address: str) -> None:
 
 
 def _check(address: str, what: str, remedy: str, trusted: Callable[[int], bool], down: bool) -> None:
-    where = f"{what}: port {urlsplit(_with_scheme(address)).port} on {urlsplit(_with_scheme(address)).hostname}"
+    where = f"{what}: port {urlsplit(with_scheme(address)).port} on {urlsplit(with_scheme(address)).hostname}"
     try:
         found = listeners(address)
     except OSError as exc:
@@ -182,20 +184,8 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an address, a URL or host:port, leads to this machine only."""
-    host = urlsplit(_with_scheme(address)).hostname or ""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return ip.is_loopback or ip.is_unspecified
-
-
 def _hosts_and_port(address: str) -> tuple[tuple[IPAddress, ...], int]:
-    parts = urlsplit(_with_scheme(address))
+    parts = urlsplit(with_scheme(address))
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     host = parts.hostname
     if port is None or host is None:
@@ -205,10 +195,6 @@ def _hosts_and_port(address: str) -> tuple[tuple[IPAddress, ...], int]:
     ip = ipaddress.ip_address(host)
     # A connection to the unspecified address goes to loopback: ip(7).
     return ((_LOOPBACK[ip.version == 6] if ip.is_unspecified else ip),), port
-
-
-def _with_scheme(address: str) -> str:
-    return address if "://" in address else f"//{address}"
 
 
 def _read(table: Path, port: int) -> Iterator[Listener]:

@@ -9,8 +9,8 @@ from typing import Any, cast
 from distributed import Client
 
 from prefect_htcdask.errors import VersionMismatchError
-from prefect_htcdask.listeners import is_loopback
 from prefect_htcdask.settings import SettingsError
+from prefect_htcdask.utils.net import is_loopback
 
 CHECKED_PACKAGES = ("dask", "distributed", "prefect", "prefect_htcdask")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
-from prefect_htcdask.listeners import is_loopback
+from prefect_htcdask.utils.net import is_loopback
 
 
 @dataclass(frozen=True)

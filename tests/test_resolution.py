@@ -10,14 +10,7 @@ import dask
 import pytest
 from dask_gateway.auth import BasicAuth, JupyterHubAuth
 
-from prefect_htcdask.resolution import (
-    gateway_auth,
-    is_loopback,
-    resolve_parts,
-    worker_offers,
-    worker_spec,
-    worker_specs,
-)
+from prefect_htcdask.resolution import gateway_auth, resolve_parts, worker_offers, worker_spec, worker_specs
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 
 
@@ -97,22 +90,6 @@ def test_an_image_that_does_not_exist_is_named() -> None:
 def test_threads_are_the_cores_unless_said() -> None:
     assert worker_spec(load_settings(worker={"cpus": 4}).worker).threads == 4
     assert worker_spec(load_settings(worker={"cpus": 4, "nthreads": 2}).worker).threads == 2
-
-
-@pytest.mark.parametrize(
-    ("address", "loopback"),
-    [
-        ("http://127.0.0.1:8000", True),
-        ("localhost:80", True),
-        ("127.9.9.9:1", True),
-        ("[::1]:80", True),
-        ("http://10.0.0.1", False),
-        ("gateway.example.org:443", False),
-        ("", False),
-    ],
-)
-def test_loopback(address: str, loopback: bool) -> None:
-    assert is_loopback(address) is loopback
 
 
 def test_what_the_workers_of_each_group_offer() -> None:
