@@ -15,7 +15,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import cloudpickle
 from distributed import Client
@@ -33,6 +33,14 @@ INLINE_LIMIT = 2 * 1024
 
 MAX_DESCRIBED = 64
 """Tasks, and contexts, whose descriptions are remembered; what they describe stays alive for that."""
+
+
+@runtime_checkable
+class RunnerForWorkers(Protocol):
+    """A task runner that says what of it workers are to have."""
+
+    def for_workers(self) -> Any:
+        """The runner as it travels to workers."""
 
 
 class Descriptions:
@@ -151,7 +159,7 @@ class Descriptions:
             api["url"] = api.get("url") or self._api_url
         flow_run = context["flow_run_context"]
         if flow := flow_run.get("flow"):
-            flow_run["flow"] = _with_inert_runner(flow)
+            flow_run["flow"] = _as_for_workers(flow)
         parameters = flow_run.pop("parameters", None)
         described = {
             "context": context,
@@ -283,12 +291,10 @@ def _client_key(api_url: str | None) -> str:
     return hashlib.sha256(repr((api_url, *secrets)).encode()).hexdigest()
 
 
-def _with_inert_runner(flow: Any) -> Any:
-    """The flow as workers need it: its runner without settings, which may hold secrets, and without handles."""
-    from prefect_htcdask.task_runner import HTCDaskTaskRunner
-
-    if not isinstance(flow.task_runner, HTCDaskTaskRunner):
+def _as_for_workers(flow: Any) -> Any:
+    """The flow as workers need it: a runner of ours without settings, which may hold secrets, and without handles."""
+    if not isinstance(flow.task_runner, RunnerForWorkers):
         return flow
     sent = copy.copy(flow)
-    sent.task_runner = flow.task_runner.inert()
+    sent.task_runner = flow.task_runner.for_workers()
     return sent

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import distributed
 from prefect.context import FlowRunContext, SettingsContext
@@ -19,13 +21,41 @@ from prefect_htcdask.live import LiveRun, Logger
 from prefect_htcdask.lost_work import LostWork
 from prefect_htcdask.preflight import check_api_reachable, warn_of_local_storage
 from prefect_htcdask.reconnection import ResumingClient
-from prefect_htcdask.settings import load_settings
-
-if TYPE_CHECKING:
-    from prefect_htcdask.task_runner import HTCDaskTaskRunner
+from prefect_htcdask.settings import CodeSettings, HTCDaskSettings
 
 
-def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None) -> LiveRun:
+@dataclass(frozen=True)
+class RunnerOptions:
+    """What a task runner was made with, as far as it matters to a flow run's cluster.
+
+    Attributes:
+        owner: names the runner among those of this process, and its duplicates.
+        cluster: a running cluster to use, which is not closed.
+        address: of a running scheduler to use, likewise.
+        cluster_class: of the cluster that is made where there is neither; `HTCGatewayCluster` by default.
+        cluster_kwargs: its arguments.
+        adapt_kwargs: `minimum` and `maximum`, for a running cluster.
+        client_kwargs: arguments of the Dask client.
+        performance_report_path: where Dask's performance report is written.
+        settings: reads all settings; those of a flow run are read as it begins.
+        code: which files of the flow travel to workers.
+        logger: what is logged to outside of flow runs.
+    """
+
+    owner: str
+    cluster: Any
+    address: str | None
+    cluster_class: type[Any] | None
+    cluster_kwargs: Mapping[str, Any]
+    adapt_kwargs: Mapping[str, Any]
+    client_kwargs: Mapping[str, Any]
+    performance_report_path: str | None
+    settings: Callable[[], HTCDaskSettings]
+    code: CodeSettings
+    logger: logging.Logger
+
+
+def open_run(runner: RunnerOptions, key: str, context: FlowRunContext | None) -> LiveRun:
     """Connect to the given cluster, or make one for the flow run. What was begun is undone when it fails.
 
     Raises:
@@ -34,16 +64,16 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
     """
     logger = _logger(runner, context)
     api_url = _api_url(context)
-    makes_cluster = runner._cluster is None and not runner.address
+    makes_cluster = runner.cluster is None and not runner.address
     waiting = FirstWorker(log_console() if makes_cluster else None)
     relay = _Relay(waiting)
     cluster: Any | None = None
     with ExitStack() as undo:
         undo.callback(waiting.close)
         options = dict(runner.client_kwargs)
-        if runner._cluster is not None:
-            logger.info("Connecting to existing Dask cluster %s", runner._cluster)
-            target: Any = runner._cluster
+        if runner.cluster is not None:
+            logger.info("Connecting to existing Dask cluster %s", runner.cluster)
+            target: Any = runner.cluster
             if runner.adapt_kwargs:
                 target.adapt(**runner.adapt_kwargs)
         elif runner.address:
@@ -56,7 +86,7 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
             options.setdefault("security", target.security)
         client = undo.enter_context(ResumingClient(target, **options))
         flow = context.flow if context is not None else None
-        _send_code(client, flow, _data_files(runner), with_package=cluster is None)
+        _send_code(client, flow, runner.code.data_files, with_package=cluster is None)
         install(client, LostWork())
         install(client, KeptWork())
         if client.dashboard_link:
@@ -65,7 +95,7 @@ def open_run(runner: HTCDaskTaskRunner, key: str, context: FlowRunContext | None
             key=key,
             client=client,
             cluster=cluster,
-            owner=runner._family,
+            owner=runner.owner,
             api_url=api_url,
             logger=logger,
             flow_run_id=context.flow_run.id if context is not None and context.flow_run is not None else None,
@@ -103,7 +133,7 @@ class _Relay:
 
 
 def _make_cluster(
-    runner: HTCDaskTaskRunner,
+    runner: RunnerOptions,
     context: FlowRunContext | None,
     api_url: str | None,
     relay: _Relay,
@@ -115,7 +145,7 @@ def _make_cluster(
     from prefect_htcdask.gateway import HTCGatewayCluster
     from prefect_htcdask.resolution import resolve_parts
 
-    settings = runner.effective_settings()
+    settings = runner.settings()
     arguments = dict(runner.cluster_kwargs)
     tell = occasionally(logger.info)
 
@@ -142,7 +172,7 @@ def _make_cluster(
             attempt=flow_run.run_count or 1,
             api=current_api(),
         )
-    cluster_class: Any = runner.resolved_cluster_class or HTCGatewayCluster
+    cluster_class: Any = runner.cluster_class or HTCGatewayCluster
     logger.info("Creating a Dask cluster with HTCondor workers")
     waiting.say("the gateway starts a Dask scheduler")
     cluster = cluster_class(
@@ -191,18 +221,12 @@ def _api_url(context: FlowRunContext | None) -> str | None:
     return url if url.startswith("http") else None
 
 
-def _data_files(runner: HTCDaskTaskRunner) -> list[str]:
-    if runner.settings is not None:
-        return runner.settings.code.data_files
-    return load_settings(code=runner.overrides.get("code")).code.data_files
-
-
 def _send_code(client: distributed.Client, flow: Any | None, data_files: list[str], with_package: bool) -> None:
     code = source_code.collect(flow, data_files)
     code_plugin.send(client, code_plugin.make_plugin(code, source_code.own_package() if with_package else None))
 
 
-def _logger(runner: HTCDaskTaskRunner, context: FlowRunContext | None) -> Logger:
+def _logger(runner: RunnerOptions, context: FlowRunContext | None) -> Logger:
     logger: logging.Logger | logging.LoggerAdapter[Any] = runner.logger
     if context is not None and context.flow_run is not None:
         logger = get_run_logger(context)

@@ -9,6 +9,7 @@ setting `code.data_files` names it, and never what may be a secret (`_is_private
 from __future__ import annotations
 
 import hashlib
+import importlib.resources
 import io
 import logging
 import os
@@ -441,9 +442,7 @@ def _pack(files: dict[str, Path], modules: dict[str, tuple[str, tuple[str, ...] 
 
 def own_package() -> CodeArchive:
     """This package itself, for workers of a cluster that was started without it."""
-    import prefect_htcdask
-
     package = _Collected()
-    directory = Path(prefect_htcdask.__file__).resolve().parent
+    directory = Path(str(importlib.resources.files(__name__.partition(".")[0]))).resolve()
     _take(package, directory.parent, directory, frozenset())
     return _pack(package.files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import distributed
 from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
@@ -30,6 +30,8 @@ from prefect_htcdask.worker_groups import resources_of
 if TYPE_CHECKING:
     from distributed import Client
     from distributed.deploy.cluster import Cluster
+
+    from prefect_htcdask.provisioning import RunnerOptions
 
 R = TypeVar("R")
 
@@ -91,7 +93,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             self.effective_settings()
         self._family = uuid.uuid4().hex
         self._live_key: str | None = None
-        self._inert = False
+        self._for_workers = False
 
     def effective_settings(self) -> HTCDaskSettings:
         """The settings of environment, ``prefect.toml`` and profile, with this runner's own on top.
@@ -133,7 +135,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         state = self.__dict__.copy()
         # Handles of this process. A given cluster object is one too; elsewhere its scheduler's address serves.
         cluster = state.pop("_cluster", None)
-        if cluster is not None and state["address"] is None and not self._inert:
+        if cluster is not None and state["address"] is None and not self._for_workers:
             state["address"] = getattr(cluster, "scheduler_address", None)
         state["_cluster"] = None
         state["_live_key"] = None
@@ -158,13 +160,13 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         new.address = self.address
         return new
 
-    def inert(self) -> HTCDaskTaskRunner:
+    def for_workers(self) -> HTCDaskTaskRunner:
         """The runner as it travels to workers: without settings, which may hold secrets, and without a cluster."""
         new = copy.copy(self)
         new.settings, new.overrides = None, {}
         new.cluster_kwargs, new.adapt_kwargs, new.client_kwargs = {}, {}, {"set_as_default": False}
         new.address, new._cluster, new.performance_report_path = None, None, None
-        new._inert = True
+        new._for_workers = True
         return new
 
     @property
@@ -281,13 +283,31 @@ class HTCDaskTaskRunner(DaskTaskRunner):
     def _open(self, key: str, context: FlowRunContext | None) -> live.LiveRun:
         from prefect_htcdask.provisioning import open_run
 
-        run = open_run(self, key, context)
+        run = open_run(self._options(), key, context)
         try:
             run.know_offers(getattr(run.cluster, "worker_offers", None) or self._known_offers())
         except BaseException as exc:
             run.close(exc)
             raise
         return run
+
+    def _options(self) -> RunnerOptions:
+        from prefect_htcdask.provisioning import RunnerOptions
+
+        settings = self.settings or load_settings(code=self.overrides.get("code"))
+        return RunnerOptions(
+            owner=self._family,
+            cluster=self._cluster,
+            address=self.address,
+            cluster_class=cast(Any, self.resolved_cluster_class),
+            cluster_kwargs=self.cluster_kwargs,
+            adapt_kwargs=self.adapt_kwargs,
+            client_kwargs=self.client_kwargs,
+            performance_report_path=self.performance_report_path,
+            settings=self.effective_settings,
+            code=settings.code,
+            logger=self.logger,
+        )
 
     def _resources_of(self, task: Task[Any, Any]) -> dict[str, float] | None:
         """The Dask resources that a task asks for, by the worker group that it is for."""

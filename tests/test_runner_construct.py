@@ -87,7 +87,7 @@ def test_worker_groups_are_given_in_their_order(given: str) -> None:
 def test_what_travels_to_workers_holds_no_secret() -> None:
     runner = HTCDaskTaskRunner(gateway={"password": "sesame"}, cluster_kwargs={"environment": {"A": "sesame"}})
     assert b"sesame" in pickle.dumps(runner)
-    assert b"sesame" not in pickle.dumps(runner.inert())
+    assert b"sesame" not in pickle.dumps(runner.for_workers())
 
 
 def test_a_runner_is_used_only_when_started() -> None:
