@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -20,191 +21,139 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGE = CHECKOUT / "prefect_htcdask"
 NAME = PACKAGE.name
 
-KNOW_PREFECT = {
-    "abandoned",
-    "access_settings",
-    "api_identity",
-    "artifacts",
-    "blocks",
-    "cancellation",
-    "cleanup",
-    "cli",
-    "cli_flow_runs",
-    "clients",
-    "code_plugin",
-    "collector",
-    "credentials",
-    "cluster_owners",
-    "descriptions",
-    "doctor",
-    "doctor_command",
-    "doctor_links",
-    "envelopes",
-    "final_account",
-    "first_worker",
-    "flow_events",
-    "flow_run_log",
-    "futures",
-    "last_words",
-    "leftovers",
-    "lease_settings",
-    "live",
-    "losses",
-    "mapping",
-    "prefect_api",
-    "packed_states",
-    "portable_states",
-    "preflight",
-    "provisioning",
-    "recall",
-    "reconnection",
-    "removal",
-    "report_settings",
-    "rerun",
-    "scheduler_metadata",
-    "setting_sources",
-    "settings",
-    "source_code",
-    "submission",
-    "supervisor.flow_watch",
-    "held_state",
-    "states_in_hand",
-    "sweep",
-    "task_run_states",
-    "task_run_sweep",
-    "task_runner",
-    "unawaited",
-    "upstreams",
-    "worker_console",
-    "worker_context",
-    "worker_engine",
-    "worker_events",
-    "worker_jobs",
-    "worker_logging",
-    "worker_runtime",
-    "worker_settings",
-}
-"""The side that faces Prefect; `gateway`, `scaling`, `condor` and `embedded` work without a flow."""
+ARCHITECTURE = CHECKOUT / "docs" / "architecture.md"
 
-FLOW_SIDE = KNOW_PREFECT - {
-    "access_settings",
-    "lease_settings",
-    "prefect_api",
-    "report_settings",
-    "settings",
-    "supervisor.flow_watch",
-    "worker_settings",
+LIBRARIES = {
+    "Dask": {"dask", "distributed"},
+    "Dask Gateway": {"dask_gateway"},
+    "HTCondor": {"htcondor", "htcondor2", "classad2"},
+    "Prefect": {"prefect", "prefect_dask"},
 }
+"""What a room may import only where the architecture page says so."""
 
-MUST_NOT_IMPORT = {
-    "scaling": FLOW_SIDE | {"gateway", "supervisor", "condor", "embedded"},
-    "condor": FLOW_SIDE | {"gateway", "supervisor", "scaling", "embedded"},
-    "embedded": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor"},
-    "supervisor": FLOW_SIDE | {"gateway", "embedded"},
-    "gateway": FLOW_SIDE,
-    "gateway_cluster": FLOW_SIDE | {"gateway"},
-    "hand_off": FLOW_SIDE | {"gateway", "gateway_cluster"},
-    "settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded"},
-    "access_settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded", "settings"},
-    "lease_settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded", "settings"},
-    "report_settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded", "settings"},
-    "worker_settings": FLOW_SIDE | {"gateway", "supervisor", "scaling", "condor", "embedded", "settings"},
-}
-"""Arrows point one way: the flow's side to the gateway, that to the supervisor, that to scaling and condor."""
+RUNNER_FLOORS = ("runner", "runner/submit", "runner/ui", "runner/states", "runner/futures", "runner/client")
+"""Directories of the room `runner`: every import goes to a later one, or stays."""
+
+MAX_FILES = 25
+MAX_UTILS_LINES = 400
 
 PURE = {"advice", "condor.worker_job", "picture", "report", "scaling.policy", "supervisor.timeline"}
 """Functions from values to values."""
 
 
+def table_of_rooms() -> dict[str, set[str]]:
+    """The architecture page's rooms in their order, the uppermost first, and the libraries that each may import."""
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*)\|$", ARCHITECTURE.read_text(), re.MULTILINE)
+    return {room: {name.strip() for name in names.split(",") if name.strip()} for room, names in rows}
+
+
 def modules() -> dict[str, Path]:
-    """The package's modules, named as within it: ``condor.schedd``."""
+    """The package's modules by their full names."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        parts = path.relative_to(CHECKOUT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def imports(name: str, path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a module imports, wherever in it; names from this package as `modules` has them, and True.
-
-    What is imported for type checking alone does not count: it does not happen.
-    """
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in runtime_nodes(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield own(alias.name)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1] if package else []
-                base = ".".join([NAME, *filter(None, above), *filter(None, [base])])
-            if base == NAME:
-                yield from (own(f"{base}.{alias.name}") for alias in node.names)
-            else:
-                yield own(base)
-                yield from (own(f"{base}.{alias.name}") for alias in node.names if base.startswith(f"{NAME}."))
-
-
-def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from runtime_nodes(node)
-
-
-def own(module: str) -> tuple[str, bool]:
-    return (module.removeprefix(f"{NAME}."), True) if module.startswith(f"{NAME}.") else (module, False)
-
-
-def outsiders(name: str, path: Path) -> set[str]:
-    """Top-level modules from outside of the package that a module imports."""
-    return {module.partition(".")[0] for module, ours in imports(name, path) if not ours}
-
-
-def is_in(module: str, rooms: set[str]) -> bool:
-    return any(module == room or module.startswith(f"{room}.") for room in rooms)
-
-
 MODULES = modules()
-each_module = pytest.mark.parametrize("name", [name for name in MODULES if name])
+ROOMS = table_of_rooms()
+each_module = pytest.mark.parametrize("name", list(MODULES))
+
+
+def imports(name: str) -> Iterator[str]:
+    """Every module that a module imports, wherever in it and whatever for; modules of this package by full name.
+
+    `from package import name` is the module of that name, where there is one.
+    """
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports {'.' * node.level}{node.module}: imports are absolute"
+            base = node.module or ""
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
+
+
+def own_imports(name: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    return {module for module in imports(name) if module in MODULES and module != name}
+
+
+def libraries(name: str) -> set[str]:
+    """Top-level names of what a module imports from outside of this package."""
+    return {module.partition(".")[0] for module in imports(name) if module.partition(".")[0] != NAME}
+
+
+def room_of(name: str) -> str | None:
+    """The room of a module. The package has none, and stands above all; modules that await their move have none."""
+    return room if "." in name and (room := name.split(".")[1]) in ROOMS else None
+
+
+def directory_of(name: str) -> str:
+    return MODULES[name].relative_to(PACKAGE).parent.as_posix()
+
+
+moved = pytest.mark.skipif(
+    any(room_of(name) is None for name in MODULES if "." in name), reason="modules await their move into a room"
+)
+
+
+def test_every_module_has_a_room() -> None:
+    assert {room_of(name) for name in MODULES} - {None} <= set(ROOMS)
 
 
 @each_module
-def test_only_condor_and_embedded_import_the_bindings(name: str) -> None:
-    if not is_in(name, {"condor", "embedded"}):
-        assert not outsiders(name, MODULES[name]) & {"htcondor2", "htcondor"}
+def test_every_import_goes_down(name: str) -> None:
+    rank = list(ROOMS).index
+    room = room_of(name)
+    for other in own_imports(name):
+        below = room_of(other)
+        if room is not None and below is not None:
+            assert rank(room) <= rank(below), f"{name} imports {other}, which is in a room above"
+        floors = (directory_of(name), directory_of(other))
+        if set(floors) <= set(RUNNER_FLOORS):
+            assert RUNNER_FLOORS.index(floors[0]) <= RUNNER_FLOORS.index(floors[1]), f"{name} imports {other}"
 
 
+@moved
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    try:
+        list(TopologicalSorter({name: own_imports(name) for name in MODULES}).static_order())
+    except CycleError as exc:
+        pytest.fail(f"a circle of imports: {' -> '.join(exc.args[1])}")
+
+
+@moved
 @each_module
-def test_only_the_flow_side_knows_prefect(name: str) -> None:
-    if name not in KNOW_PREFECT:
-        assert not outsiders(name, MODULES[name]) & {"prefect", "prefect_dask"}
+def test_rooms_know_only_the_libraries_that_they_are_for(name: str) -> None:
+    room = room_of(name)
+    allowed = set().union(*(LIBRARIES[library] for library in ROOMS[room])) if room else set()
+    assert libraries(name) & set().union(*LIBRARIES.values()) <= allowed
 
 
-@each_module
-def test_arrows_point_one_way(name: str) -> None:
-    imported = {module for module, ours in imports(name, MODULES[name]) if ours}
-    for room, forbidden in MUST_NOT_IMPORT.items():
-        if is_in(name, {room}):
-            assert {module for module in imported if is_in(module, forbidden)} == set()
+@moved
+def test_rooms_are_small_enough_to_be_learnt() -> None:
+    for directory in {path.parent for path in MODULES.values()}:
+        assert len(list(directory.glob("*.py"))) <= MAX_FILES, directory
+        purpose = (ast.get_docstring(ast.parse((directory / "__init__.py").read_text())) or "").splitlines()
+        assert purpose and len(purpose[0]) > 20, f"{directory} does not say what it is for"
+    lines = sum(len(path.read_text().splitlines()) for path in (PACKAGE / "utils").glob("*.py"))
+    assert lines <= MAX_UTILS_LINES
 
 
 @pytest.mark.parametrize("name", sorted(PURE))
 def test_pure_modules_know_neither_prefect_nor_dask_nor_htcondor(name: str) -> None:
     forbidden = {"prefect", "prefect_dask", "dask", "distributed", "dask_gateway", "htcondor2", "asyncio"}
-    assert not outsiders(name, MODULES[name]) & forbidden
     # Nor by way of another module of the package.
-    reached, todo = set(), {name}
+    reached, todo = set(), {f"{NAME}.{name}"}
     while todo:
         module = todo.pop()
         reached.add(module)
-        ours = {other for other, mine in imports(module, MODULES[module]) if mine and other in MODULES}
-        todo |= ours - reached
+        todo |= own_imports(module) - reached
     for module in reached:
-        assert not outsiders(module, MODULES[module]) & forbidden, f"by way of {module}"
+        assert not libraries(module) & forbidden, f"by way of {module}"
 
 
 def test_every_setting_is_described() -> None:
