@@ -1,4 +1,4 @@
-"""Brings the final states of futures home in bulk, once somebody asks for them.
+"""Brings the final states of task runs home in bulk, once somebody asks for them.
 
 Whatever Dask itself reports (a lost worker, a lost scheduler, a cancelled future) becomes a Crashed state with a
 message; nothing is swallowed and nothing waits for ever.
@@ -16,54 +16,56 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, TypeAlias, cast
+from uuid import UUID
 
 from distributed import Client, Future
 from distributed.utils_comm import retry_operation
 from prefect.client.schemas.objects import State
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
-from prefect_htcdask.done_callbacks import call_all, call_late
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.future_ends import on_end
 from prefect_htcdask.gathering import MAX_BATCH, batch_size, held_back
 from prefect_htcdask.losses import JobFates, killer_of, lost_reason
 from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.pending_results import COMING, PendingResult
 from prefect_htcdask.portable_states import is_unreadable
+from prefect_htcdask.prefect_api import open_client
 from prefect_htcdask.read_ahead import ReadAhead
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.result_sizes import ResultSizes
 from prefect_htcdask.threads import in_thread
 from prefect_htcdask.worker_slots import worker_slot_freed
 
-if TYPE_CHECKING:
-    from prefect_htcdask.futures import HTCDaskFuture
-
 POLL = 0.5
 """Seconds between two looks at a blocked wait: a thread that waits in C for ever hears no timeout of a flow run."""
-
-COMING = ("pending", "lost")
-"""Status of Dask futures that are still to come: what was lost is computed again."""
 
 MAX_GATHERS = 4
 """Gathers at a time: a large result on its way does not hold up the small ones."""
 
 MAX_BROKEN = 10
-"""Times that the gathering of one future may break off. Each time that the client finds its connection broken, it waits
+"""Times that the gathering of one state may break off. Each time that the client finds its connection broken, it waits
 until that is there again; so this many have another reason."""
+
+API_LAG = 10.0
+"""Seconds in which Prefect's server records the task runs of a flow run that has ended."""
+
+_Call: TypeAlias = "tuple[UUID, Callable[[], object]]"
 
 logger = logging.getLogger("prefect.task_runner.htcdask")
 
 
 class Collector:
-    """Gathers final states for the futures of one Dask client.
+    """Gathers final states for the task runs of one Dask client.
 
     Args:
-        client: the client that the futures belong to.
-        on_lost: called, in a background thread, with a future that Dask could not finish and the Crashed state that
-            it got.
+        client: the client that the Dask futures belong to.
+        on_lost: called, in a background thread, with a task run that Dask could not finish and the Crashed state
+            that it got.
         fates: what is known of the workers' jobs, for the message of a lost task run.
-        on_collected: called, in the client's event loop, with futures that have got their final states.
+        on_collected: called, in the client's event loop, with task runs that have got their final states.
 
     Attributes:
         on_first: called there once, before anybody learns of the first final state that comes.
@@ -72,9 +74,9 @@ class Collector:
     def __init__(
         self,
         client: Client,
-        on_lost: Callable[[HTCDaskFuture[Any], State[Any]], None] | None = None,
+        on_lost: Callable[[PendingResult, State[Any]], None] | None = None,
         fates: JobFates | None = None,
-        on_collected: Callable[[list[HTCDaskFuture[Any]]], None] | None = None,
+        on_collected: Callable[[list[PendingResult]], None] | None = None,
     ) -> None:
         self.client = client
         self._on_collected = on_collected
@@ -82,13 +84,13 @@ class Collector:
         self.closed_at: float | None = None
         self.cancelled = False  # by the flow run: then what Dask cancels has not crashed
         self.fates = fates or JobFates()
-        self.condition = threading.Condition()
+        self._condition = threading.Condition()
         self._on_lost = on_lost
-        self._asked: dict[int, HTCDaskFuture[Any]] = {}
+        self._asked: dict[int, PendingResult] = {}
         self._ahead: set[int] = set()
         self._awaited: Counter[int] = Counter()
-        self._unheard: list[HTCDaskFuture[Any]] = []
-        self._ready: deque[HTCDaskFuture[Any]] = deque()
+        self._unheard: list[PendingResult] = []
+        self._ready: deque[PendingResult] = deque()
         self._gathers = 0
         self._sizes = ResultSizes()
         self._began = 0.0
@@ -96,83 +98,115 @@ class Collector:
         self._due = math.inf
         self._broken: dict[int, int] = {}
         self._failure: HTCDaskError | None = None
-        self.read_ahead: ReadAhead[HTCDaskFuture[Any]] = ReadAhead()
+        self.read_ahead: ReadAhead[PendingResult] = ReadAhead()
         self._callbacks = ThreadPoolExecutor(1, thread_name_prefix="htcdask-callbacks")
 
-    def ask(self, future: HTCDaskFuture[Any]) -> bool:
-        """Bring the final state of `future` here as soon as there is one; False where that was asked for before."""
-        with self.condition:
-            self._ahead.discard(id(future))
-        return self._ask(future)
+    def ask(self, result: PendingResult) -> bool:
+        """Bring the final state of `result` here as soon as there is one; False where that was asked for before."""
+        with self._condition:
+            self._ahead.discard(id(result))
+        return self._ask(result)
 
-    def _ask(self, future: HTCDaskFuture[Any]) -> bool:
-        with self.condition:
-            if future.packed is not None or id(future) in self._asked or self.over:
+    def _ask(self, result: PendingResult) -> bool:
+        with self._condition:
+            if result.packed is not None or id(result) in self._asked or self.over:
                 return False
-            self._asked[id(future)] = future
+            self._asked[id(result)] = result
             failure = self._failure
         if failure is not None:
-            self._end(future, failure)
-        elif future.wrapped_future.status in COMING:
-            spec = future.spec
+            self._end(result, failure)
+        elif result.dask_future.status in COMING:
+            spec = result.spec
             if spec is not None and isinstance(self.client, ResumingClient):
                 self.client.outbox.hurry(spec)
-            self._listen_soon(future)
+            self._listen_soon(result)
         else:
-            self._enqueue(future)
+            self._enqueue(result)
         return True
 
-    def wait(self, future: HTCDaskFuture[Any], timeout: float | None, *, of_many: bool = False) -> None:
-        """Block until `future` has its final state, this collector is closed, or `timeout` seconds are over.
+    def wait(self, result: PendingResult, timeout: float | None, *, of_many: bool = False) -> None:
+        """Block until `result` has its final state, or `timeout` seconds are over.
+
+        Once this collector is closed, the state is the one that the Prefect API has, if any.
 
         Args:
             of_many: whether it is one of many that are waited for, and no sooner used than the others.
         """
-        in_turn = self.read_ahead.take(future)
-        with self._blocked_on(future) if not (of_many or in_turn) else nullcontext():
-            if not self.ask(future):
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        in_turn = self.read_ahead.take(result)
+        with self._blocked_on(result) if not (of_many or in_turn) else nullcontext():
+            if not self.ask(result):
                 # Ready perhaps, and held back.
                 self._look_soon()
             if in_turn and not of_many:
-                self._ask_ahead(self.read_ahead.beside(future, self._sizes.expected(future.task_name)))
-            deadline = None if timeout is None else time.monotonic() + timeout
-            with worker_slot_freed(future.packed is None), self.condition:
-                while future.packed is None and not self.over:
-                    left = POLL if deadline is None else min(POLL, deadline - time.monotonic())
+                self._ask_ahead(self.read_ahead.beside(result, self._sizes.expected(result.task_name)))
+            with worker_slot_freed(result.packed is None), self._condition:
+                while result.packed is None and not self.over:
+                    left = min(POLL, deadline - time.monotonic())
                     if left <= 0:
                         return
-                    self.condition.wait(left)
+                    self._condition.wait(left)
+        if result.packed is None:
+            self._ask_api(result, deadline)
 
-    def _ask_ahead(self, futures: list[HTCDaskFuture[Any]]) -> None:
+    def _ask_api(self, result: PendingResult, deadline: float) -> None:
+        """Take the final state from the Prefect API: Dask's part of the flow run is over."""
+        deadline = min(deadline, (self.closed_at or 0.0) + API_LAG)
+        with open_client(timeout=None, retries=None) as api:
+            while True:
+                state: State[Any] | None = None
+                with suppress(ObjectNotFound):
+                    state = api.read_task_run(result.task_run_id).state
+                if state is not None and state.is_final():
+                    self.give(result, state)
+                    return
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.2)
+
+    def call_back(self, result: PendingResult, call: Callable[[], object]) -> bool:
+        """Have `call` called, in another thread, once the final state of `result` is here.
+
+        Returns:
+            False where it is here already, or this collector is closed; then it is not called.
+        """
+        with self._condition:
+            if result.packed is not None or self.over:
+                return False
+            result.callbacks += (call,)
+            self.ask(result)
+            return True
+
+    def _ask_ahead(self, results: list[PendingResult]) -> None:
         # All at once: nothing is gathered in between.
-        with self.condition:
-            for future in futures if self._failure is None else ():
-                if self._ask(future):
-                    self._ahead.add(id(future))
+        with self._condition:
+            for result in results if self._failure is None else ():
+                if self._ask(result):
+                    self._ahead.add(id(result))
 
     @contextmanager
-    def _blocked_on(self, future: HTCDaskFuture[Any]) -> Iterator[None]:
-        with self.condition:
-            self._awaited[id(future)] += 1
+    def _blocked_on(self, result: PendingResult) -> Iterator[None]:
+        with self._condition:
+            self._awaited[id(result)] += 1
         try:
             yield
         finally:
-            with self.condition:
-                self._awaited[id(future)] -= 1
-                if not self._awaited[id(future)]:
-                    del self._awaited[id(future)]
+            with self._condition:
+                self._awaited[id(result)] -= 1
+                if not self._awaited[id(result)]:
+                    del self._awaited[id(result)]
 
     def fail(self, error: HTCDaskError) -> None:
-        """End every future that is being waited for, and every one that is asked for later, with `error`."""
-        with self.condition:
+        """End every task run that is being waited for, and every one that is asked for later, with `error`."""
+        with self._condition:
             self._failure = self._failure or error
-            waiting = [future for future in self._asked.values() if future.packed is None]
-        for future in waiting:
-            self._end(future, error)
+            waiting = [result for result in self._asked.values() if result.packed is None]
+        for result in waiting:
+            self._end(result, error)
 
     @property
     def failure(self) -> HTCDaskError | None:
-        """Why no future of this collector will come, if so."""
+        """Why no state comes any more, if so."""
         return self._failure
 
     def close(self) -> None:
@@ -180,65 +214,65 @@ class Collector:
 
         Call it before the client closes, which makes finished futures cancelled ones.
         """
-        with self.condition:
+        with self._condition:
             self.closed_at = time.monotonic()
-            self._ready = deque(future for future in self._ready if future.wrapped_future.status != "finished")
-            left = [one for one in self._asked.values() if one._callbacks and one.wrapped_future.status == "finished"]
-            self.condition.notify_all()
+            self._ready = deque(result for result in self._ready if result.dask_future.status != "finished")
+            left = [one for one in self._asked.values() if one.callbacks and one.dask_future.status == "finished"]
+            self._condition.notify_all()
         self._callbacks.shutdown(wait=False)
         if left:
-            threading.Thread(target=call_late, args=(left,), name="htcdask-callbacks", daemon=True).start()
+            threading.Thread(target=self._call_late, args=(left,), name="htcdask-callbacks", daemon=True).start()
 
     @property
     def over(self) -> bool:
         """Whether no state comes any more, without a failure that would be the reason."""
         return self.closed_at is not None and self._failure is None
 
-    def give(self, future: HTCDaskFuture[Any], state: State[Any]) -> None:
-        """Take the final state of `future` from elsewhere, unless it is here."""
-        with self.condition:
-            if future.packed is not None:
+    def give(self, result: PendingResult, state: State[Any]) -> None:
+        """Take the final state of `result` from elsewhere, unless it is here."""
+        with self._condition:
+            if result.packed is not None:
                 return
-            future.packed = PackedState(state)
-        self._finish([future])
+            result.packed = PackedState(state)
+        self._finish([result])
 
-    def _listen_soon(self, future: HTCDaskFuture[Any]) -> None:
-        with self.condition:
+    def _listen_soon(self, result: PendingResult) -> None:
+        with self._condition:
             listening = bool(self._unheard)
-            self._unheard.append(future)
+            self._unheard.append(result)
         if not listening:
             cast(Any, self.client.loop).add_callback(self._listen)
 
     def _listen(self) -> None:
-        """Hear of the ends of the futures that were asked for since; in the event loop."""
-        with self.condition:
+        """Hear of the ends of the task runs that were asked for since; in the event loop."""
+        with self._condition:
             unheard, self._unheard = self._unheard, []
-        for future in unheard:
-            on_end(future.wrapped_future, partial(self._enqueue, future))
+        for result in unheard:
+            on_end(result.dask_future, partial(self._enqueue, result))
 
-    def _enqueue(self, future: HTCDaskFuture[Any]) -> None:
-        with self.condition:
-            self._ready.append(future)
+    def _enqueue(self, result: PendingResult) -> None:
+        with self._condition:
+            self._ready.append(result)
         self._look_soon()
 
     def _look_soon(self) -> None:
-        with self.condition:
+        with self._condition:
             looking, self._looking = self._looking, True
         if not looking:
             cast(Any, self.client.loop).add_callback(self._look)
 
     def _look(self) -> None:
-        """Gather what is ready, now or in a moment: many futures that end together cost one round trip."""
+        """Gather what is ready, now or in a moment: many task runs that end together cost one round trip."""
         loop = cast(Any, self.client.loop)
         now = time.monotonic()
-        batches: list[list[HTCDaskFuture[Any]]] = []
-        with self.condition:
+        batches: list[list[PendingResult]] = []
+        with self._condition:
             self._looking = False
             while self._ready and self._gathers < MAX_GATHERS:
                 ready = list(itertools.islice(self._ready, MAX_BATCH))
-                size = batch_size(self._sizes.expected(future.task_name) for future in ready)
+                size = batch_size(self._sizes.expected(result.task_name) for result in ready)
                 full = size < len(self._ready) or size == MAX_BATCH
-                awaited = not full and any(id(future) in self._awaited for future in ready)
+                awaited = not full and any(id(result) in self._awaited for result in ready)
                 pause = held_back(full, len(self._asked), awaited, now - self._began)
                 if pause:
                     if now + pause < self._due:
@@ -255,22 +289,22 @@ class Collector:
         self._due = math.inf
         self._look()
 
-    async def _enqueue_when_back(self, future: HTCDaskFuture[Any]) -> None:
-        await cast(Any, future.wrapped_future)._state.wait()
-        self._enqueue(future)
+    async def _enqueue_when_back(self, result: PendingResult) -> None:
+        await cast(Any, result.dask_future)._state.wait()
+        self._enqueue(result)
 
-    async def _gather_and_look(self, batch: list[HTCDaskFuture[Any]]) -> None:
+    async def _gather_and_look(self, batch: list[PendingResult]) -> None:
         try:
             await self._gather(batch)
         finally:
-            with self.condition:
+            with self._condition:
                 self._gathers -= 1
             self._look_soon()
 
-    async def _gather(self, batch: list[HTCDaskFuture[Any]]) -> None:
-        finished = {str(f.wrapped_future.key): f for f in batch if f.wrapped_future.status == "finished"}
+    async def _gather(self, batch: list[PendingResult]) -> None:
+        finished = {one.key: one for one in batch if one.dask_future.status == "finished"}
         try:
-            states = await self._states({key: future.wrapped_future for key, future in finished.items()})
+            states = await self._states({key: result.dask_future for key, result in finished.items()})
         except Exception as exc:
             if len(finished) > 1 and not isinstance(exc, OSError) and not self.over:
                 # A result that cannot be pickled, or unpickled here, says nothing of the others.
@@ -279,37 +313,37 @@ class Collector:
                     await self._gather(part)
                 return
             states = dict.fromkeys(finished)
-            for future in finished.values():
-                if self.over or self._only_ahead(future) or (isinstance(exc, OSError) and self._try_again(future)):
-                    batch.remove(future)
-                elif future.wrapped_future.status == "finished":
-                    self._end(future, exc)
+            for result in finished.values():
+                if self.over or self._only_ahead(result) or (isinstance(exc, OSError) and self._try_again(result)):
+                    batch.remove(result)
+                elif result.dask_future.status == "finished":
+                    self._end(result, exc)
         first, self.on_first = self.on_first, None
         if first is not None:
             try:
                 await in_thread(first)
             except Exception:
                 logger.exception("Error as the first final state came")
-        ended: list[HTCDaskFuture[Any]] = []
-        lost: list[HTCDaskFuture[Any]] = []
-        for future in batch:
-            key = str(future.wrapped_future.key)
+        ended: list[PendingResult] = []
+        lost: list[PendingResult] = []
+        for result in batch:
+            key = result.key
             state = states.get(key)
             if isinstance(state, State):
                 unreadable = is_unreadable(state)
-                if unreadable and self._only_ahead(future):
+                if unreadable and self._only_ahead(result):
                     continue  # other tasks may be able to use it
-                future.packed = PackedState(state)
-                ended.append(future)
+                result.packed = PackedState(state)
+                ended.append(result)
                 if unreadable:
-                    self._report_lost(future, state)
-            elif future.packed is not None or (self.over and key in finished):
+                    self._report_lost(result, state)
+            elif result.packed is not None or (self.over and key in finished):
                 continue  # it has its end, or its client has closed meanwhile
-            elif future.wrapped_future.status in COMING:
-                cast(Any, self.client.loop).add_callback(self._enqueue_when_back, future)
+            elif result.dask_future.status in COMING:
+                cast(Any, self.client.loop).add_callback(self._enqueue_when_back, result)
             # What is finished without being here was lost as this began, and has been computed again.
-            elif future.wrapped_future.status != "finished" or not self._try_again(future):
-                lost.append(future)
+            elif result.dask_future.status != "finished" or not self._try_again(result):
+                lost.append(result)
         # What failed says nothing of how large a result is.
         whole = [(one.task_name, one.packed.data) for one in ended if one.packed is not None and one.packed.has_result]
         with suppress(Exception):
@@ -317,15 +351,15 @@ class Collector:
         if self._on_collected is not None and ended:
             self._on_collected(ended)
         self._finish(ended)
-        for future in lost:
-            if (killer := killer_of(future)) is None:
-                self._end(future, None)
+        for result in lost:
+            if (killer := killer_of(result)) is None:
+                self._end(result, None)
             else:
-                cast(Any, self.client.loop).add_callback(self._end_when_explained, future, killer)
+                cast(Any, self.client.loop).add_callback(self._end_when_explained, result, killer)
 
-    async def _end_when_explained(self, future: HTCDaskFuture[Any], killer: str) -> None:
+    async def _end_when_explained(self, result: PendingResult, killer: str) -> None:
         await self.fates.wait_for(killer)
-        self._end(future, None)
+        self._end(result, None)
 
     async def _states(self, finished: dict[str, Future[Any]]) -> dict[str, Any]:
         if isinstance(self.client, ResumingClient) and not self.client.direct_to_workers and finished:
@@ -336,60 +370,96 @@ class Collector:
         # It has what cannot be had computed again.
         return cast("dict[str, Any]", await self.client.gather(finished, errors="skip", asynchronous=True))
 
-    def _only_ahead(self, future: HTCDaskFuture[Any]) -> bool:
-        """Forget that a future was asked for, unless somebody has asked for that very one."""
-        with self.condition:
-            if id(future) not in self._ahead or future._callbacks:
+    def _only_ahead(self, result: PendingResult) -> bool:
+        """Forget that a state was asked for, unless somebody has asked for that very one."""
+        with self._condition:
+            if id(result) not in self._ahead or result.callbacks:
                 return False
-            self._ahead.discard(id(future))
-            self._asked.pop(id(future), None)
+            self._ahead.discard(id(result))
+            self._asked.pop(id(result), None)
             return True
 
-    def _try_again(self, future: HTCDaskFuture[Any]) -> bool:
-        """Gather a future later, once the client says that its task goes on; False after too many times."""
-        with self.condition:
-            times = self._broken[id(future)] = self._broken.get(id(future), 0) + 1
+    def _try_again(self, result: PendingResult) -> bool:
+        """Gather a state later, once the client says that its task goes on; False after too many times."""
+        with self._condition:
+            times = self._broken[id(result)] = self._broken.get(id(result), 0) + 1
         if times > MAX_BROKEN:
             return False
         loop = cast(Any, self.client.loop)
-        loop.call_later(POLL, loop.add_callback, self._enqueue_when_back, future)
+        loop.call_later(POLL, loop.add_callback, self._enqueue_when_back, result)
         return True
 
-    def _end(self, future: HTCDaskFuture[Any], error: BaseException | None) -> None:
-        """Give a future that Dask did not finish a Crashed state."""
+    def _end(self, result: PendingResult, error: BaseException | None) -> None:
+        """Give a task run that Dask did not finish a Crashed state."""
         if error is None:
-            error = lost_reason(future, self.fates)
-        cancelled = self.cancelled and future.wrapped_future.status == "cancelled"
+            error = lost_reason(result, self.fates)
+        cancelled = self.cancelled and result.dask_future.status == "cancelled"
         state: State[Any] = (Cancelled if cancelled else Crashed)(message=str(error) or repr(error), data=error)
-        state.state_details.task_run_id = future._task_run_id
-        with self.condition:
-            if future.packed is not None:
+        state.state_details.task_run_id = result.task_run_id
+        with self._condition:
+            if result.packed is not None:
                 return
-            future.packed = PackedState(state)
-        self._report_lost(future, state)
-        self._finish([future])
+            result.packed = PackedState(state)
+        self._report_lost(result, state)
+        self._finish([result])
 
-    def _report_lost(self, future: HTCDaskFuture[Any], state: State[Any]) -> None:
+    def _report_lost(self, result: PendingResult, state: State[Any]) -> None:
         if self._on_lost is None:
             return
         try:
-            self._on_lost(future, state)
+            self._on_lost(result, state)
         except Exception:
-            logger.exception("Could not report that task run %s crashed", future._task_run_id)
+            logger.exception("Could not report that task run %s crashed", result.task_run_id)
 
-    def _finish(self, futures: list[HTCDaskFuture[Any]]) -> None:
-        with self.condition:
-            calls = []
-            for future in futures:
-                self._asked.pop(id(future), None)
-                self._ahead.discard(id(future))
-                self._broken.pop(id(future), None)
-                calls += [(fn, future) for fn in future._callbacks]
-                future.let_go()
-            self.condition.notify_all()
+    def _finish(self, results: list[PendingResult]) -> None:
+        with self._condition:
+            calls: list[_Call] = []
+            for result in results:
+                self._asked.pop(id(result), None)
+                self._ahead.discard(id(result))
+                self._broken.pop(id(result), None)
+                calls += [(result.task_run_id, call) for call in result.callbacks]
+                result.let_go()
+            self._condition.notify_all()
         if calls:
             try:
-                self._callbacks.submit(call_all, calls)
+                self._callbacks.submit(_call_all, calls)
             except RuntimeError:  # closed
                 with suppress(RuntimeError):  # so is this process
-                    threading.Thread(target=call_all, args=(calls,), name="htcdask-callbacks", daemon=True).start()
+                    threading.Thread(target=_call_all, args=(calls,), name="htcdask-callbacks", daemon=True).start()
+
+    def _call_late(self, results: list[PendingResult]) -> None:
+        """Call whoever waits for what had finished, and was not here, as this collector closed."""
+        for result in results:
+            with suppress(Exception):
+                self.wait(result, None)
+            # Not even the Prefect API knows the end of what has callbacks still.
+            calls, result.callbacks = result.callbacks, ()
+            _call_all([(result.task_run_id, call) for call in calls])
+
+
+def _call_all(calls: list[_Call]) -> None:
+    """Call those who asked to be called; what one of them raises goes to the log."""
+    for task_run_id, call in calls:
+        try:
+            call()
+        except Exception:
+            logger.exception("Error in a done-callback of task run %s", task_run_id)
+
+
+_lock = threading.Lock()
+_collectors: dict[str, Collector] = {}
+
+
+def collector_of(client: Client) -> Collector:
+    """This process's collector for a client that no live run owns, such as a worker's own: one for each client.
+
+    Those of clients that have closed meanwhile are closed.
+    """
+    with _lock:
+        for key in [key for key, collector in _collectors.items() if collector.client.status == "closed"]:
+            _collectors.pop(key).close()
+        collector = _collectors.get(client.id)
+        if collector is None:
+            collector = _collectors[client.id] = Collector(client)
+        return collector

@@ -17,12 +17,11 @@ from uuid import UUID
 from prefect.client.schemas.objects import State, StateType
 
 from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.task_run_states import Ended
 
 if TYPE_CHECKING:
     from prefect.tasks import Task
-
-    from prefect_htcdask.futures import HTCDaskFuture
 
 WITHIN = 30.0
 """Seconds after a task run's end in which its worker may not have sent off its events."""
@@ -60,24 +59,22 @@ class LastWords:
         self._unsure: dict[UUID, _End] = {}
         self._earlier: dict[_Kind, array[int]] = {}
 
-    def ended(self, futures: Iterable[HTCDaskFuture[Any]]) -> None:
-        """Take futures whose task runs have ended; a second time, when their final states are known."""
+    def ended(self, results: Iterable[PendingResult]) -> None:
+        """Take task runs that have ended; a second time, when their final states are known."""
         now = time.monotonic()
         with self._lock:
-            for future in futures:
-                state = future.packed
-                if state is None and (
-                    future._task_run_id in self._recent or future.wrapped_future.status != "finished"
-                ):
+            for result in results:
+                task_run_id, state = result.task_run_id, result.packed
+                if state is None and (task_run_id in self._recent or result.dask_future.status != "finished"):
                     continue
                 # One that was cancelled before it started has no record with the API, and needs none.
-                task = future.task if state is None or state.type is not StateType.CANCELLED else None
+                task = result.task if state is None or state.type is not StateType.CANCELLED else None
                 light = state.without_data() if state is not None else None
-                ended = _End(now, future._task_run_id, future.task_name, task, light)
-                if future._task_run_id in self._unsure:
-                    self._unsure[future._task_run_id] = ended
-                self._recent[future._task_run_id] = ended
-                self._recent.move_to_end(future._task_run_id)
+                ended = _End(now, task_run_id, result.task_name, task, light)
+                if task_run_id in self._unsure:
+                    self._unsure[task_run_id] = ended
+                self._recent[task_run_id] = ended
+                self._recent.move_to_end(task_run_id)
             while len(self._recent) > REMEMBERED:
                 _, ended = self._recent.popitem(last=False)
                 self._file(ended)

@@ -28,10 +28,10 @@ from prefect_htcdask.decisions import scaling_line, summary_line
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.final_account import CutShort, FinalAccount
 from prefect_htcdask.flow_events import FlowEvents
-from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.interruption import interrupt
 from prefect_htcdask.last_words import LastWords
 from prefect_htcdask.losses import JobFates
+from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.preflight import check_versions
 from prefect_htcdask.recall import Recall
 from prefect_htcdask.reconnection import ResumingClient, Terms
@@ -84,8 +84,8 @@ class LiveRun:
         self.collector = Collector(self.client, self._report_lost, self.fates, self.last_words.ended)
         self.submission = Submission(self.client, self.key, self.api_url)
         self._lock = threading.Lock()
-        self._unfinished: dict[UUID, HTCDaskFuture[Any]] = {}
-        self._by_key: WeakValueDictionary[str, HTCDaskFuture[Any]] = WeakValueDictionary()
+        self._unfinished: dict[UUID, PendingResult] = {}
+        self._by_key: WeakValueDictionary[str, PendingResult] = WeakValueDictionary()
         self._cancelled = False
         self._cancelling = False
         self._cut_short: set[UUID] = set()
@@ -114,12 +114,12 @@ class LiveRun:
             offers = self.client.get_metadata(list(OFFERS_METADATA), default=None)
         self.submission.offers = offers
 
-    def track(self, futures: list[HTCDaskFuture[Any]]) -> None:
-        """Hold futures until their task runs end, so that a submitted task runs though nobody keeps its future."""
+    def track(self, results: list[PendingResult]) -> None:
+        """Hold task runs until they end, so that a submitted task runs though nobody keeps its future."""
         with self._lock:
-            self._unfinished.update((future._task_run_id, future) for future in futures)
-            self._by_key.update((str(future.wrapped_future.key), future) for future in futures)
-        self.collector.read_ahead.follow(futures)
+            self._unfinished.update((result.task_run_id, result) for result in results)
+            self._by_key.update((result.key, result) for result in results)
+        self.collector.read_ahead.follow(results)
 
     def check(self) -> None:
         """Raise what keeps this run from having any work done.
@@ -152,41 +152,41 @@ class LiveRun:
 
     def cancel(self) -> None:
         """Cancel every task run that has not ended, interrupt those that run, and tell Prefect of them."""
-        futures = self.unfinished()
+        results = self.unfinished()
         with self._lock:
             self._cancelled = self.collector.cancelled = True
-            self._cut_short.update(future._task_run_id for future in futures)
-        if futures:
+            self._cut_short.update(result.task_run_id for result in results)
+        if results:
             with suppress(Exception):
-                self.client.cancel([future.wrapped_future for future in futures], reason="the flow run was cancelled")
+                self.client.cancel([result.dask_future for result in results], reason="the flow run was cancelled")
             # The flow's own code may go on for a long time yet.
-            thread = threading.Thread(target=self._stop_cancelled, args=(futures,), name="htcdask-cancel", daemon=True)
+            thread = threading.Thread(target=self._stop_cancelled, args=(results,), name="htcdask-cancel", daemon=True)
             thread.start()
 
-    def _stop_cancelled(self, futures: list[HTCDaskFuture[Any]]) -> None:
-        self._note_started(futures)
+    def _stop_cancelled(self, results: list[PendingResult]) -> None:
+        self._note_started(results)
         with suppress(Exception):
             self.client.run(interrupt, self.key, on_error="ignore")
         self.account.cut(self._cut("The flow run was cancelled while this task ran"))
 
-    def unfinished(self) -> list[HTCDaskFuture[Any]]:
-        """The futures whose task runs have not ended."""
+    def unfinished(self) -> list[PendingResult]:
+        """The task runs that have not ended."""
         with self._lock:
             held = list(self._unfinished.values())
-            pending: list[HTCDaskFuture[Any]] = []
-            ended: list[HTCDaskFuture[Any]] = []
-            for future in held:
-                (pending if future.is_pending() else ended).append(future)
-            for future in ended:
-                del self._unfinished[future._task_run_id]
+            pending: list[PendingResult] = []
+            ended: list[PendingResult] = []
+            for result in held:
+                (pending if result.is_pending() else ended).append(result)
+            for result in ended:
+                del self._unfinished[result.task_run_id]
                 # Dask lets go of their inputs as well.
-                future.upstreams = ()
+                result.upstreams = ()
         self.last_words.ended(ended)
         known = ("finished", "cancelled") if self._cancelled else ("finished",)
-        for future in ended:
-            if future.packed is None and future.wrapped_future.status not in known:
+        for result in ended:
+            if result.packed is None and result.dask_future.status not in known:
                 # Nobody may be waiting for it, but the Prefect API still has to hear what became of it.
-                self.collector.ask(future)
+                self.collector.ask(result)
         return pending
 
     def on_message(self, message: dict[str, Any]) -> None:
@@ -248,14 +248,14 @@ class LiveRun:
         finally:
             self._end(pending, error)
 
-    def _end(self, pending: list[HTCDaskFuture[Any]], error: BaseException | None) -> None:
+    def _end(self, pending: list[PendingResult], error: BaseException | None) -> None:
         """Close everything; each step is tried whatever became of the others."""
         self.unfinished()
-        left = [future for future in pending if future.packed is None and future.wrapped_future.status != "finished"]
+        left = [result for result in pending if result.packed is None and result.dask_future.status != "finished"]
         if left:
             self._note_started(left)
             with suppress(Exception):
-                self.client.cancel([future.wrapped_future for future in left], reason="the flow run has ended")
+                self.client.cancel([result.dask_future for result in left], reason="the flow run has ended")
         with suppress(Exception):
             self.submission.close(forget=self.cluster is None)
         try:
@@ -277,7 +277,7 @@ class LiveRun:
         finally:
             ended = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
             with self._lock:
-                self._cut_short.update(future._task_run_id for future in left)
+                self._cut_short.update(result.task_run_id for result in left)
             interrupted = error is not None or self._cancelled
             self.account.settle(self._cut(f"The flow run ended while this task ran ({ended})", interrupted))
             if self._cancelling and (flow_run_id := self.flow_run_id) is not None:
@@ -296,33 +296,33 @@ class LiveRun:
         with self._lock:
             return CutShort(frozenset(self._cut_short), kind, why, interrupted, tuple(self._started.values()))
 
-    def _note_started(self, futures: list[HTCDaskFuture[Any]]) -> None:
+    def _note_started(self, results: list[PendingResult]) -> None:
         """Note which of these task runs have started: the Prefect API may not have heard of them yet."""
         keys: frozenset[str] = frozenset()
         if self.client.status == "running":
             # Who interrupts a flow does not wait for a worker that does not answer.
             with suppress(Exception):
                 keys = executing(self.client, ANSWER)
-        started = [future for future in futures if future.wrapped_future.key in keys]
+        started = [result for result in results if result.key in keys]
         with self._lock:
             self._started.update(
-                (future._task_run_id, Started(future._task_run_id, future.task_name, future.task)) for future in started
+                (result.task_run_id, Started(result.task_run_id, result.task_name, result.task)) for result in started
             )
 
     def _final_state(self, key: str) -> State[Any] | None:
         """The state in which a task run ended, by its Dask key, where it was collected."""
         with self._lock:
-            future = self._by_key.get(key)
-        packed = future.packed if future is not None else None
+            result = self._by_key.get(key)
+        packed = result.packed if result is not None else None
         return packed.state if packed is not None and packed.type in (StateType.COMPLETED, StateType.FAILED) else None
 
-    def _report_lost(self, future: HTCDaskFuture[Any], state: State[Any]) -> None:
+    def _report_lost(self, result: PendingResult, state: State[Any]) -> None:
         # When the whole cluster fails, task runs that never started need no record of their own.
         # Nor do those that were cancelled before they started.
-        task = future.task if self.collector.failure is None and not state.is_cancelled() else None
+        task = result.task if self.collector.failure is None and not state.is_cancelled() else None
         # Of what has finished, its worker has told otherwise.
-        overrules = future.wrapped_future.status == "finished"
-        self.reporter.report(Ended(future._task_run_id, future.task_name, task, state, overrules))
+        overrules = result.dask_future.status == "finished"
+        self.reporter.report(Ended(result.task_run_id, result.task_name, task, state, overrules))
 
     def _watch(self) -> None:
         """Notice what nobody waits for: lost task runs, a lost scheduler, versions that do not match."""

@@ -7,15 +7,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import distributed
 
 from prefect_htcdask.errors import TaskRunLost
+from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.worker.names import job_of_worker
-
-if TYPE_CHECKING:
-    from prefect_htcdask.futures import HTCDaskFuture
 
 REMEMBERED = 5_000
 """Jobs, and task runs, of which the last word is kept."""
@@ -81,9 +79,9 @@ class JobFates:
             await asyncio.sleep(0.1)
 
 
-def killer_of(future: HTCDaskFuture[Any]) -> str | None:
+def killer_of(result: PendingResult) -> str | None:
     """Name of the worker with which Dask gave a task up, after several that died with it; else `None`."""
-    wrapped = cast(Any, future.wrapped_future)
+    wrapped = cast(Any, result.dask_future)
     error = wrapped._state.exception if wrapped.status == "error" else None
     if not isinstance(error, distributed.KilledWorker):
         return None
@@ -92,10 +90,10 @@ def killer_of(future: HTCDaskFuture[Any]) -> str | None:
     return name if job_of_worker(name) else str(getattr(last, "address", last))
 
 
-def lost_reason(future: HTCDaskFuture[Any], fates: JobFates | None = None) -> BaseException:
+def lost_reason(result: PendingResult, fates: JobFates | None = None) -> BaseException:
     """The exception with which a task run ended that Dask could not bring to a state of its own."""
-    wrapped = future.wrapped_future
-    about = f"task run {future._task_run_id} ({future.task_name or 'unnamed'})"
+    wrapped = result.dask_future
+    about = f"task run {result.task_run_id} ({result.task_name or 'unnamed'})"
     if wrapped.status == "error":
         error = cast(BaseException, cast(Any, wrapped)._state.exception)
         if not isinstance(error, distributed.KilledWorker):
@@ -104,7 +102,7 @@ def lost_reason(future: HTCDaskFuture[Any], fates: JobFates | None = None) -> Ba
             return TaskRunLost(f"{about} could not run: {error.task}, which it needs, was lost with its worker")
         return TaskRunLost(
             f"{about} was lost: {error.allowed_failures + 1} worker(s) died while they had it"
-            f"{_named(killer_of(future) or '', str(error.task), fates or JobFates())}"
+            f"{_named(killer_of(result) or '', str(error.task), fates or JobFates())}"
         )
     reason = getattr(getattr(wrapped, "_state", None), "exception", None)
     if wrapped.status == "cancelled":

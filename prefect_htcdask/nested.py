@@ -7,8 +7,8 @@ from typing import Any, cast
 import distributed
 from distributed import Client
 
-from prefect_htcdask.client_collectors import collector_of
-from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.collector import collector_of
+from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.scaling.groups import Offers
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT
 from prefect_htcdask.submission import Submission
@@ -28,10 +28,10 @@ class NestedRun:
         """What the worker groups of the cluster offer, as far as the flow's process knew."""
         return self.submission.offers
 
-    def track(self, futures: list[HTCDaskFuture[Any]]) -> None:
+    def track(self, results: list[PendingResult]) -> None:
         """Hold nothing: a future that its task drops is given up with it, as prefect-dask does."""
-        for future in futures:
-            future.upstreams = ()
+        for result in results:
+            result.upstreams = ()
 
     def check(self) -> None:
         """Nothing can be wrong yet."""

@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -19,10 +19,8 @@ from distributed import Client, Future
 from distributed.protocol.pickle import dumps
 
 from prefect_htcdask.held_state import HeldState
+from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.reconnection import ResumingClient
-
-if TYPE_CHECKING:
-    from prefect_htcdask.futures import HTCDaskFuture
 
 LIMIT = 256 * 1024
 """Bytes of a pickled state, at most, that go along with every call; a graph of its own costs about as much CPU time."""
@@ -49,13 +47,13 @@ class StatesInHand:
         self._kept: OrderedDict[_Which, Future[Any]] = OrderedDict()
         self._sizes: WeakKeyDictionary[Future[Any], int] = WeakKeyDictionary()
 
-    def bring_back(self, future: HTCDaskFuture[Any], resources: Mapping[str, float] | None) -> Future[Any] | None:
+    def bring_back(self, result: PendingResult, resources: Mapping[str, float] | None) -> Future[Any] | None:
         """Dask's future of a state in hand; whoever needs it holds it.
 
         The state is that of the first time: what is changed in a result later, in place, is not sent again.
 
         Args:
-            future: has its final state.
+            result: has its final state.
             resources: what the task that needs it asks Dask for; another worker group may have no workers.
 
         Returns:
@@ -65,12 +63,12 @@ class StatesInHand:
             TaskRunLost: the connection to the scheduler was given up.
             Exception: the result cannot be pickled.
         """
-        packed = future.packed
+        packed = result.packed
         assert packed is not None
         if packed.travels_along:
             return None
         # One that waits for a GPU is of no use to a task that needs none.
-        which = future.task_run_id, frozenset((resources or {}).items())
+        which = result.task_run_id, frozenset((resources or {}).items())
         # A second thread that needs the same one does not send it again, but waits for the first.
         with self._lock:
             there = self._there.get(which)

@@ -166,7 +166,7 @@ class Submission:
         reference: Any = None
         extra: dict[str, Any] = {}
         anchor: Future[Any] | None = None
-        if shared and not holder.futures:
+        if shared and not holder.results:
             reference, extra, anchor = self._share(shared)
             own: dict[str, Any] = {}
         else:
@@ -254,7 +254,7 @@ class Submission:
             dependencies=inputs,
             tags=current_tags(),
             asset_context=_asset_context(task, task_run_id, inputs),
-            upstreams=len(needed.futures),
+            upstreams=len(needed.results),
         )
         spec = Spec(
             f"{key_prefix(task.name)}-{task_run_id}",
@@ -317,7 +317,7 @@ def as_list(wait_for: Any) -> list[Any]:
 
 
 def _needs(upstreams: UpstreamFutures) -> list[Any]:
-    return [*upstreams.futures, *upstreams.brought_back]
+    return [*upstreams.results, *upstreams.brought_back]
 
 
 def current_tags() -> tuple[str, ...]:

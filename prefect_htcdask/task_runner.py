@@ -21,6 +21,7 @@ from prefect_htcdask import live
 from prefect_htcdask.futures import HTCDaskFuture, HTCDaskFutureList
 from prefect_htcdask.mapping import expand_mapping
 from prefect_htcdask.nested import NestedRun, nested_run
+from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.scaling.groups import Offers
 from prefect_htcdask.scaling_requests import is_unbounded
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
@@ -203,11 +204,9 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         run = self._run()
         run.check()
         sent = run.submission.submit(task, parameters, wait_for, dependencies, resources)
-        future: HTCDaskFuture[R] = HTCDaskFuture(
-            sent.task_run_id, sent.future, run.collector, task.name, task, sent.upstreams, sent.spec
-        )
-        run.track([future])
-        return future
+        result = PendingResult(sent.task_run_id, sent.future, task.name, task, sent.upstreams, sent.spec)
+        run.track([result])
+        return HTCDaskFuture(result, run.collector)
 
     def map(  # type: ignore[override]
         self,
@@ -232,11 +231,12 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         run = self._run()
         run.check()
         submitted = run.submission.submit_many(task, calls, shared, wait_for, inputs, resources)
-        futures: list[HTCDaskFuture[R]] = [
-            HTCDaskFuture(sent.task_run_id, sent.future, run.collector, task.name, task, sent.upstreams, sent.spec)
+        results = [
+            PendingResult(sent.task_run_id, sent.future, task.name, task, sent.upstreams, sent.spec)
             for sent in submitted
         ]
-        run.track(futures)
+        run.track(results)
+        futures: list[HTCDaskFuture[R]] = [HTCDaskFuture(result, run.collector) for result in results]
         return HTCDaskFutureList(futures)  # type: ignore[abstract, arg-type]
 
     def cancel_all(self) -> None:

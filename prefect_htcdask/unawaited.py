@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from distributed import Client
 from prefect.states import Cancelled
 
-from prefect_htcdask.futures import HTCDaskFuture
+from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.worker_runtime import executing_keys
 
 
@@ -30,33 +30,33 @@ def executing(client: Client, timeout: float | None = None) -> frozenset[str]:
 
 def settle(
     client: Client,
-    pending: Iterable[HTCDaskFuture[Any]],
+    pending: Iterable[PendingResult],
     goes_on: Callable[[], bool],
     log: Callable[[str, str], None],
 ) -> None:
     """Cancel the task runs that have not started, and wait for those that run, as Prefect's own runners do.
 
     Args:
-        client: of the futures.
-        pending: futures of task runs that have not ended.
+        client: of the Dask futures.
+        pending: task runs that have not ended.
         goes_on: whether there is any use in waiting.
         log: writes to the flow run's log; level and text.
     """
     keys = executing(client)
-    waiting = [future for future in pending if future.wrapped_future.key not in keys]
-    running = [future for future in pending if future.wrapped_future.key in keys]
+    waiting = [result for result in pending if result.key not in keys]
+    running = [result for result in pending if result.key in keys]
     if waiting:
         log(
             "info",
             f"The flow has ended: {len(waiting)} task runs that it did not wait for and that have not started are "
             "cancelled",
         )
-        client.cancel([future.wrapped_future for future in waiting], reason="the flow has ended")
-        for future in waiting:
-            future._final_state = Cancelled(message="The flow ended before the task run started")
+        client.cancel([result.dask_future for result in waiting], reason="the flow has ended")
+        for result in waiting:
+            result.packed = PackedState(Cancelled(message="The flow ended before the task run started"))
     if running:
         log("info", f"Waiting for {len(running)} running task runs that the flow did not wait for")
-    while any(future.is_pending() for future in running):
+    while any(result.is_pending() for result in running):
         if not goes_on() or client.status not in ("running", "connecting"):
             return
         time.sleep(0.05)

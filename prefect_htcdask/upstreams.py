@@ -12,6 +12,7 @@ from prefect.utilities.collections import StopVisiting, visit_collection
 
 from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.outbox import OutboxClient
+from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.worker.call import Upstream
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class UpstreamFutures:
         bring_back: makes Dask data of a state in hand, where that is large; else it goes along with the call.
 
     Attributes:
-        futures: those that stand in the call as `Upstream`, by its index.
+        results: the records of those that stand in the call as `Upstream`, by its index.
         sources: of each, the task whose state it brings, or only its key.
         brought_back: Dask's futures of states in hand.
     """
@@ -43,14 +44,14 @@ class UpstreamFutures:
         self,
         client: Client,
         others: UpstreamFutures | None = None,
-        bring_back: Callable[[HTCDaskFuture[Any]], Future[Any] | None] = lambda _: None,
+        bring_back: Callable[[PendingResult], Future[Any] | None] = lambda _: None,
     ) -> None:
         self._client = client
         self._bring_back = bring_back
         self.brought_back: list[Future[Any]] = list(others.brought_back) if others else []
-        self.futures: list[HTCDaskFuture[Any]] = list(others.futures) if others else []
+        self.results: list[PendingResult] = list(others.results) if others else []
         self.sources: list[Spec | str] = list(others.sources) if others else []
-        self._index: dict[int, int] = {id(future): i for i, future in enumerate(self.futures)}
+        self._index: dict[int, int] = {id(result): i for i, result in enumerate(self.results)}
         self._held: list[Any] = []
         self._waits_only = False
 
@@ -73,34 +74,35 @@ class UpstreamFutures:
             raise StopVisiting()
         if not isinstance(item, PrefectFuture) or isinstance(item, PrefectDistributedFuture):
             return item
-        if isinstance(item, HTCDaskFuture):
-            if id(item) in self._index:
-                return Upstream(self._index[id(item)])
-            wrapped = item.wrapped_future
-            if item.is_on(self._client):
-                if wrapped.client is not self._client and isinstance(wrapped.client, OutboxClient):
+        result = item.pending_result if isinstance(item, HTCDaskFuture) else None
+        if result is not None:
+            if id(result) in self._index:
+                return Upstream(self._index[id(result)])
+            dask_future = result.dask_future
+            if result.is_on(self._client):
+                if dask_future.client is not self._client and isinstance(dask_future.client, OutboxClient):
                     # Its task has to be there before those that need it.
-                    wrapped.client.empty_outbox()
-                return self._upstream(item, wrapped)
+                    dask_future.client.empty_outbox()
+                return self._upstream(result, dask_future)
         # In hand already, or another runner's.
         item.wait()
-        packed = item.packed if isinstance(item, HTCDaskFuture) else None
+        packed = result.packed if result is not None else None
         if self._waits_only and packed is not None and packed.has_result:
             packed = packed.without_data()
             return packed.state
-        if isinstance(item, HTCDaskFuture) and packed is not None:
-            there = self._bring_back(item)
+        if result is not None and packed is not None:
+            there = self._bring_back(result)
             if there is not None:
                 self.brought_back.append(there)
-                return self._upstream(item, there)
+                return self._upstream(result, there)
         state: State[Any] = item.state
         return state
 
-    def _upstream(self, future: HTCDaskFuture[Any], dask_future: Future[Any]) -> Upstream:
+    def _upstream(self, result: PendingResult, dask_future: Future[Any]) -> Upstream:
         key = str(dask_future.key)
-        spec = future.spec
-        self._index[id(future)] = len(self.futures)
-        self.futures.append(future)
+        spec = result.spec
+        self._index[id(result)] = len(self.results)
+        self.results.append(result)
         self.sources.append(spec if spec is not None and spec.key == key else key)
         self._held.append(dask_future)
-        return Upstream(self._index[id(future)])
+        return Upstream(self._index[id(result)])

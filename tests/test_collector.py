@@ -24,7 +24,7 @@ from prefect.states import Completed
 
 from prefect_htcdask import HTCDaskTaskRunner, collector, gathering
 from prefect_htcdask.errors import TaskRunLost
-from prefect_htcdask.futures import CollectedFuture, HTCDaskFuture, _rebuild
+from prefect_htcdask.futures import HTCDaskFuture, _rebuild
 from prefect_htcdask.gathering import (
     FEW,
     GATHER_BYTES,
@@ -35,6 +35,7 @@ from prefect_htcdask.gathering import (
     held_back,
     interval,
 )
+from prefect_htcdask.pending_results import CollectedFuture
 from prefect_htcdask.read_ahead import SMALL
 from prefect_htcdask.upstreams import UpstreamFutures
 from prefect_htcdask.worker.call import Upstream
@@ -308,7 +309,7 @@ def test_what_was_lost_as_a_gather_began_and_is_back_as_it_ends_is_gathered_agai
         async def gathered() -> None:
             state.lose()
             its.on_first = lambda: its.client.loop.add_callback(state.finish)
-            await its._gather([future])
+            await its._gather([future.pending_result])
 
         future.wrapped_future.client.sync(gathered)
         return future.result(timeout=20)
@@ -392,7 +393,7 @@ def test_lost_task_runs_that_wait_for_an_explanation_hold_up_nothing_else(
     runner: HTCDaskTaskRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That HTCondor is slow to tell of jobs is made here; Dask's part, and the task runs, are real."""
-    monkeypatch.setattr(collector, "killer_of", lambda future: "htcdask-1.0-0")
+    monkeypatch.setattr(collector, "killer_of", lambda result: "htcdask-1.0-0")
 
     @flow(task_runner=runner)
     def computing() -> int:
@@ -406,7 +407,7 @@ def test_lost_task_runs_that_wait_for_an_explanation_hold_up_nothing_else(
         its = collector_of_this_flow_of(lost[0])
         monkeypatch.setattr(its.fates, "wait_for", wait_for)
         for future in lost:
-            its.ask(future)
+            its.ask(future.pending_result)
         its.client.cancel([future.wrapped_future for future in lost])
         wait_until(lambda: len(asking) == len(lost), 20, "all wait for what became of their workers")
         (tmp_path / "gate").touch()

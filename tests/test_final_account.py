@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from uuid import uuid4
+from typing import Any, cast
+from uuid import UUID, uuid4
 
 import distributed
 import pytest
@@ -29,6 +29,7 @@ from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.final_account import CutShort, FinalAccount
 from prefect_htcdask.last_words import REMEMBERED, LastWords
 from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.task_run_states import Ended, StateReporter
 from tests.waiting import wait_until
 from tools.prefect_server import prefect_server as running_server
@@ -147,7 +148,7 @@ def test_an_api_that_is_away_at_the_end_is_told_when_it_is_back(tmp_path: Path) 
             ]
         reporter, last_words = StateReporter(flow_run.id), LastWords()
         account = FinalAccount(reporter, last_words, lambda level, text: said.append((level, text)), True)
-    last_words.ended([future(known[0].id, Completed(message="done")), future(known[1].id, Failed(message="no luck"))])
+    last_words.ended([record(known[0].id, Completed(message="done")), record(known[1].id, Failed(message="no luck"))])
     reporter.report(Ended(known[0].id, "one", unheard, Completed(message="done")))
     account.settle(CutShort(frozenset([known[2].id]), StateType.CANCELLED, "cut short"))
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "htcdask-account"]
@@ -206,15 +207,11 @@ def test_an_api_that_does_not_answer_holds_a_cancelled_flow_up_for_seconds_only(
     assert said == []
 
 
-def future(task_run_id: Any, state: State[Any] | None) -> Any:
-    """What `LastWords` looks at in a future."""
-    return SimpleNamespace(
-        _task_run_id=task_run_id,
-        packed=PackedState(state) if state is not None else None,
-        wrapped_future=SimpleNamespace(status="finished"),
-        task_name="unheard",
-        task=unheard,
-    )
+def record(task_run_id: UUID, state: State[Any] | None) -> PendingResult:
+    """The record of a task run that has ended, its final state in hand or not."""
+    result = PendingResult(task_run_id, cast(Any, SimpleNamespace(status="finished")), "unheard", unheard)
+    result.packed = PackedState(state) if state is not None else None
+    return result
 
 
 def test_of_task_runs_that_ended_long_ago_the_kind_of_end_is_known_for_a_few_bytes_each() -> None:
@@ -222,15 +219,15 @@ def test_of_task_runs_that_ended_long_ago_the_kind_of_end_is_known_for_a_few_byt
     failed = [uuid4() for _ in range(10)]
     unknown = [uuid4() for _ in range(10)]
     late = [uuid4() for _ in range(10)]
-    words.ended(future(task_run_id, Failed(message="no luck")) for task_run_id in failed)
-    words.ended(future(task_run_id, None) for task_run_id in [*unknown, *late])
-    words.ended(future(uuid4(), done) for _ in range(REMEMBERED))
+    words.ended(record(task_run_id, Failed(message="no luck")) for task_run_id in failed)
+    words.ended(record(task_run_id, None) for task_run_id in [*unknown, *late])
+    words.ended(record(uuid4(), done) for _ in range(REMEMBERED))
     # Somebody asked for their results at last.
-    words.ended(future(task_run_id, Completed()) for task_run_id in late)
-    words.ended(future(uuid4(), done) for _ in range(REMEMBERED))
-    words.ended(future(uuid4(), Completed(name=f"of its own {n}")) for n in range(200))
+    words.ended(record(task_run_id, Completed()) for task_run_id in late)
+    words.ended(record(uuid4(), done) for _ in range(REMEMBERED))
+    words.ended(record(uuid4(), Completed(name=f"of its own {n}")) for n in range(200))
     before = sum(map(sys.getsizeof, words._earlier.values()))
-    words.ended(future(uuid4(), done) for _ in range(20_000))
+    words.ended(record(uuid4(), done) for _ in range(20_000))
     per_task = (sum(map(sys.getsizeof, words._earlier.values())) - before) / 20_000
     print(f"{per_task:.1f} bytes a task run")
     assert per_task < 10 and len(words._recent) == REMEMBERED
@@ -246,7 +243,7 @@ def test_of_task_runs_that_ended_long_ago_the_kind_of_end_is_known_for_a_few_byt
 def test_what_has_just_ended_is_given_time() -> None:
     words = LastWords()
     one = uuid4()
-    words.ended([future(one, Completed())])
+    words.ended([record(one, Completed())])
     assert words.how([one], before=10.0) == []
     assert [ended.task_run_id for ended in words.how([one])] == [one]
 

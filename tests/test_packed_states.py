@@ -8,7 +8,7 @@ import sys
 import threading
 import tracemalloc
 import weakref
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
@@ -19,6 +19,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Runnin
 
 from prefect_htcdask.futures import HTCDaskFuture
 from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.pending_results import PendingResult
 
 
 class Unlike:
@@ -166,8 +167,9 @@ def test_the_result_of_a_future_is_that_of_its_state(
     state: State[Any], raise_on_failure: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prefect.states.RESULT_READ_MAXIMUM_ATTEMPTS", 1)
-    future: HTCDaskFuture[Any] = HTCDaskFuture(uuid4(), None)
-    future._final_state = state
+    result = PendingResult(uuid4(), cast(Any, None))
+    result.packed = PackedState(state)
+    future: HTCDaskFuture[Any] = HTCDaskFuture(result)
     how, answer = outcome(lambda: future.result(raise_on_failure=raise_on_failure))
     how_, expected = outcome(lambda: state.result(raise_on_failure=raise_on_failure, _sync=True))  # type: ignore[call-overload]
     assert how == how_

@@ -12,7 +12,7 @@ from prefect_htcdask.read_ahead import IN_TURN, SMALL, WINDOW, ReadAhead
 
 
 class Submitted:
-    """As `HTCDaskFuture`, for its part in a row."""
+    """As `PendingResult`, for its part in a row."""
 
     task_name: str = "load"
     place: int = 0

@@ -572,7 +572,8 @@ def test_a_result_in_hand_that_is_only_waited_for_does_not_travel(runner: HTCDas
         first = large.submit()
         assert len(first.result()) == 1024**2
         futures = double.map(range(3), wait_for=[first])
-        assert all(future.spec is None or len(future.spec.payload) < 50_000 for future in futures)
+        specs = [future.pending_result.spec for future in futures]
+        assert all(spec is None or len(spec.payload) < 50_000 for spec in specs)
         assert futures.result() == [0, 2, 4]
         # What failed keeps its say.
         failed = fail.submit("no luck")

@@ -217,7 +217,7 @@ def test_nothing_is_held_while_the_connection_is_waited_for(runner: HTCDaskTaskR
         client = client_of_this_flow()
         with futures.ThreadPoolExecutor(1) as pool, client._sending:
             states = run_of_this_flow().submission._in_hand
-            sending = pool.submit(states.bring_back, large, None)
+            sending = pool.submit(states.bring_back, large.pending_result, None)
             wait_until(states._lock.locked, 20, "it is being sent")
             assert not futures.wait([sending], timeout=0.2).done
             assert graph_sending._configuring.acquire(timeout=5), "it waits, and so does everybody else"
