@@ -18,7 +18,6 @@ from prefect._internal.result_records import ResultRecord
 from prefect.client.schemas.objects import State, StateType
 
 from prefect_htcdask.portable_states import data_of, put_data
-from prefect_htcdask.task_run_states import without_data
 
 _lock = threading.Lock()
 
@@ -88,3 +87,9 @@ def _unpack(packed: bytes, data: Any) -> State[Any]:
     state: State[Any] = pickle.loads(packed)
     put_data(state, data)
     return state
+
+
+def without_data(state: State[Any]) -> State[Any]:
+    """A state as the API takes it. It keeps its id, by which the API knows what it has heard of already."""
+    # Not by model_copy, which resets the timestamp of a state.
+    return State(id=state.id, type=state.type, name=state.name, message=state.message, timestamp=state.timestamp)

@@ -32,6 +32,7 @@ from prefect.tasks import Task
 from prefect.types import DateTime
 from prefect.utilities.engine import emit_task_run_state_change_event
 
+from prefect_htcdask.packed_states import without_data
 from prefect_htcdask.prefect_api import TIMEOUT, open_client
 from prefect_htcdask.threads import interpreter_ends
 
@@ -366,9 +367,3 @@ def _final(ended: Ended) -> State[Any]:
             StateType.CRASHED, "How it ended is not known: neither its worker's last word nor its result arrived"
         )
     return without_data(ended.state)
-
-
-def without_data(state: State[Any]) -> State[Any]:
-    """A state as the API takes it. It keeps its id, by which the API knows what it has heard of already."""
-    # Not by model_copy, which resets the timestamp of a state.
-    return State(id=state.id, type=state.type, name=state.name, message=state.message, timestamp=state.timestamp)
