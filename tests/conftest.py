@@ -14,7 +14,7 @@ from hypothesis import settings
 settings.register_profile("beside-daemons", settings.get_profile(settings.get_current_profile_name()), deadline=None)
 settings.load_profile("beside-daemons")
 
-pytest_plugins = ["tests.cluster_fixtures", "tests.pool_fixtures", "tests.prefect_fixtures"]
+pytest_plugins = ["tests.support.cluster_fixtures", "tests.support.pool_fixtures", "tests.support.prefect_fixtures"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -26,9 +26,9 @@ from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.run_files import ClusterRecord, ClusterTrace, _this_host, cluster_traces, record_cluster
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.sweep import sweep
-from tests.plain_flow import unfinished
-from tests.prefect_fixtures import nothing
-from tests.waiting import wait_until
+from tests.support.plain_flow import unfinished
+from tests.support.prefect_fixtures import nothing
+from tests.support.waiting import wait_until
 
 NOW = time.time()
 LONG_AGO = NOW - GRACE - 60

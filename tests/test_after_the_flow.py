@@ -14,7 +14,7 @@ from prefect.futures import as_completed
 from prefect.runtime import flow_run
 
 from prefect_htcdask import HTCDaskError, HTCDaskTaskRunner, live
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

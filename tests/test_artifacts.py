@@ -25,10 +25,10 @@ from prefect_htcdask.artifacts import Artifacts, artifact_key
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.worker_job import cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
-from tests.cluster_fixtures import SMALL, jobs_of
-from tests.plain_flow import PlainFlow
-from tests.prefect_fixtures import PrefectServer
-from tests.waiting import wait_until
+from tests.support.cluster_fixtures import SMALL, jobs_of
+from tests.support.plain_flow import PlainFlow
+from tests.support.prefect_fixtures import PrefectServer
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -16,8 +16,8 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.gateway import GatewayUnreachable, HTCGatewayCluster, SupervisorError, WorkerJobError
 from prefect_htcdask.settings import SettingsError
-from tests.cluster_fixtures import Stopwatch, gateway_clusters, jobs_named, jobs_of, texts
-from tests.waiting import wait_until
+from tests.support.cluster_fixtures import Stopwatch, gateway_clusters, jobs_named, jobs_of, texts
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.pool
 

@@ -24,8 +24,8 @@ from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.gateway import GatewayUnreachable, HTCGatewayCluster
 from prefect_htcdask.resolution import resolve_parts
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
-from tests.cluster_fixtures import SMALL
-from tests.prefect_fixtures import PrefectServer
+from tests.support.cluster_fixtures import SMALL
+from tests.support.prefect_fixtures import PrefectServer
 
 BLOCKS = (HTCDaskGatewayCredentials, HTCDaskCondorCredentials)
 TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbm5lQGxvY2FsaG9zdCJ9.c2lnbmF0dXJl"

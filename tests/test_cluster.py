@@ -20,9 +20,9 @@ from prefect_htcdask import worker_process
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
-from tests import time_slices
-from tests.cluster_fixtures import SMALL, gateway_clusters, jobs_named, jobs_of, supervisors, texts
-from tests.waiting import wait_until
+from tests.support import time_slices
+from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_named, jobs_of, supervisors, texts
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.pool
 

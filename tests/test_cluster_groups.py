@@ -20,8 +20,8 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
 from prefect_htcdask.scaling.groups import OFFERS_METADATA
 from prefect_htcdask.settings import SettingsError
-from tests.cluster_fixtures import SMALL, jobs_named, jobs_of, texts
-from tests.waiting import wait_until
+from tests.support.cluster_fixtures import SMALL, jobs_named, jobs_of, texts
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.pool
 

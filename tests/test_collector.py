@@ -39,8 +39,8 @@ from prefect_htcdask.pending_results import CollectedFuture
 from prefect_htcdask.read_ahead import SMALL
 from prefect_htcdask.upstreams import UpstreamFutures
 from prefect_htcdask.worker.call import Upstream
-from tests.this_flow import run_of_this_flow
-from tests.waiting import wait_until
+from tests.support.this_flow import run_of_this_flow
+from tests.support.waiting import wait_until
 
 counts = st.integers(0, 10 * MAX_BATCH)
 seconds = st.floats(0, 10)

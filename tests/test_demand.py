@@ -14,7 +14,7 @@ from distributed.core import Status
 
 from prefect_htcdask.scaling import kinds
 from prefect_htcdask.scaling.counting import BUCKET
-from tests.dask_cluster import OFFERS, counted, dask_cluster, gate, recount, wait
+from tests.support.dask_cluster import OFFERS, counted, dask_cluster, gate, recount, wait
 
 
 def leave_thread(number: int) -> int:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from prefect_htcdask.scaling import counting
 from prefect_htcdask.scaling.demand import DemandPlugin
-from tests.dask_cluster import GATES, Cluster, counted, dask_cluster, gate, recount
+from tests.support.dask_cluster import GATES, Cluster, counted, dask_cluster, gate, recount
 
 OFFERS = {"cpu": {"htcdask-group-cpu": 2}, "gpu": {"htcdask-group-gpu": 2, "GPU": 1}, "big": {"GPU": 4}}
 ASKED: list[dict[str, float] | None] = [None, None, {"htcdask-group-cpu": 1}, {"GPU": 1}, {"GPU": 2}, {"TPU": 1}]

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from prefect_htcdask.scaling.demand import PLUGIN_NAME, DemandPlugin
-from tests.dask_cluster import OFFERS, counted, dask_cluster, recount, wait
+from tests.support.dask_cluster import OFFERS, counted, dask_cluster, recount, wait
 
 
 async def test_one_supervisor_owns_the_cluster() -> None:

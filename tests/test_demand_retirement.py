@@ -10,7 +10,7 @@ from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
 from prefect_htcdask.scaling.demand import DRAIN
-from tests.dask_cluster import dask_cluster, gate, wait
+from tests.support.dask_cluster import dask_cluster, gate, wait
 
 
 async def test_retirement_moves_results_and_leaves_a_busy_worker_alone() -> None:

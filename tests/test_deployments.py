@@ -26,10 +26,10 @@ from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.pool_query import query_pool
 from prefect_htcdask.gateway import HTCGatewayCluster
-from tests.cluster_fixtures import gateway_clusters, jobs_of
-from tests.prefect_fixtures import PrefectServer
+from tests.support.cluster_fixtures import gateway_clusters, jobs_of
+from tests.support.prefect_fixtures import PrefectServer
+from tests.support.waiting import PATIENCE, wait_until
 from tests.test_flows import back_to_back, write_nanoaod
-from tests.waiting import PATIENCE, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]

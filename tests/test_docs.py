@@ -25,8 +25,8 @@ else:
 
 from prefect_htcdask.condor.diagnosis import Category
 from prefect_htcdask.settings import ENV_PREFIX, WORKERS_VARIABLE, HTCDaskSettings, WorkerGroupSettings, load_settings
-from tests.doc_blocks import ALL, CHECKOUT, PAGES, Block, blocks_of
-from tests.prefect_fixtures import PrefectServer
+from tests.support.doc_blocks import ALL, CHECKOUT, PAGES, Block, blocks_of
+from tests.support.prefect_fixtures import PrefectServer
 from tools.settings_reference import command_reference, default, kind, settings_reference
 
 FIELDS = {

@@ -16,11 +16,11 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.setting_sources import stated_settings
 from prefect_htcdask.settings import ENV_PREFIX, load_settings
-from tests.cluster_fixtures import SMALL, gateway_clusters, jobs_of
-from tests.prefect_fixtures import PrefectServer
-from tests.terminal import in_terminal
+from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_of
+from tests.support.prefect_fixtures import PrefectServer
+from tests.support.terminal import in_terminal
+from tests.support.waiting import wait_until
 from tests.test_cli import run
-from tests.waiting import wait_until
 
 LINKS = 14
 SMALL_WORKERS = {f"{ENV_PREFIX}WORKER_{name.upper()}": value for name, value in SMALL.items()}

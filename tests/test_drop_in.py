@@ -16,8 +16,8 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
 from prefect_htcdask.scaling_requests import adapt_request
 from prefect_htcdask.settings import SettingsError, load_settings
-from tests.cluster_fixtures import SMALL, gateway_clusters, jobs_of
-from tests.waiting import wait_until
+from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_of
+from tests.support.waiting import wait_until
 
 OURS = "ours"
 SAFE = "as inherited: "

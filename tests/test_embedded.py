@@ -22,8 +22,8 @@ from prefect_htcdask.embedded import EmbeddedEndpoint, EmbeddedError, ensure_run
 from prefect_htcdask.embedded import endpoint as module
 from prefect_htcdask.embedded.gateway_server import get_json
 from prefect_htcdask.settings import EmbeddedSettings
-from tests.pool_fixtures import living
-from tests.waiting import slowness, wait_until
+from tests.support.pool_fixtures import living
+from tests.support.waiting import slowness, wait_until
 
 START_FROM_ELSEWHERE = """
 import sys

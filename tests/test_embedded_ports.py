@@ -20,9 +20,9 @@ from prefect_htcdask.listeners import ForeignListenerError, listeners
 from prefect_htcdask.resolution import Parts
 from prefect_htcdask.settings import EmbeddedSettings
 from prefect_htcdask.supervisor.protocol import ScheddSettings
-from tests.stranger import stranger
+from tests.support.stranger import stranger
+from tests.support.waiting import wait_until
 from tests.test_embedded import COUNT_JOBS, in_pool, keeper_with, own, start_cluster, until
-from tests.waiting import wait_until
 
 __all__ = ["own"]  # a fixture
 

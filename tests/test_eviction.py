@@ -21,8 +21,8 @@ from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.worker.names import job_of_worker
 from prefect_htcdask.worker_leave import HANDED_BACK
-from tests.cluster_fixtures import Stopwatch, jobs_of, texts
-from tests.waiting import wait_until
+from tests.support.cluster_fixtures import Stopwatch, jobs_of, texts
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.pool
 

@@ -31,7 +31,7 @@ from prefect_htcdask.last_words import REMEMBERED, LastWords
 from prefect_htcdask.packed_states import PackedState
 from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.task_run_states import Ended, StateReporter
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 from tools.prefect_server import prefect_server as running_server
 
 NOTHING_CUT = CutShort(frozenset(), StateType.CRASHED, "", interrupted=True)

@@ -19,9 +19,9 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.progress import Fetched
 from prefect_htcdask.first_worker import FirstWorker, log_console
 from prefect_htcdask.waiting_bar import WaitingBar
-from tests.prefect_fixtures import PrefectServer
-from tests.terminal import SHOW_CURSOR, python_in_terminal
-from tests.waiting import wait_until
+from tests.support.prefect_fixtures import PrefectServer
+from tests.support.terminal import SHOW_CURSOR, python_in_terminal
+from tests.support.waiting import wait_until
 
 FLOW = """
 from prefect import flow, task

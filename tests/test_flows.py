@@ -25,7 +25,7 @@ import dimuon as dm
 import percolation as pc
 import samples
 import spectrum as sp
-from tests.prefect_fixtures import PrefectServer
+from tests.support.prefect_fixtures import PrefectServer
 
 Muon = dict[str, float]
 

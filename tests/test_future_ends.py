@@ -12,7 +12,7 @@ import distributed
 import pytest
 
 from prefect_htcdask.future_ends import Bell, on_end
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")

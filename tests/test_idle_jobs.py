@@ -17,9 +17,9 @@ from prefect_htcdask.condor.idle_jobs import IdleJobs
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
-from tests.cluster_fixtures import jobs_named, jobs_of, texts
+from tests.support.cluster_fixtures import jobs_named, jobs_of, texts
+from tests.support.waiting import wait_until
 from tests.test_cli import run
-from tests.waiting import wait_until
 
 NewCluster = Callable[..., HTCGatewayCluster]
 NEVER = {"memory": "640 GiB"}

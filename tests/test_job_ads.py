@@ -21,9 +21,9 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.worker_jobs import explained_jobs, worker_jobs
-from tests.cluster_fixtures import jobs_of
+from tests.support.cluster_fixtures import jobs_of
+from tests.support.waiting import wait_until
 from tests.test_worker_job import describe
-from tests.waiting import wait_until
 
 SECRET = "s3cr3t-of-a-worker"
 PART = 8

@@ -11,9 +11,9 @@ import distributed
 
 from prefect_htcdask import kept_work
 from prefect_htcdask.by_value import install
-from tests.dask_cluster import dask_cluster, gate
-from tests.waiting import wait_until
-from tests.wire import PATIENCE, Wire, nothing_is_kept, pool
+from tests.support.dask_cluster import dask_cluster, gate
+from tests.support.waiting import wait_until
+from tests.support.wire import PATIENCE, Wire, nothing_is_kept, pool
 
 __all__ = ["pool"]
 

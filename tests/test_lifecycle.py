@@ -21,8 +21,8 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
-from tests.cluster_fixtures import SMALL, Stopwatch, gateway_clusters, jobs_named, jobs_of, texts
-from tests.waiting import wait_until
+from tests.support.cluster_fixtures import SMALL, Stopwatch, gateway_clusters, jobs_named, jobs_of, texts
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.pool
 

@@ -21,7 +21,7 @@ from prefect_htcdask.listeners import ForeignListenerError, check_embedded_gatew
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.handle import SupervisorError
 from prefect_htcdask.supervisor.protocol import ScheddSettings
-from tests.stranger import UID, stranger
+from tests.support.stranger import UID, stranger
 
 HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
 

@@ -16,10 +16,10 @@ from prefect.runtime import flow_run as flow_run_runtime
 
 from prefect_htcdask import HTCDaskTaskRunner, live, reconnection, states_in_hand
 from prefect_htcdask.errors import HTCDaskError, TaskRunLost
+from tests.support.this_flow import client_of_this_flow, run_of_this_flow
+from tests.support.waiting import wait_until
+from tests.support.wire import PATIENCE, Wire, nothing_is_kept, pool, wire
 from tests.test_task_reruns import after, gated, history, marked, runs
-from tests.this_flow import client_of_this_flow, run_of_this_flow
-from tests.waiting import wait_until
-from tests.wire import PATIENCE, Wire, nothing_is_kept, pool, wire
 
 __all__ = ["pool", "wire"]
 

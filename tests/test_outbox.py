@@ -18,10 +18,10 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from prefect_htcdask import HTCDaskTaskRunner, live, outbox, resubmission
+from tests.support.this_flow import client_of_this_flow, graphs
+from tests.support.waiting import wait_until
+from tests.support.wire import PATIENCE, Wire, pool, wire
 from tests.test_task_reruns import marked, runs
-from tests.this_flow import client_of_this_flow, graphs
-from tests.waiting import wait_until
-from tests.wire import PATIENCE, Wire, pool, wire
 
 __all__ = ["pool", "wire"]
 

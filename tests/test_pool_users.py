@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.pool_users import PoolUser, SharedPool, shared_pool
+from tests.support.pool_users import PoolUser, SharedPool, shared_pool
 
 pytestmark = pytest.mark.pool
 

@@ -19,8 +19,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 
 from prefect_htcdask.artifacts import Artifacts
 from prefect_htcdask.prefect_api import open_async_client, open_client, prefect_api
+from tests.support.waiting import wait_until
 from tests.test_artifacts import artifacts_of, flow_run_id, message
-from tests.waiting import wait_until
 
 __all__ = ["flow_run_id"]
 

@@ -37,8 +37,8 @@ from prefect_htcdask.errors import WorkerGroupError
 from prefect_htcdask.event_shapes import SCALED
 from prefect_htcdask.flow_events import FlowEvents
 from prefect_htcdask.scaling.groups import OFFERS_METADATA, group_resource
-from tests.cluster_fixtures import SMALL, jobs_of
-from tests.waiting import wait_until
+from tests.support.cluster_fixtures import SMALL, jobs_of
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -21,8 +21,8 @@ from prefect.runtime import flow_run as flow_run_runtime
 
 from prefect_htcdask import HTCDaskError, HTCDaskTaskRunner, HTCGateway, get_dask_client, live
 from prefect_htcdask.settings import load_settings
-from tests.plain_flow import unfinished
-from tests.waiting import wait_until
+from tests.support.plain_flow import unfinished
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.usefixtures("htcdask_environment", "prefect_api")]
 

@@ -14,7 +14,7 @@ from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.voice import Voice
 from prefect_htcdask.worker_jobs import worker_jobs
-from tests.cluster_fixtures import texts
+from tests.support.cluster_fixtures import texts
 
 
 class OtherClock(ScheddClient):

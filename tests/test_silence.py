@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.scaling import demand, silence
 from prefect_htcdask.scaling.silence import INTERVAL, Silence
-from tests.cluster_fixtures import texts
-from tests.dask_cluster import dask_cluster, gate
+from tests.support.cluster_fixtures import texts
+from tests.support.dask_cluster import dask_cluster, gate
 from tests.test_demand import wait
 
 looks = st.lists(st.tuples(st.floats(0.1, 1000), st.booleans()), max_size=40)

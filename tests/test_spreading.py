@@ -10,7 +10,7 @@ import pytest
 
 from prefect_htcdask.scaling import spreading
 from prefect_htcdask.scaling.spreading import spread
-from tests.dask_cluster import Cluster, dask_cluster, gate
+from tests.support.dask_cluster import Cluster, dask_cluster, gate
 
 CPU = {"htcdask-group-cpu": 1}
 GPU = {"htcdask-group-gpu": 4, "GPU": 1}

@@ -14,8 +14,8 @@ from prefect.utilities.annotations import unmapped
 
 from prefect_htcdask import HTCDaskTaskRunner, graph_sending, states_in_hand, submission
 from prefect_htcdask.states_in_hand import LIMIT
-from tests.this_flow import client_of_this_flow, graphs, run_of_this_flow
-from tests.waiting import wait_until
+from tests.support.this_flow import client_of_this_flow, graphs, run_of_this_flow
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -18,8 +18,8 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
-from tests.cluster_fixtures import SMALL, jobs_of
-from tests.waiting import wait_until
+from tests.support.cluster_fixtures import SMALL, jobs_of
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.pool
 

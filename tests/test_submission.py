@@ -27,7 +27,7 @@ from prefect_htcdask.supervisor.fleet import Fleet
 from prefect_htcdask.supervisor.group import Group
 from prefect_htcdask.supervisor.protocol import GroupPlan
 from prefect_htcdask.supervisor.voice import Voice
-from tests.cluster_fixtures import texts
+from tests.support.cluster_fixtures import texts
 
 # As release 25.14 of the bindings and 23.9 of the schedd say it: measured.
 REFUSALS = {

@@ -30,11 +30,11 @@ from prefect_htcdask.run_files import ClusterRecord, cluster_traces, record_clus
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.sweep import sweep
 from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
-from tests.cluster_fixtures import Stopwatch, gateway_clusters, jobs_of
-from tests.plain_flow import PlainFlow, unfinished
-from tests.prefect_fixtures import PrefectServer, nothing
+from tests.support.cluster_fixtures import Stopwatch, gateway_clusters, jobs_of
+from tests.support.plain_flow import PlainFlow, unfinished
+from tests.support.prefect_fixtures import PrefectServer, nothing
+from tests.support.waiting import wait_until
 from tests.test_cli import run
-from tests.waiting import wait_until
 
 
 def job(job_id: str, flow_run_id: str, attempt: int = 1, lease_expires: float = 0.0) -> WorkerJob:

@@ -23,7 +23,7 @@ from prefect.runtime import flow_run as flow_run_runtime
 from prefect_htcdask import HTCDaskTaskRunner, live
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.losses import REMEMBERED, JobFates
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -20,8 +20,8 @@ from prefect.utilities.annotations import unmapped
 from prefect_dask import DaskTaskRunner
 
 from prefect_htcdask import HTCDaskTaskRunner
-from tests.prefect_fixtures import PrefectServer
-from tests.waiting import wait_until
+from tests.support.prefect_fixtures import PrefectServer
+from tests.support.waiting import wait_until
 
 TASKS = 40
 IDS = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")

@@ -17,7 +17,7 @@ import pytest
 from prefect import flow, task
 
 from prefect_htcdask import HTCDaskTaskRunner, envelopes, worker_context
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.soak]
 

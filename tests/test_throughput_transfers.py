@@ -20,8 +20,8 @@ from prefect.runtime import flow_run
 from prefect.utilities.annotations import unmapped
 
 from prefect_htcdask import HTCDaskTaskRunner
-from tests.counting_proxy import Traffic, counting_proxy
-from tests.waiting import wait_until
+from tests.support.counting_proxy import Traffic, counting_proxy
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from prefect_htcdask.embedded import EmbeddedEndpoint
-from tests.prefect_fixtures import PrefectServer
-from tests.waiting import wait_until
+from tests.support.prefect_fixtures import PrefectServer
+from tests.support.waiting import wait_until
 from tools.browser import BrowserError, browser, chromium
 from tools.prefect_server import prefect_server as running_server
 

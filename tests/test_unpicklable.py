@@ -18,7 +18,7 @@ from prefect.states import Failed
 
 from prefect_htcdask import HTCDaskTaskRunner
 from prefect_htcdask.errors import UnpicklableResultError
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

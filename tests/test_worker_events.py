@@ -12,7 +12,7 @@ from prefect._internal.concurrency.services import BatchedQueueService, QueueSer
 
 from prefect_htcdask import worker_events
 from prefect_htcdask.worker_events import BatchThread, send_in_batches
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def one_by_one() -> Any:

@@ -33,7 +33,7 @@ from prefect_htcdask.condor.worker_job import (
     submit_description,
 )
 from prefect_htcdask.worker.names import job_of_worker, worker_name
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 FILES = JobFiles("/run", "start.py", ("/run/a", "/run/b"), ("b",), "/run/jobs.log")
 

@@ -20,10 +20,10 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.worker_logs import worker_logs
-from tests.cluster_fixtures import SMALL, jobs_of
-from tests.prefect_fixtures import PrefectServer
+from tests.support.cluster_fixtures import SMALL, jobs_of
+from tests.support.prefect_fixtures import PrefectServer
+from tests.support.waiting import wait_until
 from tests.test_cli import run
-from tests.waiting import wait_until
 
 
 def log_of(flow_run_id: str) -> list[str]:

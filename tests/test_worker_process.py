@@ -14,12 +14,12 @@ import pytest
 from distributed.system_monitor import SystemMonitor
 
 from prefect_htcdask import worker_process
-from tests import time_slices
+from tests.support import time_slices
 
 ASKING = """
 import gc, os, subprocess, sys, threading
 from prefect_htcdask import worker_process
-from tests.time_slices import slice_of_this_thread
+from tests.support.time_slices import slice_of_this_thread
 
 before, after = (getattr(os, name) for name in sys.argv[1:])
 os.sched_setscheduler(0, before, os.sched_param(0))
@@ -35,7 +35,7 @@ look()
 thread = threading.Thread(target=look)
 thread.start()
 thread.join()
-child = "import os; from tests.time_slices import *; print([os.sched_getscheduler(0), slice_of_this_thread()])"
+child = "import os; from tests.support.time_slices import *; print([os.sched_getscheduler(0), slice_of_this_thread()])"
 found.append(eval(subprocess.run([sys.executable, "-c", child], capture_output=True).stdout))
 assert found == [[after, found[0][1]]] * 3, found
 print(found[0][1])

@@ -21,7 +21,7 @@ from dask_gateway_server.tls import new_keypair
 from prefect_htcdask.condor import worker_start
 from prefect_htcdask.condor.staging import zip_package
 from prefect_htcdask.embedded.ports import free_port
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture

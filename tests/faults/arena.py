@@ -22,8 +22,8 @@ from prefect.client.base import PrefectHttpxSyncClient
 from prefect_htcdask.embedded import EmbeddedEndpoint, status
 from prefect_htcdask.embedded.condor_binaries import condor_binaries
 from prefect_htcdask.settings import ENV_PREFIX, EmbeddedSettings
-from tests import faketime
-from tests.waiting import wait_until
+from tests.support import faketime
+from tests.support.waiting import wait_until
 from tools.prefect_server import PrefectServer
 
 

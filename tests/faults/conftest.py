@@ -14,8 +14,8 @@ from prefect_htcdask.settings import EmbeddedSettings
 from tests.faults.arena import Arena
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row
-from tests.pool_fixtures import log_tails
-from tests.prefect_fixtures import PrefectServer
+from tests.support.pool_fixtures import log_tails
+from tests.support.prefect_fixtures import PrefectServer
 
 _row_key = pytest.StashKey[Row]()
 _arena_key = pytest.StashKey[Arena]()

@@ -14,7 +14,7 @@ import psutil
 
 from tests.faults import analysis_path
 from tests.faults.arena import kill
-from tests.waiting import PATIENCE, wait_until
+from tests.support.waiting import PATIENCE, wait_until
 
 START_TIMEOUT = 120.0
 

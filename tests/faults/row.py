@@ -15,7 +15,7 @@ import httpx
 from prefect_htcdask.task_run_states import UNFINISHED
 from tests.faults.arena import Arena, Unknown
 from tests.faults.flow_process import FlowProcess
-from tests.waiting import PATIENCE, slowness
+from tests.support.waiting import PATIENCE, slowness
 
 RESULTS_VARIABLE = "HTCDASK_FAULTS_RESULTS"
 """Environment variable with the path of the file that takes the records, one line of JSON each."""

@@ -15,7 +15,7 @@ import pytest
 from tests.faults.arena import Arena
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row, flow_message
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 

@@ -15,7 +15,7 @@ from tests.faults.arena import Arena, kill, kill_at_once
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row, flow_message
 from tests.faults.test_flow_process import LATE, LEASE, SHORT_LEASE
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 from tools.prefect_server import PrefectServer
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]

@@ -16,7 +16,7 @@ from tests.faults.arena import Arena
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row
 from tests.faults.test_workers import finish
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 

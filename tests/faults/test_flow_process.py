@@ -19,8 +19,8 @@ from tests.faults.arena import Arena, kill, kill_at_once
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row, flow_message, task_run_messages
 from tests.faults.test_together import jobs_of
+from tests.support.waiting import wait_until
 from tests.test_deployments import PREFECT, process_worker
-from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long

@@ -16,7 +16,7 @@ from tests.faults.arena import Arena, kill
 from tests.faults.flow_process import FlowProcess
 from tests.faults.network import Relay
 from tests.faults.row import Row, flow_message
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long

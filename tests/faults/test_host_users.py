@@ -14,8 +14,8 @@ from prefect_htcdask.embedded import status
 from tests.faults.arena import Arena, kill
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row, flow_message
-from tests.stranger import stranger
-from tests.waiting import wait_until
+from tests.support.stranger import stranger
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 

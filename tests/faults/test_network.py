@@ -17,7 +17,7 @@ from tests.faults.arena import Arena
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row
 from tests.faults.wrapped_python import own_network
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults, pytest.mark.faults_long, pytest.mark.timeout(600)]
 

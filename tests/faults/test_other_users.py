@@ -18,9 +18,9 @@ from tests.faults.arena import Arena
 from tests.faults.conftest import _arena_key
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row, flow_message
-from tests.pool_users import SharedPool, shared_pool
-from tests.prefect_fixtures import PrefectServer
-from tests.waiting import wait_until
+from tests.support.pool_users import SharedPool, shared_pool
+from tests.support.prefect_fixtures import PrefectServer
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 

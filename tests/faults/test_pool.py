@@ -12,7 +12,7 @@ from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults.arena import Arena, Unknown, kill
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row, flow_message
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long

@@ -17,7 +17,7 @@ from prefect_htcdask.embedded.ports import free_port
 from tests.faults.arena import Arena, kill
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 from tools.prefect_server import prefect_server
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults, pytest.mark.faults_long]

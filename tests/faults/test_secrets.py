@@ -15,7 +15,7 @@ from prefect_htcdask.condor.worker_job import cluster_digest
 from tests.faults.arena import Arena
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 from tools.prefect_server import prefect_server
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]

@@ -14,7 +14,7 @@ from prefect_htcdask.gateway import HTCGatewayCluster
 from tests.faults.arena import Arena, kill, kill_at_once
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long

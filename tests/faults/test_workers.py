@@ -13,7 +13,7 @@ from tests.faults.arena import Arena, kill
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row, flow_message, task_run_messages
 from tests.faults.wrapped_python import small_scratch
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long

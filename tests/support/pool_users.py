@@ -12,7 +12,7 @@ from pathlib import Path
 from prefect_htcdask.embedded import EmbeddedEndpoint, ensure_running, stop
 from prefect_htcdask.embedded.condor_binaries import condor_binaries
 from prefect_htcdask.settings import ENV_PREFIX, EmbeddedSettings
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 _DAEMONS = """
 # Whoever has a token of this pool is one of its users. The one whom the daemons run as stays the queue's super user.

@@ -18,7 +18,7 @@ from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient
 from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 SMALL = {"memory": "300 MiB", "disk": "100 MiB"}
 """Worker settings that fit several times on a small machine."""

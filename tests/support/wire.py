@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 import distributed
 import pytest
 
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 PATIENCE = 90.0
 """Seconds for anything that has to come about; short by far on an idle machine."""
