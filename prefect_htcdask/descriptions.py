@@ -24,9 +24,9 @@ from prefect.context import FlowRunContext, SettingsContext, TaskRunContext, ser
 from prefect.tasks import Task
 
 from prefect_htcdask import worker_logging
-from prefect_htcdask.access_settings import ENV_PREFIX
 from prefect_htcdask.scaling.groups import Offers
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT, Place
+from prefect_htcdask.settings.access import ENV_PREFIX
 
 INLINE_LIMIT = 2 * 1024
 """Bytes that are rather sent along than left at the scheduler."""

@@ -24,8 +24,8 @@ from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.gateway_checks import ask_for_options
 from prefect_htcdask.preflight import check_versions
 from prefect_htcdask.resolution import Parts, resolve_parts
-from prefect_htcdask.setting_sources import stated_settings
 from prefect_htcdask.settings import HTCDaskSettings, load_settings
+from prefect_htcdask.settings.sources import stated_settings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
 

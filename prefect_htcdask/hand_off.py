@@ -17,11 +17,11 @@ from prefect_htcdask.by_value import pickled_by_value
 from prefect_htcdask.condor.worker_job import FlowRunTag, WorkerSpec
 from prefect_htcdask.gateway_checks import local_versions
 from prefect_htcdask.gateway_comm import gateway_address
-from prefect_htcdask.report_settings import ReportSettings
 from prefect_htcdask.run_files import early_log, prune
 from prefect_htcdask.scaling import demand as demand_module
 from prefect_htcdask.scaling.policy import Target
 from prefect_htcdask.settings import HTCDaskSettings
+from prefect_htcdask.settings.report import ReportSettings
 from prefect_htcdask.supervisor.handle import SupervisorHandle
 from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff, Preflight, ReportPlan, ScheddSettings
 from prefect_htcdask.utils.net import is_loopback

@@ -14,8 +14,8 @@ from prefect_htcdask.doctor import Broken, Finding, Link, NotTried, try_links
 from prefect_htcdask.doctor_command import examine
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.ports import free_port
-from prefect_htcdask.setting_sources import stated_settings
 from prefect_htcdask.settings import ENV_PREFIX, load_settings
+from prefect_htcdask.settings.sources import stated_settings
 from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_of
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.terminal import in_terminal

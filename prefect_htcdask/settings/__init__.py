@@ -19,10 +19,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
-from prefect_htcdask.access_settings import ENV_PREFIX, CondorSettings, GatewaySettings
-from prefect_htcdask.lease_settings import LeaseSettings
-from prefect_htcdask.report_settings import ReportSettings
-from prefect_htcdask.worker_settings import (
+from prefect_htcdask.settings.access import ENV_PREFIX, CondorSettings, GatewaySettings
+from prefect_htcdask.settings.lease import LeaseSettings
+from prefect_htcdask.settings.report import ReportSettings
+from prefect_htcdask.settings.worker import (
     GROUP_NAME,
     Duration,
     GroupName,

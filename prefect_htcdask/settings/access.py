@@ -8,7 +8,7 @@ from prefect.settings.base import PrefectBaseSettings, build_settings_config
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from prefect_htcdask.worker_settings import Duration, InputPath, StatePath
+from prefect_htcdask.settings.worker import Duration, InputPath, StatePath
 
 ENV_PREFIX = "PREFECT_INTEGRATIONS_HTCDASK_"
 

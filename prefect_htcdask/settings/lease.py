@@ -8,7 +8,7 @@ from prefect.settings.base import PrefectBaseSettings, build_settings_config
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from prefect_htcdask.worker_settings import Duration
+from prefect_htcdask.settings.worker import Duration
 
 _SCHEDULER_LEASES = 10
 """How many times as long a scheduler lives: it is one process, without which a flow that awakes cannot go on."""

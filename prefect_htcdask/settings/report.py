@@ -8,7 +8,7 @@ from prefect.settings.base import PrefectBaseSettings, build_settings_config
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from prefect_htcdask.worker_settings import Duration
+from prefect_htcdask.settings.worker import Duration
 
 
 class ReportSettings(PrefectBaseSettings):
