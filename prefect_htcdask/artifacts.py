@@ -21,8 +21,8 @@ from slugify import slugify
 from prefect_htcdask import artifact_contents as contents
 from prefect_htcdask.artifact_contents import Content
 from prefect_htcdask.picture import why_none
-from prefect_htcdask.prefect_api import TIMEOUT, open_client
 from prefect_htcdask.report import markdown
+from prefect_htcdask.utils.prefect_client import TIMEOUT, open_client
 
 PATIENCE = 5.0
 """Seconds that the end of a flow run waits for its last artifacts at most; where the last call failed, it does not."""

@@ -45,7 +45,7 @@ def _end(flow_run_id: UUID, grace: float) -> None:
 def _end_now(flow_run_id: UUID) -> None:
     from prefect.states import Cancelled
 
-    from prefect_htcdask.prefect_api import open_client
+    from prefect_htcdask.utils.prefect_client import open_client
 
     with open_client(TIMEOUT) as client:
         state = client.read_flow_run(flow_run_id).state

@@ -105,8 +105,8 @@ def sweep_command(
 
     Task runs that such a flow run left unfinished are moved to Crashed. The exit status is 0 where nothing is left.
     """
-    from prefect_htcdask.prefect_api import PrefectAPIError
     from prefect_htcdask.sweep import sweep
+    from prefect_htcdask.utils.prefect_client import PrefectAPIError
 
     with clear_errors(SupervisorError):
         try:

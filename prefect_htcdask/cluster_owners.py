@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prefect_htcdask.api_identity import api_identity
 from prefect_htcdask.condor.worker_job import (
     API_ATTRIBUTE,
     CLUSTER_ATTRIBUTE,
@@ -15,6 +14,7 @@ from prefect_htcdask.condor.worker_job import (
 from prefect_htcdask.resolution import Parts
 from prefect_htcdask.run_files import ClusterRecord, ClusterTrace
 from prefect_htcdask.supervisor import oneshot
+from prefect_htcdask.utils.api_identity import api_identity
 from prefect_htcdask.worker_jobs import WorkerJob
 
 _MOST_CLUSTERS = 100

@@ -32,11 +32,11 @@ from prefect_htcdask.losses import JobFates, killer_of, lost_reason
 from prefect_htcdask.packed_states import PackedState
 from prefect_htcdask.pending_results import COMING, PendingResult
 from prefect_htcdask.portable_states import is_unreadable
-from prefect_htcdask.prefect_api import open_client
 from prefect_htcdask.read_ahead import ReadAhead
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.result_sizes import ResultSizes
-from prefect_htcdask.threads import in_thread
+from prefect_htcdask.utils.aio import in_thread
+from prefect_htcdask.utils.prefect_client import open_client
 from prefect_htcdask.worker_slots import worker_slot_freed
 
 POLL = 0.5

@@ -26,7 +26,7 @@ from prefect_htcdask.event_shapes import (
     flow_run_resource,
     scaled_event,
 )
-from prefect_htcdask.threads import interpreter_ends
+from prefect_htcdask.utils.aio import interpreter_ends
 
 FLUSH_TIMEOUT = 3.0
 """Seconds that the end of a flow run waits at most for events that are still queued."""

@@ -21,7 +21,7 @@ from prefect_htcdask.scaling_requests import worker_count
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.handle import SupervisorError
-from prefect_htcdask.threads import in_thread
+from prefect_htcdask.utils.aio import in_thread
 
 
 class HTCGateway(CheckedGateway):

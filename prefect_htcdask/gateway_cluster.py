@@ -25,7 +25,7 @@ from prefect_htcdask.scaling_requests import adapt_request, hold_request, scale_
 from prefect_htcdask.settings import HTCDaskSettings, WorkerSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.handle import SupervisorError, SupervisorHandle
-from prefect_htcdask.threads import in_thread
+from prefect_htcdask.utils.aio import in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dask_gateway import Gateway
 from dask_gateway.auth import BasicAuth
 
 from prefect_htcdask.listeners import check_configured_gateway, check_embedded_gateway
-from prefect_htcdask.web_proxies import WebProxy, environment_proxy
+from prefect_htcdask.utils.web_proxies import WebProxy, environment_proxy
 
 
 class EmbeddedAuth(BasicAuth):

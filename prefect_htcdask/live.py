@@ -38,8 +38,8 @@ from prefect_htcdask.reconnection import ResumingClient, Terms
 from prefect_htcdask.scaling.groups import OFFERS_METADATA, Offers
 from prefect_htcdask.submission import Submission
 from prefect_htcdask.task_run_states import Ended, Started, StateReporter
-from prefect_htcdask.threads import interpreter_ends
 from prefect_htcdask.unawaited import executing, settle
+from prefect_htcdask.utils.aio import interpreter_ends
 
 WATCH_INTERVAL = 1.0
 ANSWER = 5.0

@@ -30,7 +30,7 @@ from prefect_htcdask.kept_work import KEEP, LEAVE, RESUME
 from prefect_htcdask.lost_work import MARK
 from prefect_htcdask.outbox import Outbox, OutboxClient
 from prefect_htcdask.resubmission import Spec, graphs, needed_again
-from prefect_htcdask.threads import in_thread
+from prefect_htcdask.utils.aio import in_thread
 
 ATTEMPT = 10.0
 """Seconds for one attempt to connect."""

@@ -13,18 +13,18 @@ from dask_gateway.auth import GatewayAuth
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 
-from prefect_htcdask.api_identity import current_api
 from prefect_htcdask.cluster_owners import api_of
 from prefect_htcdask.condor.worker_job import API_ATTRIBUTE, CLUSTER_ATTRIBUTE, cluster_digest, flow_run_constraint
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.gateway import HTCGateway
 from prefect_htcdask.gateway_checks import ask_for_options
-from prefect_htcdask.prefect_api import PrefectAPIError, prefect_api
 from prefect_htcdask.resolution import Parts, resolve_running_parts
 from prefect_htcdask.run_files import cluster_traces
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.handle import SupervisorError
+from prefect_htcdask.utils.api_identity import current_api
+from prefect_htcdask.utils.prefect_client import PrefectAPIError, prefect_api
 
 if TYPE_CHECKING:
     from prefect import Flow

@@ -33,8 +33,8 @@ from prefect.types import DateTime
 from prefect.utilities.engine import emit_task_run_state_change_event
 
 from prefect_htcdask.packed_states import without_data
-from prefect_htcdask.prefect_api import TIMEOUT, open_client
-from prefect_htcdask.threads import interpreter_ends
+from prefect_htcdask.utils.aio import interpreter_ends
+from prefect_htcdask.utils.prefect_client import TIMEOUT, open_client
 
 logger = logging.getLogger("prefect.task_runner.htcdask")
 

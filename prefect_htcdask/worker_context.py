@@ -18,8 +18,8 @@ from uuid import UUID
 
 import cloudpickle
 
-from prefect_htcdask.prefect_api import send_again_where_kept
 from prefect_htcdask.scheduler_metadata import Place, blobs
+from prefect_htcdask.utils.prefect_client import send_again_where_kept
 from prefect_htcdask.worker_logging import FlowLogging, logging_as, take_on
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from prefect_htcdask import rerun
 from prefect_htcdask.envelopes import contexts, envelopes
 from prefect_htcdask.interruption import interruptible
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT, blobs
-from prefect_htcdask.threads import in_thread
+from prefect_htcdask.utils.aio import in_thread
 from prefect_htcdask.worker.call import Call, CallScope, Upstream, current_call
 from prefect_htcdask.worker_client import give_own_client
 from prefect_htcdask.worker_context import task_context

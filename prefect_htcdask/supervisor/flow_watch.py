@@ -96,6 +96,6 @@ def _import_events():  # type: ignore[no-untyped-def]
 
 
 def _import_api():  # type: ignore[no-untyped-def]
-    from prefect_htcdask import prefect_api
+    from prefect_htcdask.utils import prefect_client
 
-    return prefect_api
+    return prefect_client

@@ -18,7 +18,7 @@ from prefect import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from prefect_htcdask.artifacts import Artifacts
-from prefect_htcdask.prefect_api import open_async_client, open_client, prefect_api
+from prefect_htcdask.utils.prefect_client import open_async_client, open_client, prefect_api
 from tests.support.waiting import wait_until
 from tests.test_artifacts import artifacts_of, flow_run_id, message
 

@@ -15,10 +15,10 @@ from dask_gateway.auth import BasicAuth
 
 from prefect_htcdask.collection import PrivateGateway
 from prefect_htcdask.gateway_checks import GatewayUnreachable, ask_for_options
-from prefect_htcdask.prefect_api import PrefectAPIError, prefect_api
 from prefect_htcdask.supervisor.protocol import GatewayAccess
 from prefect_htcdask.supervisor.scheduler_link import GatewayLink
-from prefect_htcdask.web_proxies import WebProxy, environment_proxy
+from prefect_htcdask.utils.prefect_client import PrefectAPIError, prefect_api
+from prefect_htcdask.utils.web_proxies import WebProxy, environment_proxy
 
 GATEWAY = "http://gateway.example:8000"
 URL = "http://web:3128"

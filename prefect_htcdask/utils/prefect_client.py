@@ -17,7 +17,7 @@ from prefect.client.orchestration import PrefectClient, SyncPrefectClient, get_c
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from prefect_htcdask.errors import HTCDaskError
-from prefect_htcdask.web_proxies import client_proxy
+from prefect_htcdask.utils.web_proxies import client_proxy
 
 KEEP_ALIVE = 2.0
 """Seconds for which an idle connection is kept."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 
-from prefect_htcdask.threads import interpreter_ends
+from prefect_htcdask.utils.aio import interpreter_ends
 
 LATE = """
     import contextvars, logging, os, threading, uuid
@@ -15,7 +15,8 @@ LATE = """
     from types import SimpleNamespace
     from prefect import task
     from prefect.states import Completed
-    from prefect_htcdask import live, threads
+    from prefect_htcdask import live
+    from prefect_htcdask.utils import aio as threads
     from prefect_htcdask.flow_events import FlowEvents
     from prefect_htcdask.task_run_states import Ended, StateReporter
 
