@@ -17,7 +17,7 @@ import dask
 from distributed import Scheduler
 
 from prefect_htcdask.hand_off import scheduler_plugin
-from prefect_htcdask.scaling.demand import PLUGIN_NAME
+from prefect_htcdask.scheduler.plugin import PLUGIN_NAME
 
 CALIBRATION = 200_000
 

@@ -24,7 +24,7 @@ from prefect.context import FlowRunContext, SettingsContext, TaskRunContext, ser
 from prefect.tasks import Task
 
 from prefect_htcdask import worker_logging
-from prefect_htcdask.scaling.groups import Offers
+from prefect_htcdask.scheduler.worker_groups import Offers
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT, Place
 from prefect_htcdask.settings.access import ENV_PREFIX
 

@@ -19,9 +19,9 @@ from prefect_htcdask.hand_off import gateway_access, hand_off, scheduler_plugin,
 from prefect_htcdask.interruptible_client import InterruptibleClient
 from prefect_htcdask.resolution import Parts, resolve_parts, worker_offers, worker_specs
 from prefect_htcdask.run_files import cluster_directory, record_cluster
-from prefect_htcdask.scaling.demand import PLUGIN_NAME
-from prefect_htcdask.scaling.groups import OFFERS_METADATA
 from prefect_htcdask.scaling_requests import adapt_request, hold_request, scale_request, worker_count
+from prefect_htcdask.scheduler.plugin import PLUGIN_NAME
+from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA
 from prefect_htcdask.settings import HTCDaskSettings, WorkerSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.handle import SupervisorError, SupervisorHandle

@@ -13,13 +13,13 @@ from typing import Any
 import cloudpickle
 from dask_gateway import GatewayCluster
 
-from prefect_htcdask.by_value import pickled_by_value
 from prefect_htcdask.condor.worker_job import FlowRunTag, WorkerSpec
 from prefect_htcdask.gateway_checks import local_versions
 from prefect_htcdask.gateway_comm import gateway_address
 from prefect_htcdask.run_files import early_log, prune
-from prefect_htcdask.scaling import demand as demand_module
 from prefect_htcdask.scaling.policy import Target
+from prefect_htcdask.scheduler import plugin as demand_module
+from prefect_htcdask.scheduler.pickle_by_value import pickled_by_value
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.settings.report import ReportSettings
 from prefect_htcdask.supervisor.handle import SupervisorHandle

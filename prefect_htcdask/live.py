@@ -35,7 +35,7 @@ from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.preflight import check_versions
 from prefect_htcdask.recall import Recall
 from prefect_htcdask.reconnection import ResumingClient, Terms
-from prefect_htcdask.scaling.groups import OFFERS_METADATA, Offers
+from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA, Offers
 from prefect_htcdask.submission import Submission
 from prefect_htcdask.task_run_states import Ended, Started, StateReporter
 from prefect_htcdask.unawaited import executing, settle

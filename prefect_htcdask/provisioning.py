@@ -13,13 +13,13 @@ from prefect.context import FlowRunContext, SettingsContext
 from prefect.logging.loggers import get_run_logger
 
 from prefect_htcdask import code_plugin, source_code
-from prefect_htcdask.by_value import install
 from prefect_htcdask.first_worker import FirstWorker, log_console
-from prefect_htcdask.kept_work import KeptWork
 from prefect_htcdask.live import LiveRun, Logger
-from prefect_htcdask.lost_work import LostWork
 from prefect_htcdask.preflight import check_api_reachable, warn_of_local_storage
 from prefect_htcdask.reconnection import ResumingClient
+from prefect_htcdask.scheduler.client_recovery import KeptWork
+from prefect_htcdask.scheduler.lost_tasks import LostWork
+from prefect_htcdask.scheduler.pickle_by_value import install
 from prefect_htcdask.settings import CodeSettings, HTCDaskSettings
 from prefect_htcdask.utils.api_identity import current_api
 

@@ -18,8 +18,8 @@ from distributed import Client
 
 from prefect_htcdask.last_words import LastWords
 from prefect_htcdask.losses import JobFates
-from prefect_htcdask.lost_work import WORKER_LOST
 from prefect_htcdask.rerun import TOPIC
+from prefect_htcdask.scheduler.lost_tasks import WORKER_LOST
 from prefect_htcdask.scheduler_metadata import METADATA_ROOT
 
 LIMIT = 1024**3

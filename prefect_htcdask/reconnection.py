@@ -26,10 +26,10 @@ from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.graph_sending import send
 from prefect_htcdask.held_state import HeldState
 from prefect_htcdask.interruptible_client import InterruptibleClient
-from prefect_htcdask.kept_work import KEEP, LEAVE, RESUME
-from prefect_htcdask.lost_work import MARK
 from prefect_htcdask.outbox import Outbox, OutboxClient
 from prefect_htcdask.resubmission import Spec, graphs, needed_again
+from prefect_htcdask.scheduler.client_recovery import KEEP, LEAVE, RESUME
+from prefect_htcdask.scheduler.lost_tasks import MARK
 from prefect_htcdask.utils.aio import in_thread
 
 ATTEMPT = 10.0

@@ -19,7 +19,7 @@ import cloudpickle
 from distributed import get_worker
 from distributed.utils import sync
 
-from prefect_htcdask.lost_work import MARK
+from prefect_htcdask.scheduler.lost_tasks import MARK
 
 TOPIC = "htcdask-recall"
 """Start of the name of the scheduler's topic for a live run's questions; the run's id follows."""

@@ -40,7 +40,7 @@ from prefect_htcdask.descriptions import Descriptions
 from prefect_htcdask.graph_sending import send, sent_once
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.resubmission import NO_OPTIONS, SendOptions, SharedData, Spec
-from prefect_htcdask.scaling.groups import Offers
+from prefect_htcdask.scheduler.worker_groups import Offers
 from prefect_htcdask.scheduler_metadata import Place
 from prefect_htcdask.states_in_hand import StatesInHand
 from prefect_htcdask.upstreams import UpstreamFutures

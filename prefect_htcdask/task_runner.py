@@ -22,8 +22,8 @@ from prefect_htcdask.futures import HTCDaskFuture, HTCDaskFutureList
 from prefect_htcdask.mapping import expand_mapping
 from prefect_htcdask.nested import NestedRun, nested_run
 from prefect_htcdask.pending_results import PendingResult
-from prefect_htcdask.scaling.groups import Offers
 from prefect_htcdask.scaling_requests import is_unbounded
+from prefect_htcdask.scheduler.worker_groups import Offers
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.submission import current_tags
 from prefect_htcdask.worker_groups import resources_of

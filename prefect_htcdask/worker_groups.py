@@ -17,7 +17,7 @@ from typing import Any
 import dask.base
 
 from prefect_htcdask.errors import UnknownWorkerGroupError, WorkerGroupError
-from prefect_htcdask.scaling.groups import GROUP_RESOURCE, Offers, group_for, group_resource
+from prefect_htcdask.scheduler.worker_groups import GROUP_RESOURCE, Offers, group_for, group_resource
 
 TAG_PREFIX = "worker-group:"
 """A task tag with this prefix names the worker group in the rest of it."""

@@ -19,7 +19,7 @@ from prefect_htcdask.condor.worker_job import (
 )
 from prefect_htcdask.resolution import Parts
 from prefect_htcdask.run_files import cluster_traces, failures_in, run_directory
-from prefect_htcdask.scaling.kinds import DEFAULT_GROUP
+from prefect_htcdask.scheduler.task_kinds import DEFAULT_GROUP
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor import oneshot
 

@@ -23,8 +23,8 @@ from distributed import Status, Worker
 from distributed.metrics import time as wall_time
 from distributed.worker_state_machine import FreeKeysEvent
 
-from prefect_htcdask.scaling.demand import DRAIN as DRAIN
-from prefect_htcdask.scaling.demand import QUIET as QUIET
+from prefect_htcdask.scheduler.plugin import DRAIN as DRAIN
+from prefect_htcdask.scheduler.plugin import QUIET as QUIET
 from prefect_htcdask.worker_profile import ProfiledWorker
 
 HANDED_BACK = "htcdask-handed-back"

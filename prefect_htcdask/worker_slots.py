@@ -9,7 +9,7 @@ from typing import Any
 
 import distributed
 
-from prefect_htcdask.scaling.groups import GROUP_RESOURCE
+from prefect_htcdask.scheduler.worker_groups import GROUP_RESOURCE
 
 _seceded = threading.local()
 

@@ -18,7 +18,7 @@ from dask_gateway.auth import BasicAuth
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
-from prefect_htcdask.scaling.groups import OFFERS_METADATA
+from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA
 from prefect_htcdask.settings import SettingsError
 from tests.support.cluster_fixtures import SMALL, jobs_named, jobs_of, texts
 from tests.support.waiting import wait_until

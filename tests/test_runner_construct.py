@@ -17,7 +17,7 @@ from prefect_dask import DaskTaskRunner
 from prefect_htcdask import HTCDaskTaskRunner, HTCGatewayCluster
 from prefect_htcdask.mapping import expand_mapping
 from prefect_htcdask.preflight import check_api_reachable
-from prefect_htcdask.scaling.groups import group_resource
+from prefect_htcdask.scheduler.worker_groups import group_resource
 from prefect_htcdask.settings import SettingsError, load_settings
 from prefect_htcdask.submission import key_prefix
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from prefect_htcdask import HTCDaskError, UnknownWorkerGroupError, worker_group
 from prefect_htcdask.errors import WorkerGroupError
-from prefect_htcdask.scaling.groups import GROUP_RESOURCE, group_for, group_resource
+from prefect_htcdask.scheduler.worker_groups import GROUP_RESOURCE, group_for, group_resource
 from prefect_htcdask.worker_groups import TAG_PREFIX, resolve, resources_of
 
 OFFERS = {

@@ -1,6 +1,6 @@
 """When tasks that wait for results will be ready: once all that they still need is in hand, it is a matter of time.
 
-It is what `prefect_htcdask.scaling.counting` keeps on the scheduler, with constant work per transition and dependent.
+It is what `prefect_htcdask.scheduler.demand` keeps on the scheduler, with constant work per transition and dependent.
 It looks no further than one step, since a task that is itself queued may begin at any time.
 """
 

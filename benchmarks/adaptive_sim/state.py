@@ -26,7 +26,7 @@ class KindState:
         average: Dask's moving average of durations; -1: unknown.
         done: tasks that have ended.
         seconds: how long these ran in all.
-        mean: of the last hundred or so, as `prefect_htcdask.scaling.counting` keeps it.
+        mean: of the last hundred or so, as `prefect_htcdask.scheduler.demand` keeps it.
     """
 
     running: dict[int, float] = field(default_factory=dict)

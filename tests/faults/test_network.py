@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from prefect_htcdask.scaling.silence import LOST_AFTER
+from prefect_htcdask.scheduler.heartbeats import LOST_AFTER
 from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults import network
 from tests.faults.arena import Arena

@@ -13,8 +13,8 @@ from typing import Any
 import dask
 from distributed import Client, Scheduler, Worker
 
-from prefect_htcdask.scaling.demand import PLUGIN_NAME, DemandPlugin
-from prefect_htcdask.scaling.groups import group_for
+from prefect_htcdask.scheduler.plugin import PLUGIN_NAME, DemandPlugin
+from prefect_htcdask.scheduler.worker_groups import group_for
 
 GATES: dict[int, threading.Event] = {}
 """What tasks wait for: workers are threads of this process, so that a test opens a gate and the task goes on."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from prefect_htcdask.scaling.groups import group_for
+from prefect_htcdask.scheduler.worker_groups import group_for
 
 DEFAULT_GROUP = "default"
 

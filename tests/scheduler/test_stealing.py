@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefect_htcdask.scaling import spreading
-from prefect_htcdask.scaling.spreading import spread
+from prefect_htcdask.scheduler import stealing as spreading
+from prefect_htcdask.scheduler.stealing import spread
 from tests.support.dask_cluster import Cluster, dask_cluster, gate
 
 CPU = {"htcdask-group-cpu": 1}

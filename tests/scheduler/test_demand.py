@@ -16,8 +16,8 @@ from distributed.core import Status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefect_htcdask.scaling import counting
-from prefect_htcdask.scaling.demand import DemandPlugin
+from prefect_htcdask.scheduler import demand
+from prefect_htcdask.scheduler.plugin import DemandPlugin
 from tests.support.dask_cluster import GATES, Cluster, counted, dask_cluster, gate, recount
 
 OFFERS = {"cpu": {"htcdask-group-cpu": 2}, "gpu": {"htcdask-group-gpu": 2, "GPU": 1}, "big": {"GPU": 4}}
@@ -342,7 +342,7 @@ async def test_counts_that_are_wrong_again_and_again_are_not_put_right_all_the_t
         await cluster.until(lambda: len(cluster.scheduler.tasks) == 5, "five tasks")
         counter = cluster.plugin.counter
         for pause, recounts in ((0, 1), (0, 2), (1e9, 3), (1e9, 3), (0, 3)):
-            monkeypatch.setattr(counting, "RECOUNT_PAUSE", pause)
+            monkeypatch.setattr(demand, "RECOUNT_PAUSE", pause)
             counter._ready.popitem()
             await cluster.demand()
             assert counter.recounts == recounts

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import distributed
 
-from prefect_htcdask import kept_work
-from prefect_htcdask.by_value import install
+from prefect_htcdask.scheduler import client_recovery
+from prefect_htcdask.scheduler.pickle_by_value import install
 from tests.support.dask_cluster import dask_cluster, gate
 from tests.support.waiting import wait_until
 from tests.support.wire import PATIENCE, Wire, nothing_is_kept, pool
@@ -35,7 +35,7 @@ def test_work_is_kept_for_a_time_only_and_for_those_who_asked(pool: distributed.
         distributed.Client(pool, set_as_default=False) as asked,
         distributed.Client(pool, set_as_default=False) as not_,
     ):
-        install(asked, kept_work.KeptWork())
+        install(asked, client_recovery.KeptWork())
         asked.sync(cast(Any, asked).scheduler.htcdask_keep, client=asked.id, seconds=2)
         kept, gone = future_of(asked), future_of(not_)
         since = time.monotonic()
@@ -45,7 +45,7 @@ def test_work_is_kept_for_a_time_only_and_for_those_who_asked(pool: distributed.
         assert kept.key in scheduler.tasks or time.monotonic() - since > 2
         wait_until(lambda: kept.key not in scheduler.tasks, PATIENCE, "nobody keeps that any more")
         assert time.monotonic() - since >= 2
-    assert not scheduler.plugins[kept_work.KeptWork.name].seconds
+    assert not scheduler.plugins[client_recovery.KeptWork.name].seconds
     assert nothing_is_kept(scheduler)
 
 
@@ -60,7 +60,7 @@ def test_tasks_are_not_blamed_for_workers_that_were_lost_with_the_client() -> No
     async def losing() -> list[tuple[str, int]]:
         async with dask_cluster() as cluster:
             scheduler: Any = cluster.scheduler
-            await scheduler.register_scheduler_plugin(kept_work.KeptWork(), idempotent=True)
+            await scheduler.register_scheduler_plugin(client_recovery.KeptWork(), idempotent=True)
             with closing(Wire(scheduler)) as wire:
                 for number in range(16):
                     cluster.workers.append(
@@ -75,7 +75,7 @@ def test_tasks_are_not_blamed_for_workers_that_were_lost_with_the_client() -> No
                     )
                     wire.cut()
                     await cluster.until(lambda: not scheduler.workers, "all workers are lost")
-                    await asyncio.sleep(2 * kept_work.AT_ONCE)
+                    await asyncio.sleep(2 * client_recovery.AT_ONCE)
                     found = [(task.state, task.suspicious) for task in scheduler.tasks.values()]
                     gate(0).set()
                     del futures
@@ -88,14 +88,14 @@ def test_tasks_are_blamed_for_a_worker_that_is_lost_alone() -> None:
     async def losing() -> list[int]:
         async with dask_cluster() as cluster:
             scheduler: Any = cluster.scheduler
-            await scheduler.register_scheduler_plugin(kept_work.KeptWork(), idempotent=True)
+            await scheduler.register_scheduler_plugin(client_recovery.KeptWork(), idempotent=True)
             worker = await cluster.add_worker()
             future = cluster.client.submit(wait_at_gate, 1, key="wait-1")
             await cluster.until(lambda: scheduler.workers[worker.address].processing, "it is at work")
             scheduler.stream_comms[worker.address].abort()
             await cluster.until(lambda: not scheduler.workers, "the worker is lost")
             await cluster.until(lambda: scheduler.tasks["wait-1"].suspicious, "it is blamed")
-            await asyncio.sleep(kept_work.AT_ONCE)
+            await asyncio.sleep(client_recovery.AT_ONCE)
             gate(0).set()
             assert future.key == "wait-1"
             return [task.suspicious for task in scheduler.tasks.values()]

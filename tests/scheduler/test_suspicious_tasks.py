@@ -13,7 +13,7 @@ import pytest
 from distributed import Client, KilledWorker, Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin
 
-from prefect_htcdask.scaling.suspicion import Suspicions
+from prefect_htcdask.scheduler.suspicious_tasks import Suspicions
 
 
 class Plugin(SchedulerPlugin):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from prefect_htcdask.scaling.demand import PLUGIN_NAME, DemandPlugin
+from prefect_htcdask.scheduler.plugin import PLUGIN_NAME, DemandPlugin
 from tests.support.dask_cluster import OFFERS, counted, dask_cluster, recount, wait
 
 

@@ -12,8 +12,8 @@ import pytest
 from distributed import secede
 from distributed.core import Status
 
-from prefect_htcdask.scaling import kinds
-from prefect_htcdask.scaling.counting import BUCKET
+from prefect_htcdask.scheduler import task_kinds
+from prefect_htcdask.scheduler.demand import BUCKET
 from tests.support.dask_cluster import OFFERS, counted, dask_cluster, gate, recount, wait
 
 
@@ -258,7 +258,7 @@ async def test_the_answer_does_not_grow_with_the_tasks() -> None:
 
 
 async def test_names_are_told_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "MOST_NAMES", 5)
+    monkeypatch.setattr(task_kinds, "MOST_NAMES", 5)
     async with dask_cluster(OFFERS) as cluster:
         await cluster.add_worker(1)
         client = cluster.client

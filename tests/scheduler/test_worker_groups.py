@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.scaling.groups import GROUP_RESOURCE, group_for, group_resource
+from prefect_htcdask.scheduler.worker_groups import GROUP_RESOURCE, group_for, group_resource
 
 OFFERS = {
     "cpu": {group_resource("cpu"): 4},

@@ -9,7 +9,7 @@ import pytest
 from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
-from prefect_htcdask.scaling.demand import DRAIN
+from prefect_htcdask.scheduler.plugin import DRAIN
 from tests.support.dask_cluster import dask_cluster, gate, wait
 
 

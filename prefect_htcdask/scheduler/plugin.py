@@ -18,16 +18,17 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import time as wall_time
 from distributed.scheduler import heartbeat_interval
 
-from prefect_htcdask.scaling.counting import DemandCounter
-from prefect_htcdask.scaling.silence import INTERVAL, LOST_AFTER, Silence
-from prefect_htcdask.scaling.spreading import spread
-from prefect_htcdask.scaling.suspicion import Suspicions
+from prefect_htcdask.scheduler.demand import DemandCounter
+from prefect_htcdask.scheduler.heartbeats import INTERVAL, LOST_AFTER, Silence
+from prefect_htcdask.scheduler.stealing import spread
+from prefect_htcdask.scheduler.suspicious_tasks import Suspicions
 
 PLUGIN_NAME = "htcdask"
 WORKER_PREFIX = "htcdask-"
 
 BY_VALUE_MODULES = tuple(
-    f"{__package__}.{name}" for name in ("demand", "counting", "kinds", "groups", "silence", "spreading", "suspicion")
+    f"{__package__}.{name}"
+    for name in ("plugin", "demand", "task_kinds", "worker_groups", "heartbeats", "stealing", "suspicious_tasks")
 )
 """Modules whose functions and classes are to be pickled by value with the plugin."""
 

@@ -15,7 +15,7 @@ from itertools import islice
 from time import monotonic
 from typing import Any
 
-from prefect_htcdask.scaling.kinds import Group, Kind, Kinds
+from prefect_htcdask.scheduler.task_kinds import Group, Kind, Kinds
 
 logger = logging.getLogger("distributed.scheduler")
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_htcdask.gateway import HTCGatewayCluster
-from prefect_htcdask.scaling import demand, silence
-from prefect_htcdask.scaling.silence import INTERVAL, Silence
+from prefect_htcdask.scheduler import heartbeats, plugin
+from prefect_htcdask.scheduler.heartbeats import INTERVAL, Silence
+from tests.scheduler.test_plugin_answers import wait
 from tests.support.cluster_fixtures import texts
 from tests.support.dask_cluster import dask_cluster, gate
-from tests.test_demand import wait
 
 looks = st.lists(st.tuples(st.floats(0.1, 1000), st.booleans()), max_size=40)
 
@@ -39,9 +39,9 @@ def test_a_worker_is_lost_when_it_was_silent_for_as_long_as_somebody_listened(
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second of silence is enough."""
-    monkeypatch.setattr(demand, "LOST_AFTER", 0.5)
-    monkeypatch.setattr(demand, "heartbeat_interval", lambda workers: 0.01)
-    for module in (demand, silence):
+    monkeypatch.setattr(plugin, "LOST_AFTER", 0.5)
+    monkeypatch.setattr(plugin, "heartbeat_interval", lambda workers: 0.01)
+    for module in (plugin, heartbeats):
         monkeypatch.setattr(module, "INTERVAL", 0.1)
 
 
@@ -74,7 +74,7 @@ def test_a_task_that_keeps_the_interpreter_s_lock_keeps_its_worker(
     tmp_path: Path,
 ) -> None:
     # The plugin travels by value, and this with it.
-    monkeypatch.setattr(demand, "LOST_AFTER", 35.0)
+    monkeypatch.setattr(plugin, "LOST_AFTER", 35.0)
     path = tmp_path / "begun"
 
     def deaf(path: str) -> str:
