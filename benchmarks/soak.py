@@ -116,7 +116,7 @@ def held_here(dask_worker: Any) -> dict[str, Any]:
     import psutil
     from dask.utils import key_split
 
-    from prefect_htcdask import envelopes, scheduler_metadata, worker_context
+    from prefect_htcdask.worker import context, context_cache, metadata_cache
 
     key_split.cache_clear()
     gc.collect()
@@ -124,12 +124,12 @@ def held_here(dask_worker: Any) -> dict[str, Any]:
     return {
         "own_bytes": psutil.Process().memory_full_info().uss,
         "blocks": sys.getallocatedblocks(),
-        "envelopes": len(envelopes.envelopes),
-        "most_envelopes": envelopes.MAX_ENVELOPES,
-        "contexts": len(envelopes.contexts),
-        "most_contexts": envelopes.MAX_CONTEXTS,
-        "blobs": len(scheduler_metadata.blobs),
+        "envelopes": len(context_cache.envelopes),
+        "most_envelopes": context_cache.MAX_ENVELOPES,
+        "contexts": len(context_cache.contexts),
+        "most_contexts": context_cache.MAX_CONTEXTS,
+        "blobs": len(metadata_cache.blobs),
         "clients": sum(type(thing).__name__ == "SyncPrefectClient" for thing in gc.get_objects()),
-        "most_clients": worker_context.MAX_CLIENTS_PER_THREAD * (dask_worker.state.nthreads + 1),
+        "most_clients": context.MAX_CLIENTS_PER_THREAD * (dask_worker.state.nthreads + 1),
         "tasks": len(dask_worker.state.tasks),
     }

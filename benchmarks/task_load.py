@@ -208,7 +208,7 @@ def preload() -> Callable[..., Any]:
     """Does on a worker what the preload of a flow run's own workers does; it travels by value."""
 
     async def set_up(dask_worker: Any) -> None:
-        from prefect_htcdask.worker_runtime import dask_setup
+        from prefect_htcdask.worker.run_task import dask_setup
 
         await dask_setup(dask_worker)
 
@@ -219,7 +219,7 @@ async def send_what_is_queued() -> None:
     """Have a worker send its queued events and logs; runs in its event loop, where Prefect's services cannot wait."""
     import asyncio
 
-    from prefect_htcdask.worker_runtime import flush
+    from prefect_htcdask.worker.run_task import flush
 
     await asyncio.to_thread(flush, 300.0)
 

@@ -17,8 +17,8 @@ from distributed import Client, Worker
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect_dask.task_runners import DaskTaskRunner
 
-from prefect_htcdask.worker_client import WorkerClient, client_of
-from prefect_htcdask.worker_slots import worker_slot_freed
+from prefect_htcdask.worker.dask_client import WorkerClient, client_of
+from prefect_htcdask.worker.secede import worker_slot_freed
 
 
 def _worker() -> Worker | None:

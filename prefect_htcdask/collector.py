@@ -31,13 +31,13 @@ from prefect_htcdask.gathering import MAX_BATCH, batch_size, held_back
 from prefect_htcdask.losses import JobFates, killer_of, lost_reason
 from prefect_htcdask.packed_states import PackedState
 from prefect_htcdask.pending_results import COMING, PendingResult
-from prefect_htcdask.portable_states import is_unreadable
 from prefect_htcdask.read_ahead import ReadAhead
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.result_sizes import ResultSizes
 from prefect_htcdask.utils.aio import in_thread
 from prefect_htcdask.utils.prefect_client import open_client
-from prefect_htcdask.worker_slots import worker_slot_freed
+from prefect_htcdask.worker.portable_states import is_unreadable
+from prefect_htcdask.worker.secede import worker_slot_freed
 
 POLL = 0.5
 """Seconds between two looks at a blocked wait: a thread that waits in C for ever hears no timeout of a flow run."""

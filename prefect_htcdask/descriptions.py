@@ -23,10 +23,10 @@ from distributed.protocol.pickle import dumps
 from prefect.context import FlowRunContext, SettingsContext, TaskRunContext, serialize_context
 from prefect.tasks import Task
 
-from prefect_htcdask import worker_logging
 from prefect_htcdask.scheduler.worker_groups import Offers
-from prefect_htcdask.scheduler_metadata import METADATA_ROOT, Place
 from prefect_htcdask.settings.access import ENV_PREFIX
+from prefect_htcdask.worker import flow_logging
+from prefect_htcdask.worker.metadata_cache import METADATA_ROOT, Place
 
 INLINE_LIMIT = 2 * 1024
 """Bytes that are rather sent along than left at the scheduler."""
@@ -167,7 +167,7 @@ class Descriptions:
             "parameters": self.put(dumps(parameters)) if parameters is not None else None,
             "client_key": _client_key(api.get("url")),
             "offers": offers,
-            "logging": worker_logging.describe(),
+            "logging": flow_logging.describe(),
         }
         return bytes(cloudpickle.dumps(described))
 

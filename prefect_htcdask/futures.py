@@ -24,7 +24,7 @@ from prefect_htcdask.collector import Collector, collector_of
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.packed_states import PackedState
 from prefect_htcdask.pending_results import PendingResult
-from prefect_htcdask.worker_slots import free_worker_slot, worker_slot_freed
+from prefect_htcdask.worker.secede import free_worker_slot, worker_slot_freed
 
 R = TypeVar("R")
 

@@ -15,7 +15,6 @@ from dask_gateway import GatewayCluster
 
 from prefect_htcdask.condor.worker_job import FlowRunTag, WorkerSpec
 from prefect_htcdask.gateway_checks import local_versions
-from prefect_htcdask.gateway_comm import gateway_address
 from prefect_htcdask.run_files import early_log, prune
 from prefect_htcdask.scaling.policy import Target
 from prefect_htcdask.scheduler import plugin as demand_module
@@ -25,6 +24,7 @@ from prefect_htcdask.settings.report import ReportSettings
 from prefect_htcdask.supervisor.handle import SupervisorHandle
 from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff, Preflight, ReportPlan, ScheddSettings
 from prefect_htcdask.utils.net import is_loopback
+from prefect_htcdask.worker.gateway_comm import gateway_address
 
 
 def start_supervisor(
@@ -128,7 +128,7 @@ def hand_off(
         worker_config={
             "scheduler_address": gateway_address(proxy, cluster.name),
             "host": "127.0.0.1" if is_loopback(proxy) else None,
-            "preload": ["prefect_htcdask.worker_runtime"] if flow_run else [],
+            "preload": ["prefect_htcdask.worker.run_task"] if flow_run else [],
             "death_timeout": max(60.0, settings.lease.duration),
             "versions": local_versions(),
         },

@@ -28,7 +28,6 @@ from prefect_htcdask.decisions import scaling_line, summary_line
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.final_account import CutShort, FinalAccount
 from prefect_htcdask.flow_events import FlowEvents
-from prefect_htcdask.interruption import interrupt
 from prefect_htcdask.last_words import LastWords
 from prefect_htcdask.losses import JobFates
 from prefect_htcdask.pending_results import PendingResult
@@ -40,6 +39,7 @@ from prefect_htcdask.submission import Submission
 from prefect_htcdask.task_run_states import Ended, Started, StateReporter
 from prefect_htcdask.unawaited import executing, settle
 from prefect_htcdask.utils.aio import interpreter_ends
+from prefect_htcdask.worker.cancellation import interrupt
 
 WATCH_INTERVAL = 1.0
 ANSWER = 5.0

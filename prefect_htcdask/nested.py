@@ -10,9 +10,9 @@ from distributed import Client
 from prefect_htcdask.collector import collector_of
 from prefect_htcdask.pending_results import PendingResult
 from prefect_htcdask.scheduler.worker_groups import Offers
-from prefect_htcdask.scheduler_metadata import METADATA_ROOT
 from prefect_htcdask.submission import Submission
 from prefect_htcdask.worker.call import current_call
+from prefect_htcdask.worker.metadata_cache import METADATA_ROOT
 
 
 class NestedRun:

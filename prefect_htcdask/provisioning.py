@@ -12,7 +12,7 @@ import distributed
 from prefect.context import FlowRunContext, SettingsContext
 from prefect.logging.loggers import get_run_logger
 
-from prefect_htcdask import code_plugin, source_code
+from prefect_htcdask import source_code
 from prefect_htcdask.first_worker import FirstWorker, log_console
 from prefect_htcdask.live import LiveRun, Logger
 from prefect_htcdask.preflight import check_api_reachable, warn_of_local_storage
@@ -22,6 +22,7 @@ from prefect_htcdask.scheduler.lost_tasks import LostWork
 from prefect_htcdask.scheduler.pickle_by_value import install
 from prefect_htcdask.settings import CodeSettings, HTCDaskSettings
 from prefect_htcdask.utils.api_identity import current_api
+from prefect_htcdask.worker import code_plugin
 
 
 @dataclass(frozen=True)

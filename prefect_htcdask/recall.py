@@ -18,9 +18,9 @@ from distributed import Client
 
 from prefect_htcdask.last_words import LastWords
 from prefect_htcdask.losses import JobFates
-from prefect_htcdask.rerun import TOPIC
 from prefect_htcdask.scheduler.lost_tasks import WORKER_LOST
-from prefect_htcdask.scheduler_metadata import METADATA_ROOT
+from prefect_htcdask.worker.metadata_cache import METADATA_ROOT
+from prefect_htcdask.worker.rerun import TOPIC
 
 LIMIT = 1024**3
 """States larger than this, in bytes, are not given back; others pass the scheduler, as all that is collected does."""

@@ -19,7 +19,7 @@ from dask._task_spec import Task as GraphTask
 from dask.utils import apply
 from distributed.utils import import_term
 
-RUN_CALL = "prefect_htcdask.worker_runtime.run_call"
+RUN_CALL = "prefect_htcdask.worker.run_task.run_call"
 LOADS = "pickle.loads"
 BATCH = 2000
 """Tasks that are submitted again in one graph at most."""

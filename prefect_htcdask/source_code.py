@@ -30,7 +30,7 @@ from typing import Any
 import pathspec
 from dask.utils import format_bytes
 
-from prefect_htcdask.code_plugin import CodeArchive
+from prefect_htcdask.worker.code_plugin import CodeArchive
 
 SKIPPED_DIRECTORIES = frozenset(
     {"__pycache__", "node_modules", "site-packages", "dist-packages", "venv", "env", "build", "dist", "htmlcov"}

@@ -41,10 +41,10 @@ from prefect_htcdask.graph_sending import send, sent_once
 from prefect_htcdask.reconnection import ResumingClient
 from prefect_htcdask.resubmission import NO_OPTIONS, SendOptions, SharedData, Spec
 from prefect_htcdask.scheduler.worker_groups import Offers
-from prefect_htcdask.scheduler_metadata import Place
 from prefect_htcdask.states_in_hand import StatesInHand
 from prefect_htcdask.upstreams import UpstreamFutures
 from prefect_htcdask.worker.call import Call
+from prefect_htcdask.worker.metadata_cache import Place
 
 MAP_BATCH = 2000
 """Task runs of a `map` that go to the scheduler in one graph; more would hold back the first of them."""

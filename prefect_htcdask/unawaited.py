@@ -10,7 +10,7 @@ from prefect.states import Cancelled
 
 from prefect_htcdask.packed_states import PackedState
 from prefect_htcdask.pending_results import PendingResult
-from prefect_htcdask.worker_runtime import executing_keys
+from prefect_htcdask.worker.run_task import executing_keys
 
 
 def executing(client: Client, timeout: float | None = None) -> frozenset[str]:

@@ -16,10 +16,10 @@ import cloudpickle
 import pytest
 from distributed import Client, Worker
 
-from prefect_htcdask import worker_process
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
+from prefect_htcdask.worker import process
 from tests.support import time_slices
 from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_named, jobs_of, supervisors, texts
 from tests.support.waiting import wait_until
@@ -57,7 +57,7 @@ def test_scale_submits_and_removes_the_difference_only(
             asked = client.submit(lambda: look()).result(timeout=30)
         finally:
             cloudpickle.unregister_pickle_by_value(time_slices)
-        assert (asked == 1e9 * worker_process.SLICE) == time_slices.KNOWN
+        assert (asked == 1e9 * process.SLICE) == time_slices.KNOWN
         (threshold,) = client.run(gc.get_threshold).values()
         assert tuple(threshold) == tuple(3 * count for count in gc.get_threshold())
 

@@ -13,7 +13,7 @@ from prefect.context import use_profile
 from prefect.settings import Profile
 
 from prefect_htcdask.descriptions import INLINE_LIMIT, MAX_DESCRIBED, Descriptions, parts
-from prefect_htcdask.scheduler_metadata import METADATA_ROOT
+from prefect_htcdask.worker.metadata_cache import METADATA_ROOT
 
 factor = 2
 

@@ -19,8 +19,8 @@ from distributed import Future
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.worker_job import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
+from prefect_htcdask.worker.graceful_shutdown import HANDED_BACK
 from prefect_htcdask.worker.names import job_of_worker
-from prefect_htcdask.worker_leave import HANDED_BACK
 from tests.support.cluster_fixtures import Stopwatch, jobs_of, texts
 from tests.support.waiting import wait_until
 
@@ -256,10 +256,10 @@ def test_prefect_s_events_are_sent_off_before_an_evicted_worker_goes(
 
         from distributed import get_worker
 
-        from prefect_htcdask import worker_runtime
+        from prefect_htcdask.worker import run_task
 
         name = str(get_worker().name)
-        worker_runtime.flush = lambda *_: Path(f"{directory}/flushed-{name}").touch()  # type: ignore[assignment]
+        run_task.flush = lambda *_: Path(f"{directory}/flushed-{name}").touch()  # type: ignore[assignment]
         return name
 
     tag = FlowRunTag("0f1e", "run", "flow", 1)

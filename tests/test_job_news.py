@@ -9,13 +9,13 @@ from typing import Any
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.worker_job import WorkerSpec
-from prefect_htcdask.condor.worker_start import START_LINE
 from prefect_htcdask.event_shapes import JobEvents
 from prefect_htcdask.scaling.policy import Target
 from prefect_htcdask.supervisor.fleet import Fleet
 from prefect_htcdask.supervisor.group import Group
 from prefect_htcdask.supervisor.job_news import JobNews, unmatched
 from prefect_htcdask.supervisor.protocol import GroupPlan, to_line
+from prefect_htcdask.worker.start import START_LINE
 
 
 def a_group(name: str = "default") -> Group:

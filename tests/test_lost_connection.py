@@ -19,7 +19,7 @@ from prefect_htcdask.errors import HTCDaskError, TaskRunLost
 from tests.support.this_flow import client_of_this_flow, run_of_this_flow
 from tests.support.waiting import wait_until
 from tests.support.wire import PATIENCE, Wire, nothing_is_kept, pool, wire
-from tests.test_task_reruns import after, gated, history, marked, runs
+from tests.worker.test_rerun import after, gated, history, marked, runs
 
 __all__ = ["pool", "wire"]
 

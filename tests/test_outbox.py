@@ -21,7 +21,7 @@ from prefect_htcdask import HTCDaskTaskRunner, live, outbox, resubmission
 from tests.support.this_flow import client_of_this_flow, graphs
 from tests.support.waiting import wait_until
 from tests.support.wire import PATIENCE, Wire, pool, wire
-from tests.test_task_reruns import marked, runs
+from tests.worker.test_rerun import marked, runs
 
 __all__ = ["pool", "wire"]
 

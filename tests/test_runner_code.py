@@ -21,8 +21,9 @@ import pytest
 from distributed import Client, Worker
 from distributed.protocol.pickle import dumps
 
-from prefect_htcdask import code_plugin, source_code
+from prefect_htcdask import source_code
 from prefect_htcdask.settings import SettingsError, load_settings
+from prefect_htcdask.worker import code_plugin
 
 
 def _write(root: Path, files: dict[str, str]) -> None:

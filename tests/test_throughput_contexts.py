@@ -22,9 +22,9 @@ LARGE = 100_000
 
 def hydrated(dask_worker: distributed.Worker) -> tuple[int, int]:
     """How many envelopes and contexts this worker process keeps; runs there."""
-    from prefect_htcdask import envelopes
+    from prefect_htcdask.worker import context_cache
 
-    return len(envelopes.envelopes), len(envelopes.contexts)
+    return len(context_cache.envelopes), len(context_cache.contexts)
 
 
 def described(dask_scheduler: distributed.Scheduler) -> dict[str, list[int]]:

@@ -16,12 +16,13 @@ import distributed
 import pytest
 from prefect import flow, task
 
-from prefect_htcdask import HTCDaskTaskRunner, envelopes, worker_context
+from prefect_htcdask import HTCDaskTaskRunner
+from prefect_htcdask.worker import context, context_cache
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.soak]
 
-FLOW_RUNS = envelopes.MAX_CONTEXTS + 12
+FLOW_RUNS = context_cache.MAX_CONTEXTS + 12
 TASKS_PER_FLOW_RUN = 20
 CALLS = 3
 ALLOWANCE = 300_000
@@ -51,16 +52,16 @@ def held(dask_worker: distributed.Worker) -> dict[str, int]:
     import psutil
     from prefect.context import FlowRunContext
 
-    from prefect_htcdask import envelopes
+    from prefect_htcdask.worker import context_cache
 
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed is not held
     names = [type(thing).__name__ for thing in gc.get_objects()]
     return {
         "bytes": psutil.Process().memory_full_info().uss,
-        "envelopes": len(envelopes.envelopes),
-        "contexts": len(envelopes.contexts),
-        "locks": len(envelopes.envelopes._locks) + len(envelopes.contexts._locks),
+        "envelopes": len(context_cache.envelopes),
+        "contexts": len(context_cache.contexts),
+        "locks": len(context_cache.envelopes._locks) + len(context_cache.contexts._locks),
         "clients": names.count("SyncPrefectClient"),
         "flow_contexts": names.count(FlowRunContext.__name__),
         "events": names.count("Event"),
@@ -96,21 +97,21 @@ def test_a_worker_that_serves_many_flow_runs_does_not_grow(workers: distributed.
             looks.append(
                 wait_until(lambda: let_go(client.run(held)), 60, "no data of the flow run left on the workers")
             )
-    assert FLOW_RUNS * TASKS_PER_FLOW_RUN > envelopes.MAX_ENVELOPES, "the bound is never reached"
+    assert FLOW_RUNS * TASKS_PER_FLOW_RUN > context_cache.MAX_ENVELOPES, "the bound is never reached"
     print(grown_table(looks))
     last = looks[-1]
     for worker in last.values():
-        assert worker["envelopes"] == envelopes.MAX_ENVELOPES
-        assert worker["contexts"] == envelopes.MAX_CONTEXTS
+        assert worker["envelopes"] == context_cache.MAX_ENVELOPES
+        assert worker["contexts"] == context_cache.MAX_CONTEXTS
         # The last task run's is not yet forgotten.
-        assert worker["flow_contexts"] <= envelopes.MAX_CONTEXTS + 1
+        assert worker["flow_contexts"] <= context_cache.MAX_CONTEXTS + 1
         assert worker["services"] <= 2
-        assert worker["clients"] <= worker_context.MAX_CLIENTS_PER_THREAD
+        assert worker["clients"] <= context.MAX_CLIENTS_PER_THREAD
         assert worker["locks"] == worker["engines"] == 0
     full = next(
         number
         for number, look in enumerate(looks)
-        if min(worker["contexts"] for worker in look.values()) == envelopes.MAX_CONTEXTS
+        if min(worker["contexts"] for worker in look.values()) == context_cache.MAX_CONTEXTS
     )
     assert full < FLOW_RUNS - 5
     grown = {name: (last[name]["bytes"] - looks[full][name]["bytes"]) / (FLOW_RUNS - 1 - full) for name in last}

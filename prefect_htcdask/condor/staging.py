@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prefect_htcdask.condor import own_files, worker_start
+from prefect_htcdask.condor import own_files
 from prefect_htcdask.condor.own_files import Known, OwnDirectory
 from prefect_htcdask.condor.worker_job import JobFiles
+from prefect_htcdask.worker import start
 
 _START_SCRIPT = "htcdask_worker.py"
 FAILURES_FILE = "failures.jsonl"
@@ -27,7 +28,7 @@ _TAIL = 64 * 1024
 
 _STARTED = re.compile(
     "^"
-    + re.escape(worker_start.START_LINE)
+    + re.escape(start.START_LINE)
     .replace(r"\{number\}", r"\d+")
     .replace(r"\{job\}", r"[\d.]+")
     .replace(r"\{host\}", ".+")
@@ -36,7 +37,7 @@ _STARTED = re.compile(
 )
 
 # The configuration has the cluster's name, which opens the dashboard.
-_SECRET_FILES = (worker_start.SECRETS_FILE, worker_start.KEY_FILE, worker_start.CONFIG_FILE)
+_SECRET_FILES = (start.SECRETS_FILE, start.KEY_FILE, start.CONFIG_FILE)
 
 
 def _any_of(*names: str) -> re.Pattern[str]:
@@ -52,11 +53,11 @@ WORKER_LOG = re.compile(r"worker\.(\d+)\.(\d+)(?:\.\d+)?\.(?:err|out)")
 """Names of the files that workers write: with the job's id, and which of its starts where that is told."""
 
 STAGED = Known(
-    _any_of(worker_start.PACKAGE_FILE, Path(worker_start.PACKAGE_FILE).with_suffix(".part").name),
+    _any_of(start.PACKAGE_FILE, Path(start.PACKAGE_FILE).with_suffix(".part").name),
     (
         (
             re.compile(r"[A-Za-z0-9_-]{1,40}"),  # a worker group's name
-            Known(_any_of(_START_SCRIPT, worker_start.CONFIG_FILE, worker_start.CERTIFICATE_FILE, *_SECRET_FILES)),
+            Known(_any_of(_START_SCRIPT, start.CONFIG_FILE, start.CERTIFICATE_FILE, *_SECRET_FILES)),
         ),
     ),
 )
@@ -117,20 +118,20 @@ class RunDirectory:
         """
         directory = self.staging / group
         directory.mkdir(mode=0o700, exist_ok=True)
-        package = self.staging / worker_start.PACKAGE_FILE
+        package = self.staging / start.PACKAGE_FILE
         if not package.exists():
             zip_package(package)
         script = directory / _START_SCRIPT
-        shutil.copyfile(worker_start.__file__, script)
-        write_private(directory / worker_start.CONFIG_FILE, json.dumps(dict(config)))
-        write_private(directory / worker_start.SECRETS_FILE, json.dumps(dict(secrets)))
-        write_private(directory / worker_start.CERTIFICATE_FILE, tls_cert)
-        write_private(directory / worker_start.KEY_FILE, tls_key)
+        shutil.copyfile(start.__file__, script)
+        write_private(directory / start.CONFIG_FILE, json.dumps(dict(config)))
+        write_private(directory / start.SECRETS_FILE, json.dumps(dict(secrets)))
+        write_private(directory / start.CERTIFICATE_FILE, tls_cert)
+        write_private(directory / start.KEY_FILE, tls_key)
         names = (
-            worker_start.CONFIG_FILE,
-            worker_start.SECRETS_FILE,
-            worker_start.CERTIFICATE_FILE,
-            worker_start.KEY_FILE,
+            start.CONFIG_FILE,
+            start.SECRETS_FILE,
+            start.CERTIFICATE_FILE,
+            start.KEY_FILE,
         )
         return JobFiles(
             directory=str(self.path),

@@ -13,12 +13,12 @@ import psutil
 import pytest
 from distributed.system_monitor import SystemMonitor
 
-from prefect_htcdask import worker_process
+from prefect_htcdask.worker import process
 from tests.support import time_slices
 
 ASKING = """
 import gc, os, subprocess, sys, threading
-from prefect_htcdask import worker_process
+from prefect_htcdask.worker import process as worker_process
 from tests.support.time_slices import slice_of_this_thread
 
 before, after = (getattr(os, name) for name in sys.argv[1:])
@@ -54,7 +54,7 @@ def test_an_ordinary_process_becomes_a_batch_process(before: str, after: str) ->
     )
     assert done.returncode == 0, done.stderr
     asks = before == "SCHED_OTHER" and time_slices.KNOWN
-    assert (int(done.stdout) == 1e9 * worker_process.SLICE) == asks, done.stdout
+    assert (int(done.stdout) == 1e9 * process.SLICE) == asks, done.stdout
 
 
 def test_one_that_may_not_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +64,9 @@ def test_one_that_may_not_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    worker_process.be_a_batch_process()
+    process.be_a_batch_process()
     monkeypatch.delattr(os, "sched_setscheduler")
-    worker_process.be_a_batch_process()
+    process.be_a_batch_process()
 
 
 @pytest.mark.parametrize("asked, ticks", [({}, 10), ({"DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "50ms"}, 20)])
@@ -75,7 +75,7 @@ def test_ticks_are_fewer_unless_somebody_has_said_how_many(asked: dict[str, str]
     ticking = """
 import asyncio
 from distributed import Scheduler
-from prefect_htcdask import worker_process
+from prefect_htcdask.worker import process as worker_process
 
 async def main():
     worker_process.tick_seldom()
@@ -98,7 +98,7 @@ def test_pages_of_mapped_files_are_no_memory_of_the_worker() -> None:
     with tempfile.TemporaryFile(dir="/var/tmp") as file:
         file.write(b"1" * size)
         file.flush()
-        worker_process.count_own_memory(worker)
+        process.count_own_memory(worker)
         before = worker.monitor.get_process_memory()
         with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
             assert sum(mapped[at] for at in range(0, size, 4096)) > 0

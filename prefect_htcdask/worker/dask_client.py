@@ -18,7 +18,7 @@ from dask.utils import parse_timedelta
 from distributed import Client, Future, Worker
 from distributed.utils import in_async_call
 
-from prefect_htcdask.worker_slots import worker_slot_freed
+from prefect_htcdask.worker.secede import worker_slot_freed
 
 _WAITS = frozenset({"_gather", "_result", "_exception", "_traceback", "_wait", "_as_completed"})
 """What `Client.sync` runs where somebody waits for futures (distributed, `client.py`)."""

@@ -18,9 +18,9 @@ from uuid import UUID
 
 import cloudpickle
 
-from prefect_htcdask.scheduler_metadata import Place, blobs
 from prefect_htcdask.utils.prefect_client import send_again_where_kept
-from prefect_htcdask.worker_logging import FlowLogging, logging_as, take_on
+from prefect_htcdask.worker.flow_logging import FlowLogging, logging_as, take_on
+from prefect_htcdask.worker.metadata_cache import Place, blobs
 
 if TYPE_CHECKING:
     from prefect_htcdask.worker.call import Call

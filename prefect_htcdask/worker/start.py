@@ -3,9 +3,9 @@
 The file travels with the job and is run by the interpreter of the site or image, so its first half needs the standard
 library only. The guard passes SIGTERM on, ends the worker where it takes more memory than the job asked for (a starter
 that does not run as root enforces no limit), and says on stderr why a worker ended: the submitting side reads that.
-The Dask worker leaves by handing its tasks and results back (`prefect_htcdask.worker_leave`), so that an eviction does
-not count against a task. Where a task does not let its process listen, the guard takes its leave for it; and where it
-does not let its process speak, the guard tells the scheduler that it lives.
+The Dask worker leaves by handing its tasks and results back (`graceful_shutdown.py`), so that an eviction does not
+count against a task. Where a task does not let its process listen, the guard takes its leave for it; and where it does
+not let its process speak, the guard tells the scheduler that it lives.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def guard(sandbox: Path) -> int:
 def say(text: str) -> None:
     """Write one line for the submitting side to find; in a worker that has joined, also to its flow run's log."""
     print(f"htcdask: {text}", file=sys.stderr, flush=True)
-    if (relay := logging.getLogger("htcdask")).handlers:  # `prefect_htcdask.flow_run_log`
+    if (relay := logging.getLogger("htcdask")).handlers:  # `prefect_htcdask.worker.api_log_handler`
         relay.warning("%s", text)
 
 
@@ -403,7 +403,7 @@ def configure_dask(sandbox: Path) -> None:
     """Set Dask up for the gateway cluster's TLS and addresses."""
     import dask
 
-    from prefect_htcdask import gateway_comm
+    from prefect_htcdask.worker import gateway_comm
 
     gateway_comm.register()
     certificate, key = str(sandbox / CERTIFICATE_FILE), str(sandbox / KEY_FILE)
@@ -418,14 +418,13 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     import asyncio
 
     configure_dask(sandbox)
-    from prefect_htcdask import worker_leave, worker_process
-    from prefect_htcdask.worker import names
+    from prefect_htcdask.worker import graceful_shutdown, names, process
 
-    worker_process.be_a_batch_process()
-    worker_process.collect_seldom()
-    worker_process.tick_seldom()
+    process.be_a_batch_process()
+    process.collect_seldom()
+    process.tick_seldom()
     job_id, starts = job_identity()
-    worker = worker_leave.LeavingWorker(
+    worker = graceful_shutdown.LeavingWorker(
         config["scheduler_address"],
         protocol="tls",
         name=names.worker_name(job_id, starts),
@@ -438,7 +437,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
         death_timeout=config["death_timeout"],
     )
     worker.flow_run_id = config.get("flow_run_id")
-    worker_process.count_own_memory(worker)
+    process.count_own_memory(worker)
     told, due = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -448,12 +447,12 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, listen)
-    worker.stream_handlers[worker_leave.DRAIN] = lambda **_: due.set()
-    worker.stream_handlers[worker_leave.QUIET] = lambda quiet, **_: be_quiet(sandbox, quiet)
+    worker.stream_handlers[graceful_shutdown.DRAIN] = lambda **_: due.set()
+    worker.stream_handlers[graceful_shutdown.QUIET] = lambda quiet, **_: be_quiet(sandbox, quiet)
     lifetime = config.get("lifetime")
     if lifetime:
         stagger = config.get("lifetime_stagger") or 0.0  # its default is resolved where the settings are
-        loop.call_later(worker_leave.drains_after(lifetime, stagger, job_id) - _seconds_up(), due.set)
+        loop.call_later(graceful_shutdown.drains_after(lifetime, stagger, job_id) - _seconds_up(), due.set)
     leaving = asyncio.ensure_future(told.wait())
     joining = asyncio.ensure_future(worker)
     await asyncio.wait([joining, leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -472,12 +471,12 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     (sandbox / ADDRESS_FILE).write_text(str(worker.address))
     beating = asyncio.ensure_future(_beat(sandbox))
     # A scheduler that ends meanwhile closes the worker, and never answers its farewell.
-    over = asyncio.ensure_future(worker_leave.finished(worker))
+    over = asyncio.ensure_future(graceful_shutdown.finished(worker))
     draining = asyncio.ensure_future(_drain(worker, due, _STARTED + lifetime if lifetime else None))
     await asyncio.wait([over, leaving, draining], return_when=asyncio.FIRST_COMPLETED)
     if not over.done() and not draining.done():
         draining.cancel()
-        going = asyncio.ensure_future(worker_leave.leave(worker, say, config["vacate_time"]))
+        going = asyncio.ensure_future(graceful_shutdown.leave(worker, say, config["vacate_time"]))
         await asyncio.wait([over, going], return_when=asyncio.FIRST_COMPLETED)
     beating.cancel()
     # Not by way of the event loop's own end, which waits for the thread of a task that still runs.
@@ -507,12 +506,12 @@ async def _drain(worker: Any, due: Any, until: float | None) -> None:
     """Wait until it is due, then drain; a worker that cannot drain stays until it is told to leave."""
     import asyncio
 
-    from prefect_htcdask import worker_leave
+    from prefect_htcdask.worker import graceful_shutdown
 
     await due.wait()
     while True:
         try:
-            return await worker_leave.drain(worker, say, until)
+            return await graceful_shutdown.drain(worker, say, until)
         except Exception as exc:
             say(f"the worker could not drain: {type(exc).__name__}: {exc}; trying again")
             await asyncio.sleep(1.0)

@@ -1,7 +1,7 @@
 """What runs on a Dask worker: a Prefect task run, in the context that the flow's process described.
 
 Preparing that context is what makes a stock prefect-dask task slow, so it is done once for many task runs (`envelopes`,
-`worker_context`). The module is also a Dask preload (``--preload prefect_htcdask.worker_runtime``): its teardown sends
+`worker_context`). The module is also a Dask preload (``--preload prefect_htcdask.worker.run_task``): its teardown sends
 off the events and logs that are still queued, so that none dies with the worker.
 """
 
@@ -18,19 +18,19 @@ from typing import Any, cast
 import cloudpickle
 from distributed import Worker, get_worker
 
-from prefect_htcdask import rerun
-from prefect_htcdask.envelopes import contexts, envelopes
-from prefect_htcdask.interruption import interruptible
-from prefect_htcdask.scheduler_metadata import METADATA_ROOT, blobs
 from prefect_htcdask.utils.aio import in_thread
+from prefect_htcdask.worker import rerun
 from prefect_htcdask.worker.call import Call, CallScope, Upstream, current_call
-from prefect_htcdask.worker_client import give_own_client
-from prefect_htcdask.worker_context import task_context
+from prefect_htcdask.worker.cancellation import interruptible
+from prefect_htcdask.worker.context import task_context
+from prefect_htcdask.worker.context_cache import contexts, envelopes
+from prefect_htcdask.worker.dask_client import give_own_client
+from prefect_htcdask.worker.metadata_cache import METADATA_ROOT, blobs
 
 FLUSH_TIMEOUT = 15.0
 """Seconds that a leaving worker spends on its queued events and logs at most."""
 
-logger = logging.getLogger("prefect_htcdask.worker_runtime")
+logger = logging.getLogger("prefect_htcdask.worker.run_task")
 
 
 def _fill(value: Any, states: list[Any]) -> Any:
@@ -98,7 +98,7 @@ def _run_call(
     from prefect._internal.states import exception_to_crashed_state_sync
     from prefect.client.schemas.objects import State
 
-    from prefect_htcdask.worker_engine import final_state, run_async, run_sync
+    from prefect_htcdask.worker.engine import final_state, run_async, run_sync
 
     current_call.set(scope)
     envelope = envelopes.get(scope.envelope_key)
@@ -176,10 +176,10 @@ async def dask_setup(worker: Worker) -> None:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
-    import prefect_htcdask.worker_engine  # noqa: F401
-    from prefect_htcdask.flow_run_log import relay
-    from prefect_htcdask.worker_console import without_highlighting
-    from prefect_htcdask.worker_events import keep_trying, send_in_batches
+    import prefect_htcdask.worker.engine  # noqa: F401
+    from prefect_htcdask.worker.api_log_handler import relay
+    from prefect_htcdask.worker.console import without_highlighting
+    from prefect_htcdask.worker.prefect_services import keep_trying, send_in_batches
 
     keep_trying()
     send_in_batches(EventsWorker, APILogWorker)

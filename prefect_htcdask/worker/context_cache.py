@@ -11,8 +11,8 @@ from typing import Any
 
 import cloudpickle
 
-from prefect_htcdask.scheduler_metadata import Fetched, Place
-from prefect_htcdask.worker_context import Prototypes, hydrate
+from prefect_htcdask.worker.context import Prototypes, hydrate
+from prefect_htcdask.worker.metadata_cache import Fetched, Place
 
 MAX_ENVELOPES = 128
 MAX_CONTEXTS = 16

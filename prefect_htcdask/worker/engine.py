@@ -13,8 +13,8 @@ from prefect.task_engine import AsyncTaskRunEngine, SyncTaskRunEngine
 from prefect.tasks import Task
 
 from prefect_htcdask.errors import UnpicklableResultError
-from prefect_htcdask.pickling import why_unpicklable
-from prefect_htcdask.portable_states import data_of, portable, put_data
+from prefect_htcdask.worker.pickling import why_unpicklable
+from prefect_htcdask.worker.portable_states import data_of, portable, put_data
 
 
 def check_result(task: Task[Any, Any], state: State[Any]) -> None:

@@ -19,8 +19,14 @@ from prefect.states import Completed, Failed
 
 from prefect_htcdask.errors import HTCDaskError, RemoteTaskError, UnpicklableResultError
 from prefect_htcdask.packed_states import PackedState
-from prefect_htcdask.pickling import MOST_EXCEPTIONS, MOST_FRAMES, dump_exception, load_exception, why_unpicklable
-from prefect_htcdask.portable_states import is_unreadable, portable
+from prefect_htcdask.worker.pickling import (
+    MOST_EXCEPTIONS,
+    MOST_FRAMES,
+    dump_exception,
+    load_exception,
+    why_unpicklable,
+)
+from prefect_htcdask.worker.portable_states import is_unreadable, portable
 
 
 class TwoArguments(Exception):

@@ -32,7 +32,7 @@ RECORD_TIMEOUT = 3.0
 
 _POLL = 0.1
 
-logger = logging.getLogger("prefect_htcdask.rerun")
+logger = logging.getLogger("prefect_htcdask.worker.rerun")
 
 
 def loss_of_this_task() -> Mapping[str, Any] | None:

@@ -14,8 +14,8 @@ from typing import Any
 import distributed
 import pytest
 
-from prefect_htcdask import worker_logging
-from prefect_htcdask.worker_logging import FlowLogging
+from prefect_htcdask.worker import flow_logging
+from prefect_htcdask.worker.flow_logging import FlowLogging
 
 SPEAKING = """
 import json, logging, sys, time
@@ -105,7 +105,7 @@ def test_loggers_and_levels_of_the_flow_hold_on_workers(prefect_api: Any, tmp_pa
 
 TWO_AT_A_TIME = """
 import logging
-from prefect_htcdask.worker_logging import FlowLogging, describe, logging_as, take_on
+from prefect_htcdask.worker.flow_logging import FlowLogging, describe, logging_as, take_on
 
 config = describe().config
 
@@ -145,17 +145,17 @@ def test_flow_runs_on_one_worker_at_a_time_have_levels_of_their_own(tmp_path: Pa
 def test_handlers_that_cannot_be_made_on_a_worker_are_told_of(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_logging, "_known", [])
-    monkeypatch.setattr(worker_logging, "_applied", None)
-    before = worker_logging.describe()
+    monkeypatch.setattr(flow_logging, "_known", [])
+    monkeypatch.setattr(flow_logging, "_applied", None)
+    before = flow_logging.describe()
     handlers = {"file": {"class": "logging.FileHandler", "filename": "/nonexistent/flow.log"}}
     try:
         with caplog.at_level(logging.WARNING, "htcdask"):
-            worker_logging.take_on(FlowLogging({**before.config, "handlers": handlers}))
+            flow_logging.take_on(FlowLogging({**before.config, "handlers": handlers}))
         assert "cannot be made" in caplog.text and "/nonexistent/flow.log" in caplog.text
-        assert worker_logging.describe() == before
+        assert flow_logging.describe() == before
     finally:
-        worker_logging.take_on(before)
+        flow_logging.take_on(before)
 
 
 @pytest.mark.parametrize("level, number", [("DEBUG", 10), ("30", 30), (40, 40), (None, 0), ("nonsense", 0)])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.flow_run_log import BURST, INTERVAL, FlowRunLog, Quota
+from prefect_htcdask.worker.api_log_handler import BURST, INTERVAL, FlowRunLog, Quota
 
 FLOW_RUN = "6d6b1f5e-0000-4000-8000-000000000002"
 

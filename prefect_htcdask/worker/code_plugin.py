@@ -175,7 +175,7 @@ def make_plugin(code: CodeArchive | None, package: CodeArchive | None) -> Worker
                 # Another flow run's plugin takes this one's place. The worker goes on, and the services that send
                 # Prefect's events and logs with it: once stopped, they are kept by Prefect for ever.
                 return
-            from prefect_htcdask.worker_runtime import dask_teardown
+            from prefect_htcdask.worker.run_task import dask_teardown
 
             await dask_teardown(worker)
 

@@ -25,7 +25,7 @@ EXTRA = "prefect.extra"
 MAX_KNOWN = 32
 """Different ones that are kept in a worker process."""
 
-logger = logging.getLogger("prefect_htcdask.worker_logging")
+logger = logging.getLogger("prefect_htcdask.worker.flow_logging")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _configure(wanted: FlowLogging, before: FlowLogging) -> None:
     """Make the handlers; where they cannot be made here, those that there are stay."""
     from prefect.logging.configuration import PROCESS_LOGGING_CONFIG
 
-    from prefect_htcdask.worker_console import without_highlighting
+    from prefect_htcdask.worker.console import without_highlighting
 
     try:
         # The worker's own loggers and Dask's stay, whatever the flow's process does with its own.

@@ -12,7 +12,7 @@ PRINTING = """
 import logging, sys
 import prefect.main
 from prefect.logging import get_logger
-from prefect_htcdask.worker_console import without_highlighting
+from prefect_htcdask.worker.console import without_highlighting
 
 if "after" in sys.argv:
     without_highlighting()

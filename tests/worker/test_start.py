@@ -18,9 +18,9 @@ import psutil
 import pytest
 from dask_gateway_server.tls import new_keypair
 
-from prefect_htcdask.condor import worker_start
 from prefect_htcdask.condor.staging import zip_package
 from prefect_htcdask.embedded.ports import free_port
+from prefect_htcdask.worker import start as worker_start
 from tests.support.waiting import wait_until
 
 

@@ -17,7 +17,7 @@ from prefect.states import Failed
 from pydantic import PrivateAttr
 
 from prefect_htcdask.errors import UnpicklableResultError
-from prefect_htcdask.pickling import dump_exception, load_exception
+from prefect_htcdask.worker.pickling import dump_exception, load_exception
 
 _OUT_OF_BAND = 5
 """The protocol of pickle from which large buffers may go beside the pickle (PEP 574)."""

@@ -25,7 +25,7 @@ from distributed.worker_state_machine import FreeKeysEvent
 
 from prefect_htcdask.scheduler.plugin import DRAIN as DRAIN
 from prefect_htcdask.scheduler.plugin import QUIET as QUIET
-from prefect_htcdask.worker_profile import ProfiledWorker
+from prefect_htcdask.worker.dask_worker import ProfiledWorker
 
 HANDED_BACK = "htcdask-handed-back"
 """Topic of the scheduler's events that tells of each task taken from a worker before it was done."""

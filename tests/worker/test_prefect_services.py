@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from prefect._internal.concurrency.services import BatchedQueueService, QueueService
 
-from prefect_htcdask import worker_events
-from prefect_htcdask.worker_events import BatchThread, send_in_batches
+from prefect_htcdask.worker import prefect_services
+from prefect_htcdask.worker.prefect_services import BatchThread, send_in_batches
 from tests.support.waiting import wait_until
 
 
@@ -75,7 +75,7 @@ def test_the_thread_is_asked_once_for_a_burst(service: Any) -> None:
 
 
 def test_what_is_queued_as_it_ends_is_handled_without_delay(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_events, "PAUSE", 0.5)
+    monkeypatch.setattr(prefect_services, "PAUSE", 0.5)
     instance = service.instance()
     for item in range(20, 220):
         instance.send(item)
@@ -113,7 +113,7 @@ import asyncio, gc, types
 from prefect.events.clients import NullEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
-from prefect_htcdask.worker_runtime import dask_setup
+from prefect_htcdask.worker.run_task import dask_setup
 
 asyncio.run(dask_setup(types.SimpleNamespace()))
 for service in (EventsWorker(NullEventsClient, ()), APILogWorker()):

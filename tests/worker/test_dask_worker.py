@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from prefect_htcdask import interruption
+from prefect_htcdask.worker import cancellation
 
 PROFILING = """
 import asyncio, gc, sys, threading, time
 from distributed import Client, Scheduler
-from prefect_htcdask.worker_leave import LeavingWorker
+from prefect_htcdask.worker.graceful_shutdown import LeavingWorker
 
 class Garbage:
     def __init__(self):
@@ -77,13 +77,13 @@ def test_only_a_thread_that_was_interrupted_is_rid_of_it(monkeypatch: pytest.Mon
     calls: list[Any] = []
     stand_in = type("Api", (), {"PyThreadState_SetAsyncExc": staticmethod(lambda _, exc: calls.append(exc))})
     monkeypatch.setattr(ctypes, "pythonapi", stand_in)
-    with interruption.interruptible("one"):
-        assert interruption.interrupt("another") == 0
+    with cancellation.interruptible("one"):
+        assert cancellation.interrupt("another") == 0
     assert calls == []
-    with interruption.interruptible("one"):
-        assert interruption.interrupt("one") == 1
+    with cancellation.interruptible("one"):
+        assert cancellation.interrupt("one") == 1
     assert len(calls) == 2 and calls[1] is None
-    with interruption.interruptible("one"):
+    with cancellation.interruptible("one"):
         pass
     assert len(calls) == 2
-    assert threading.get_ident() not in interruption._running
+    assert threading.get_ident() not in cancellation._running

@@ -15,7 +15,7 @@ from distributed import Client, Scheduler, Status
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.worker_leave import (
+from prefect_htcdask.worker.graceful_shutdown import (
     DRAIN,
     HANDED_BACK,
     LeavingWorker,
@@ -146,7 +146,7 @@ async def test_results_wait_for_a_worker_that_takes_them(tmp_path: Path) -> None
 async def test_results_that_nobody_takes_in_time_are_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefect_htcdask.worker_leave._CLOSING_TIME", 2.0)
+    monkeypatch.setattr("prefect_htcdask.worker.graceful_shutdown._CLOSING_TIME", 2.0)
     said: list[str] = []
     async with cluster(1) as (scheduler, (first,), client):
         future = client.submit(counted, str(tmp_path), "only", 0)
