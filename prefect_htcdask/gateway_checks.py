@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 from dask_gateway import Gateway, GatewayClusterError
 
+from prefect_htcdask.embedded.listeners import ForeignListenerError
 from prefect_htcdask.gateway_http import web_proxy
-from prefect_htcdask.listeners import ForeignListenerError
 from prefect_htcdask.settings import SettingsError
 
 

@@ -11,7 +11,7 @@ import dask
 from dask_gateway import Gateway
 from dask_gateway.auth import BasicAuth
 
-from prefect_htcdask.listeners import check_configured_gateway, check_embedded_gateway
+from prefect_htcdask.embedded.listeners import check_configured_gateway, check_embedded_gateway
 from prefect_htcdask.utils.web_proxies import WebProxy, environment_proxy
 
 

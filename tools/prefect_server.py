@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import getproxies
 
+from prefect_htcdask.embedded.listeners import foreign_listener, listens
 from prefect_htcdask.embedded.ports import free_port
-from prefect_htcdask.listeners import foreign_listener, listens
 
 START_TIMEOUT = 300.0
 """Seconds, on however busy a machine; a server that ends meanwhile is noticed at once."""

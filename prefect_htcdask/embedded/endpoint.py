@@ -23,7 +23,7 @@ from prefect_htcdask.embedded.condor_binaries import condor_binaries, installed
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.embedded.gateway_server import check_installed, get_json, list_clusters, scheduler_logs
 from prefect_htcdask.embedded.launch import LaunchOrder
-from prefect_htcdask.embedded.leftovers import end_leftovers
+from prefect_htcdask.embedded.orphans import end_leftovers
 from prefect_htcdask.embedded.pool import pool_user
 from prefect_htcdask.embedded.pool_query import query_pool
 from prefect_htcdask.embedded.progress import Progress

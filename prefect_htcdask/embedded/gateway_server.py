@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from prefect_htcdask.embedded.errors import EmbeddedError
+from prefect_htcdask.embedded.listeners import check_embedded_gateway
 from prefect_htcdask.embedded.ports import free_port, listening_socket
 from prefect_htcdask.embedded.state import write_private
-from prefect_htcdask.listeners import check_embedded_gateway
 
 _CONFIG = '''\
 """Configuration of the embedded Dask Gateway. Generated; it holds secrets."""

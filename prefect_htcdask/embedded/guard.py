@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from prefect_htcdask.embedded.leftovers import end_leftovers
+from prefect_htcdask.embedded.orphans import end_leftovers
 from prefect_htcdask.embedded.state import StateDirectory
 
 

@@ -26,12 +26,12 @@ from filelock import Timeout
 
 from prefect_htcdask.embedded.gateway_server import GatewayServer
 from prefect_htcdask.embedded.launch import LaunchOrder
-from prefect_htcdask.embedded.leftovers import end_leftovers
+from prefect_htcdask.embedded.listeners import foreign_listener, listens
+from prefect_htcdask.embedded.orphans import end_leftovers
 from prefect_htcdask.embedded.pool_query import is_condor_setting, query_pool
 from prefect_htcdask.embedded.ports import listening_socket
 from prefect_htcdask.embedded.service import Service
 from prefect_htcdask.embedded.state import Process, State, StateDirectory
-from prefect_htcdask.listeners import foreign_listener, listens
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 START_TIMEOUT = 300.0

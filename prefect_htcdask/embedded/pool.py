@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prefect_htcdask.embedded.condor_binaries import CondorBinaries
 from prefect_htcdask.embedded.errors import EmbeddedError
-from prefect_htcdask.listeners import PORT_OWNERS
+from prefect_htcdask.embedded.listeners import PORT_OWNERS
 
 MINIMUM_CPUS = 4
 """Cores that the pool offers at least, so that a small machine runs several workers too."""

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from prefect_htcdask.listeners import PORT_OWNERS, check_pool
+from prefect_htcdask.embedded.listeners import PORT_OWNERS, check_pool
 
 
 def _ask() -> dict[str, Any]:

@@ -19,8 +19,17 @@ from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.state import Process, State, StateDirectory
 from prefect_htcdask.gateway import GatewayClusterError, HTCGatewayCluster
 from prefect_htcdask.settings import EmbeddedSettings, load_settings
+from tests.embedded.test_embedded import (
+    COUNT_JOBS,
+    SUBMIT,
+    in_pool,
+    keeper_tree,
+    keeper_with,
+    own,
+    start_cluster,
+    until,
+)
 from tests.support.pool_fixtures import living
-from tests.test_embedded import COUNT_JOBS, SUBMIT, in_pool, keeper_tree, keeper_with, own, start_cluster, until
 
 __all__ = ["own"]  # a fixture
 
