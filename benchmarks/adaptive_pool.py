@@ -124,7 +124,7 @@ def run() -> Result:
 @contextmanager
 def _ours() -> Iterator[tuple[Client, str]]:
     from prefect_htcdask import HTCGatewayCluster
-    from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
+    from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 
     with HTCGatewayCluster(memory=MEMORY, disk=DISK, requirements=REQUIREMENTS) as cluster:
         cluster.adapt(minimum=0, maximum=MAXIMUM)
@@ -135,7 +135,7 @@ def _ours() -> Iterator[tuple[Client, str]]:
 @contextmanager
 def _fixed() -> Iterator[tuple[Client, str]]:
     from prefect_htcdask import HTCGatewayCluster
-    from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
+    from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 
     with (
         HTCGatewayCluster(memory=MEMORY, disk=DISK, requirements=REQUIREMENTS) as cluster,

@@ -30,7 +30,7 @@ def run() -> Result:
 
 def _ours() -> float:
     from prefect_htcdask import HTCGatewayCluster
-    from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
+    from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 
     with HTCGatewayCluster(memory="300 MiB", disk="100 MiB", requirements="false") as cluster:
         watch = QueueWatch(cluster_constraint(cluster_digest(cluster.name)), JOBS)

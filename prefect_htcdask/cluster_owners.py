@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prefect_htcdask.condor.worker_job import (
+from prefect_htcdask.condor.submit_description import (
     API_ATTRIBUTE,
     CLUSTER_ATTRIBUTE,
     FLOW_RUN_ATTRIBUTE,

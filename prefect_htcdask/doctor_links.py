@@ -17,7 +17,7 @@ from dask.utils import format_bytes
 from prefect.settings import get_current_settings
 
 from prefect_htcdask.collection import PrivateGateway
-from prefect_htcdask.condor.worker_job import cluster_digest
+from prefect_htcdask.condor.submit_description import cluster_digest
 from prefect_htcdask.doctor import Broken, Link, NotTried
 from prefect_htcdask.doctor_tasks import digest, reach, read
 from prefect_htcdask.gateway import HTCGatewayCluster

@@ -12,7 +12,7 @@ from dask_gateway import GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
 from prefect_htcdask.collection import close_when_collected, forget_loop
-from prefect_htcdask.condor.worker_job import WorkerJobError
+from prefect_htcdask.condor.submit_description import WorkerJobError
 from prefect_htcdask.gateway_checks import GatewayUnreachable
 from prefect_htcdask.gateway_cluster import HTCGatewayCluster
 from prefect_htcdask.gateway_http import CheckedGateway

@@ -13,7 +13,7 @@ from dask_gateway import GatewayCluster, GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
 from prefect_htcdask.collection import PrivateGateway, close_when_collected, forget_loop
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway_checks import ask_for_options, check_scheduler_versions
 from prefect_htcdask.hand_off import gateway_access, hand_off, scheduler_plugin, start_supervisor
 from prefect_htcdask.interruptible_client import InterruptibleClient

@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 from dask_gateway import GatewayCluster
 
-from prefect_htcdask.condor.worker_job import FlowRunTag, WorkerSpec
+from prefect_htcdask.condor.submit_description import FlowRunTag, WorkerSpec
 from prefect_htcdask.gateway_checks import local_versions
 from prefect_htcdask.run_files import early_log, prune
 from prefect_htcdask.scaling.policy import Target

@@ -141,7 +141,7 @@ def _make_cluster(
     logger: Logger,
     waiting: FirstWorker,
 ) -> Any:
-    from prefect_htcdask.condor.worker_job import FlowRunTag
+    from prefect_htcdask.condor.submit_description import FlowRunTag
     from prefect_htcdask.embedded.progress import occasionally
     from prefect_htcdask.gateway import HTCGatewayCluster
     from prefect_htcdask.resolution import resolve_parts

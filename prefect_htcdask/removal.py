@@ -14,7 +14,12 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 
 from prefect_htcdask.cluster_owners import api_of
-from prefect_htcdask.condor.worker_job import API_ATTRIBUTE, CLUSTER_ATTRIBUTE, cluster_digest, flow_run_constraint
+from prefect_htcdask.condor.submit_description import (
+    API_ATTRIBUTE,
+    CLUSTER_ATTRIBUTE,
+    cluster_digest,
+    flow_run_constraint,
+)
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.gateway import HTCGateway
 from prefect_htcdask.gateway_checks import ask_for_options

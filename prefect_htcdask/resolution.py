@@ -16,7 +16,7 @@ import dask
 from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
 from dask_gateway.utils import format_template
 
-from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.condor.submit_description import WorkerSpec
 from prefect_htcdask.gateway_http import EmbeddedAuth
 from prefect_htcdask.scheduler.worker_groups import group_resource
 from prefect_htcdask.settings import CondorSettings, GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings

@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 
 from prefect_htcdask.abandoned import Abandoned, find_abandoned
 from prefect_htcdask.cluster_owners import SignsOfLife, owners_by_history
-from prefect_htcdask.condor.worker_job import cluster_digest, flow_run_constraint
+from prefect_htcdask.condor.submit_description import cluster_digest, flow_run_constraint
 from prefect_htcdask.gateway import HTCGateway
 from prefect_htcdask.leftovers import Leftover, ended_at, find_leftovers
 from prefect_htcdask.removal import GATEWAY_ERRORS, running_clusters, stop_clusters

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect_htcdask.condor.diagnosis import SPOOLING, Category, diagnose_hold
 from prefect_htcdask.condor.event_times import SERVER_TIME, by_our_clock, seconds_ahead
-from prefect_htcdask.condor.worker_job import (
+from prefect_htcdask.condor.submit_description import (
     API_ATTRIBUTE,
     CLUSTER_ATTRIBUTE,
     FLOW_RUN_ATTRIBUTE,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_htcdask.condor.job_events import apply
-from prefect_htcdask.condor.worker_job import MIB, WorkerSpec
+from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
 from prefect_htcdask.scaling.policy import Supply, Target
 from prefect_htcdask.supervisor.account import Ledger, group_account, job_rows, job_states, percentile
 from prefect_htcdask.supervisor.fleet import Fleet

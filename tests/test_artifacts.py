@@ -23,7 +23,7 @@ from prefect_htcdask import HTCDaskTaskRunner, live
 from prefect_htcdask.artifact_contents import jobs, progress
 from prefect_htcdask.artifacts import Artifacts, artifact_key
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import cluster_digest
+from prefect_htcdask.condor.submit_description import cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from tests.support.cluster_fixtures import SMALL, jobs_of
 from tests.support.plain_flow import PlainFlow

@@ -25,7 +25,7 @@ from prefect.states import AwaitingRetry, Cancelling, Completed, Crashed, Failed
 
 from prefect_htcdask import HTCDaskTaskRunner, remove_leftover_jobs, with_cleanup
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.removal import _last_attempt

@@ -22,7 +22,7 @@ from prefect.states import Crashed, Running
 
 from prefect_htcdask.condor.job_events import EventLogReader, JobRecord, JobTable
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.pool_query import query_pool
 from prefect_htcdask.gateway import HTCGatewayCluster

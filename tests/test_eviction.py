@@ -17,7 +17,7 @@ import pytest
 from distributed import Future
 
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.worker.graceful_shutdown import HANDED_BACK
 from prefect_htcdask.worker.names import job_of_worker

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.staging import RunDirectory
-from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.condor.submit_description import WorkerSpec
 from prefect_htcdask.event_shapes import JobEvents
 from prefect_htcdask.scaling.policy import Target
 from prefect_htcdask.supervisor.fleet import Fleet

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from tests.support.cluster_fixtures import SMALL, Stopwatch, gateway_clusters, jobs_named, jobs_of, texts

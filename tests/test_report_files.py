@@ -11,7 +11,7 @@ import pytest
 
 from prefect_htcdask import artifact_contents as contents
 from prefect_htcdask.condor.job_events import apply
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.report import FILES
 from prefect_htcdask.supervisor.progress import Progress
 from prefect_htcdask.supervisor.protocol import HandOff, ReportPlan, from_line, to_line

@@ -13,7 +13,7 @@ import pytest
 
 from prefect_htcdask import run_files
 from prefect_htcdask.condor.staging import RunDirectory
-from prefect_htcdask.condor.worker_job import FlowRunTag, cluster_digest
+from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.embedded.state import State, StateDirectory
 from prefect_htcdask.run_files import prune, record_cluster, run_directory

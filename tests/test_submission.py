@@ -19,7 +19,7 @@ from prefect_htcdask.condor.schedd import (
     check_description,
     judge_submission,
 )
-from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.condor.submit_description import WorkerSpec
 from prefect_htcdask.scaling.policy import Target
 from prefect_htcdask.supervisor import voice as voice_module
 from prefect_htcdask.supervisor.actions import Actions

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_htcdask.condor.job_events import JobRecord
-from prefect_htcdask.condor.worker_job import WorkerSpec, checked_expression
+from prefect_htcdask.condor.submit_description import WorkerSpec, checked_expression
 from prefect_htcdask.scaling.policy import Demand, Supply, Target, decide
 from prefect_htcdask.supervisor.group import Group, idle_job_caps
 from prefect_htcdask.supervisor.protocol import GroupPlan, group_of, target_of

@@ -13,7 +13,7 @@ from dask_gateway_server.tls import new_keypair
 
 from prefect_htcdask.condor.job_events import JobChange, JobTable, apply
 from prefect_htcdask.condor.schedd import ScheddError
-from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.condor.submit_description import WorkerSpec
 from prefect_htcdask.scaling.policy import Decision, Target
 from prefect_htcdask.supervisor.group import Group
 from prefect_htcdask.supervisor.loop import Supervisor

@@ -22,7 +22,7 @@ from prefect.states import Completed, Crashed, Running, State
 
 from prefect_htcdask.cluster_owners import SignsOfLife
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag, cluster_digest
+from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.leftovers import find_leftovers
@@ -117,7 +117,7 @@ def test_a_cluster_s_record(tmp_path: Path) -> None:
     code = """
         import sys
         from pathlib import Path
-        from prefect_htcdask.condor.worker_job import FlowRunTag
+        from prefect_htcdask.condor.submit_description import FlowRunTag
         from prefect_htcdask.run_files import record_cluster
         record_cluster(Path(sys.argv[1]), FlowRunTag("a", "n", "f", 2, "http://x/api"), lease=9.0)
     """

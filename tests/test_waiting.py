@@ -12,7 +12,7 @@ from typing import Any
 from prefect_htcdask.condor.diagnosis import Category, Diagnosis
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.schedd import ScheddError
-from prefect_htcdask.condor.worker_job import WorkerSpec
+from prefect_htcdask.condor.submit_description import WorkerSpec
 from prefect_htcdask.scaling.policy import Target
 from prefect_htcdask.supervisor.fleet import Fleet
 from prefect_htcdask.supervisor.group import Group

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefect_htcdask.condor.worker_job import LEASE_ATTRIBUTE
+from prefect_htcdask.condor.submit_description import LEASE_ATTRIBUTE
 
 SERVER_TIME = "ServerTime"
 """What the schedd adds to its answer where it is asked for: the time there (`condor_q` counts by it, too)."""

@@ -24,8 +24,8 @@ import classad2
 import htcondor2
 
 from prefect_htcdask.condor.event_times import SERVER_TIME, seconds_ahead
-from prefect_htcdask.condor.token import TokenDirectory
-from prefect_htcdask.condor.worker_job import LEASE_ATTRIBUTE, string_literal
+from prefect_htcdask.condor.submit_description import LEASE_ATTRIBUTE, string_literal
+from prefect_htcdask.condor.token_directory import TokenDirectory
 from prefect_htcdask.embedded.listeners import PORT_OWNERS, ForeignListenerError, check_pool
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 
 from prefect_htcdask.condor import own_files
 from prefect_htcdask.condor.own_files import Known, OwnDirectory
-from prefect_htcdask.condor.worker_job import JobFiles
+from prefect_htcdask.condor.submit_description import JobFiles
 from prefect_htcdask.worker import start
 
 _START_SCRIPT = "htcdask_worker.py"

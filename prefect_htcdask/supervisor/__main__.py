@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient, ScheddError, check_description
-from prefect_htcdask.condor.worker_job import JobFiles, WorkerJobError, bare_words, submit_description
+from prefect_htcdask.condor.submit_description import JobFiles, WorkerJobError, bare_words, submit_description
 from prefect_htcdask.event_shapes import cleanup_event
 from prefect_htcdask.supervisor.cleanup import Cleanup
 from prefect_htcdask.supervisor.flow_watch import flow_run_ended, tell_of_cleanup

@@ -11,7 +11,7 @@ from typing import Any
 
 from prefect_htcdask.condor.diagnosis import diagnose_hold
 from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState
-from prefect_htcdask.condor.worker_job import MIB, WorkerSpec
+from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
 from prefect_htcdask.supervisor.fleet import Fleet, run_seconds, submission_order
 
 REASON_LENGTH = 300

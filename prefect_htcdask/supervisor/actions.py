@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prefect_htcdask.condor.schedd import ScheddClient, ScheddError, ScheddLimit, ScheddRefusal
-from prefect_htcdask.condor.worker_job import settings_in, submit_description
+from prefect_htcdask.condor.submit_description import settings_in, submit_description
 from prefect_htcdask.scaling.policy import Decision
 from prefect_htcdask.supervisor.fleet import Fleet
 from prefect_htcdask.supervisor.group import Group

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from uuid import UUID
 
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.event_shapes import EventShape, flow_run_resource
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect_htcdask.condor.diagnosis import Diagnosis
 from prefect_htcdask.condor.job_events import JobRecord, JobState
-from prefect_htcdask.condor.worker_job import MIB, WorkerSpec
+from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
 
 
 def job_message(

@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prefect_htcdask.condor.idle_jobs import IdleJobs
+from prefect_htcdask.condor.analyze import IdleJobs
 from prefect_htcdask.condor.job_events import DoubtingReader, EventLogReader, JobReader, JobState, QueueReader
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.staging import RunDirectory
-from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
+from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 from prefect_htcdask.scaling.policy import Decision, Target, decide
 from prefect_htcdask.supervisor.actions import Actions
 from prefect_htcdask.supervisor.disk_watch import DiskWatch

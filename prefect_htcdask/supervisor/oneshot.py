@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
+from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 from prefect_htcdask.supervisor.handle import SupervisorError, clean_environment
 from prefect_htcdask.supervisor.protocol import ScheddSettings, decode, encode
 
@@ -72,7 +72,7 @@ def remove_jobs(schedd: ScheddSettings, cluster_name: str) -> int:
 
 def _explain(client: ScheddClient, questions: Iterable[tuple[str, int, str]]) -> list[dict[str, str] | None]:
     """Why idle jobs wait, of several kinds; see `IdleJobs.explain`."""
-    from prefect_htcdask.condor.idle_jobs import IdleJobs
+    from prefect_htcdask.condor.analyze import IdleJobs
 
     idle_jobs = IdleJobs(client)
     found = [idle_jobs.explain(*question) for question in questions]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prefect_htcdask.condor.worker_job import FlowRunTag, WorkerSpec
+from prefect_htcdask.condor.submit_description import FlowRunTag, WorkerSpec
 from prefect_htcdask.scaling.policy import Target
 
 # Bounds that depend on no site: how long closing may take at most, in seconds.

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from prefect_htcdask.condor.analyze import IdleJobs
 from prefect_htcdask.condor.diagnosis import Category, Diagnosis, diagnose_never_joined
-from prefect_htcdask.condor.idle_jobs import IdleJobs
 from prefect_htcdask.condor.job_events import JobRecord, JobState
 from prefect_htcdask.condor.schedd import ScheddError
-from prefect_htcdask.condor.worker_job import group_constraint
+from prefect_htcdask.condor.submit_description import group_constraint
 from prefect_htcdask.supervisor.fleet import Fleet
 from prefect_htcdask.supervisor.group import Group
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from prefect_htcdask.condor.worker_job import LEASE_REASON
+from prefect_htcdask.condor.submit_description import LEASE_REASON
 from prefect_htcdask.embedded import ensure_running, stop
 from prefect_htcdask.settings import EmbeddedSettings
 from tests.faults.arena import Arena, kill, kill_at_once

@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from prefect_htcdask.condor.worker_job import cluster_digest
+from prefect_htcdask.condor.submit_description import cluster_digest
 from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults.arena import Arena, kill
 from tests.faults.flow_process import FlowProcess

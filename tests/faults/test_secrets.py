@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prefect_htcdask.condor.worker_job import cluster_digest
+from prefect_htcdask.condor.submit_description import cluster_digest
 from tests.faults.arena import Arena
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row

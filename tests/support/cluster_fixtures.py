@@ -15,7 +15,7 @@ from dask_gateway import Gateway
 from dask_gateway.auth import BasicAuth
 
 from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient
-from prefect_htcdask.condor.worker_job import cluster_constraint, cluster_digest
+from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from tests.support.waiting import wait_until

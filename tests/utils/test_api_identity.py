@@ -16,7 +16,7 @@ from prefect.states import Crashed
 
 from prefect_htcdask import remove_leftover_jobs
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag, cluster_digest
+from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.settings import load_settings

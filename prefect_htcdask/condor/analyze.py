@@ -7,7 +7,7 @@ import logging
 import classad2
 
 from prefect_htcdask.condor.diagnosis import Diagnosis
-from prefect_htcdask.condor.idle_diagnosis import Request, Share, diagnose_idle
+from prefect_htcdask.condor.diagnosis_idle import Request, Share, diagnose_idle
 from prefect_htcdask.condor.match_analysis import SLOT_ATTRIBUTES, analyse, unknown_references
 from prefect_htcdask.condor.schedd import ScheddClient, ScheddError
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_htcdask.condor.diagnosis import Category
-from prefect_htcdask.condor.idle_diagnosis import Request, Share, diagnose_idle
+from prefect_htcdask.condor.diagnosis_idle import Request, Share, diagnose_idle
 from prefect_htcdask.condor.match_analysis import MatchAnalysis, analyse, conjuncts, unknown_references
-from prefect_htcdask.condor.worker_job import MIB
+from prefect_htcdask.condor.submit_description import MIB
 
 # As condor_submit writes them; in a slot, as condor_startd does.
 REQUIREMENTS = (

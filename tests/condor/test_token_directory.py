@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from prefect_htcdask.condor.token import TokenDirectory, remove_abandoned
+from prefect_htcdask.condor.token_directory import TokenDirectory, remove_abandoned
 
 MAKER = """
 import sys, time
-from prefect_htcdask.condor.token import TokenDirectory
+from prefect_htcdask.condor.token_directory import TokenDirectory
 print(TokenDirectory("secret").path, flush=True)
 time.sleep(300)
 """

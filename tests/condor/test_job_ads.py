@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag, cluster_digest
+from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.worker_jobs import explained_jobs, worker_jobs
+from tests.condor.test_submit_description import describe
 from tests.support.cluster_fixtures import jobs_of
 from tests.support.waiting import wait_until
-from tests.test_worker_job import describe
 
 SECRET = "s3cr3t-of-a-worker"
 PART = 8

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from prefect_htcdask.condor.diagnosis import Category, Diagnosis
 from prefect_htcdask.condor.match_analysis import Condition, MatchAnalysis
-from prefect_htcdask.condor.worker_job import KIB, MIB
+from prefect_htcdask.condor.submit_description import KIB, MIB
 
 _RESOURCE = re.compile(r"\bRequest(Cpus|Memory|Disk|GPUs)\b", re.IGNORECASE)
 _SHOWN = 3

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from prefect_htcdask import cli_flow_runs
 from prefect_htcdask.cli import app
+from prefect_htcdask.condor.analyze import IdleJobs
 from prefect_htcdask.condor.diagnosis import Category
-from prefect_htcdask.condor.idle_jobs import IdleJobs
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import FlowRunTag
+from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
 from tests.support.cluster_fixtures import jobs_named, jobs_of, texts
 from tests.support.waiting import wait_until

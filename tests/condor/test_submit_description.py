@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.condor.worker_job import (
+from prefect_htcdask.condor.submit_description import (
     LEASE_REASON,
     RUNNING_GRACE,
     FlowRunTag,
