@@ -7,7 +7,7 @@ The sweep is the deployment `sweep-leftovers/leftovers` of deployments/prefect.y
 notification block, named TYPE/NAME as in the UI's address of it. Run again, the script replaces what it made.
 
 A trigger sees an event's name and the labels of its resources: `htcdask.category` is the diagnosis, so that one can
-be told of held_memory alone, say. All events and their resources: prefect_htcdask/event_shapes.py.
+be told of held_memory alone, say. All events and their resources: prefect_htcdask/supervisor/report/events.py.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from prefect import flow, get_run_logger
 from prefect_htcdask import HTCDaskError
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.settings import SettingsError, load_settings
-from prefect_htcdask.supervisor.handle import SupervisorError
+from prefect_htcdask.supervisor.client import SupervisorError
 from prefect_htcdask.sweep import sweep
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
-from prefect_htcdask.advice import mib
+from prefect_htcdask.supervisor.report.recommendations import mib
 
 
 class Content(NamedTuple):

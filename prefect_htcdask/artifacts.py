@@ -20,8 +20,8 @@ from slugify import slugify
 
 from prefect_htcdask import artifact_contents as contents
 from prefect_htcdask.artifact_contents import Content
-from prefect_htcdask.picture import why_none
-from prefect_htcdask.report import markdown
+from prefect_htcdask.supervisor.report.markdown import markdown
+from prefect_htcdask.supervisor.report.plot import why_none
 from prefect_htcdask.utils.prefect_client import TIMEOUT, open_client
 
 PATIENCE = 5.0

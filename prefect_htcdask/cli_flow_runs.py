@@ -17,7 +17,7 @@ from prefect_htcdask.cli_watch import DEFAULT_INTERVAL, IntervalOption, Look, Wa
 from prefect_htcdask.resolution import resolve_running_parts
 from prefect_htcdask.run_files import run_directory
 from prefect_htcdask.settings import load_settings
-from prefect_htcdask.supervisor.handle import SupervisorError
+from prefect_htcdask.supervisor.client import SupervisorError
 
 if TYPE_CHECKING:
     from prefect_htcdask.worker_jobs import WorkerJob

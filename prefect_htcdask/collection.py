@@ -12,7 +12,7 @@ from typing import Any
 
 from dask_gateway import Gateway, GatewayClusterError
 
-from prefect_htcdask.gateway_http import CheckedGateway
+from prefect_htcdask.supervisor.gateway_http import CheckedGateway
 
 
 class PrivateGateway(CheckedGateway):

@@ -16,7 +16,7 @@ from prefect.context import FlowRunContext
 from prefect.events.utilities import emit_event
 from prefect.events.worker import EventsWorker
 
-from prefect_htcdask.event_shapes import (
+from prefect_htcdask.supervisor.report.events import (
     CLOSED,
     CREATED,
     EventShape,

@@ -15,12 +15,12 @@ from prefect_htcdask.collection import close_when_collected, forget_loop
 from prefect_htcdask.condor.submit_description import WorkerJobError
 from prefect_htcdask.gateway_checks import GatewayUnreachable
 from prefect_htcdask.gateway_cluster import HTCGatewayCluster
-from prefect_htcdask.gateway_http import CheckedGateway
 from prefect_htcdask.resolution import Parts, resolve_parts
 from prefect_htcdask.scaling_requests import worker_count
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
-from prefect_htcdask.supervisor.handle import SupervisorError
+from prefect_htcdask.supervisor.client import SupervisorError
+from prefect_htcdask.supervisor.gateway_http import CheckedGateway
 from prefect_htcdask.utils.aio import in_thread
 
 

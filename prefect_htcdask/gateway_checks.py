@@ -12,8 +12,8 @@ import aiohttp
 from dask_gateway import Gateway, GatewayClusterError
 
 from prefect_htcdask.embedded.listeners import ForeignListenerError
-from prefect_htcdask.gateway_http import web_proxy
 from prefect_htcdask.settings import SettingsError
+from prefect_htcdask.supervisor.gateway_http import web_proxy
 
 
 class GatewayUnreachable(GatewayClusterError):

@@ -24,7 +24,7 @@ from prefect_htcdask.scheduler.plugin import PLUGIN_NAME
 from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA
 from prefect_htcdask.settings import HTCDaskSettings, WorkerSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
-from prefect_htcdask.supervisor.handle import SupervisorError, SupervisorHandle
+from prefect_htcdask.supervisor.client import SupervisorError, SupervisorHandle
 from prefect_htcdask.utils.aio import in_thread
 
 logger = logging.getLogger(__name__)

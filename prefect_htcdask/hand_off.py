@@ -16,12 +16,12 @@ from dask_gateway import GatewayCluster
 from prefect_htcdask.condor.submit_description import FlowRunTag, WorkerSpec
 from prefect_htcdask.gateway_checks import local_versions
 from prefect_htcdask.run_files import early_log, prune
-from prefect_htcdask.scaling.policy import Target
 from prefect_htcdask.scheduler import plugin as demand_module
 from prefect_htcdask.scheduler.pickle_by_value import pickled_by_value
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.settings.report import ReportSettings
-from prefect_htcdask.supervisor.handle import SupervisorHandle
+from prefect_htcdask.supervisor.client import SupervisorHandle
+from prefect_htcdask.supervisor.policy import Target
 from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff, Preflight, ReportPlan, ScheddSettings
 from prefect_htcdask.utils.net import is_loopback
 from prefect_htcdask.worker.gateway_comm import gateway_address

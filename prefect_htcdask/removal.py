@@ -27,7 +27,7 @@ from prefect_htcdask.resolution import Parts, resolve_running_parts
 from prefect_htcdask.run_files import cluster_traces
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 from prefect_htcdask.supervisor import oneshot
-from prefect_htcdask.supervisor.handle import SupervisorError
+from prefect_htcdask.supervisor.client import SupervisorError
 from prefect_htcdask.utils.api_identity import current_api
 from prefect_htcdask.utils.prefect_client import PrefectAPIError, prefect_api
 

@@ -17,9 +17,9 @@ from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
 from dask_gateway.utils import format_template
 
 from prefect_htcdask.condor.submit_description import WorkerSpec
-from prefect_htcdask.gateway_http import EmbeddedAuth
 from prefect_htcdask.scheduler.worker_groups import group_resource
 from prefect_htcdask.settings import CondorSettings, GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings
+from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth
 from prefect_htcdask.supervisor.protocol import ScheddSettings
 from prefect_htcdask.utils.net import is_loopback
 

@@ -21,8 +21,8 @@ from prefect_htcdask.condor import own_files
 from prefect_htcdask.condor.own_files import MARK_FILE, Known, OwnDirectory, clock_of
 from prefect_htcdask.condor.staging import EVENT_LOG, FAILURES_FILE, LOGS, STAGED, STAGING, SUPERVISOR_LOG, WORKER_LOG
 from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
-from prefect_htcdask.report import FILES as REPORT_FILES
 from prefect_htcdask.settings import HTCDaskSettings
+from prefect_htcdask.supervisor.report.markdown import FILES as REPORT_FILES
 
 logger = logging.getLogger(__name__)
 

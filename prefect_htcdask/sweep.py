@@ -25,7 +25,7 @@ from prefect_htcdask.resolution import Parts, resolve_running_parts
 from prefect_htcdask.run_files import ClusterRecord, ClusterTrace, cluster_traces
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor import oneshot
-from prefect_htcdask.supervisor.handle import SupervisorError
+from prefect_htcdask.supervisor.client import SupervisorError
 from prefect_htcdask.task_run_sweep import end_flow_run, end_task_runs, read_flow_runs, unfinished_task_runs
 from prefect_htcdask.utils.api_identity import current_api
 from prefect_htcdask.utils.prefect_client import prefect_api

@@ -34,9 +34,9 @@ from prefect_htcdask.decisions import scaling_line
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.errors import WorkerGroupError
-from prefect_htcdask.event_shapes import SCALED
 from prefect_htcdask.flow_events import FlowEvents
 from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA, group_resource
+from prefect_htcdask.supervisor.report.events import SCALED
 from tests.support.cluster_fixtures import SMALL, jobs_of
 from tests.support.waiting import wait_until
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from prefect_htcdask.scaling.policy import RECENT_WAITS, Decision, Demand, PolicySettings, Supply, Target, decide
 from prefect_htcdask.settings import AdaptiveSettings
+from prefect_htcdask.supervisor.policy import RECENT_WAITS, Decision, Demand, PolicySettings, Supply, Target, decide
 
 from .forecast import BUCKET
 from .state import GroupState, Orders
@@ -20,7 +20,7 @@ def default_settings() -> PolicySettings:
 
 @dataclass
 class Ours:
-    """`prefect_htcdask.scaling.policy.decide`, for one group."""
+    """`prefect_htcdask.supervisor.policy.decide`, for one group."""
 
     settings: PolicySettings
 

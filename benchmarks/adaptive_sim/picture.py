@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from prefect_htcdask.scaling.policy import Decision
+from prefect_htcdask.supervisor.policy import Decision
 
 from .ours import Ours, ours
 from .pool import WAITING

@@ -12,15 +12,15 @@ from typing import Any
 
 from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient, ScheddError, check_description
 from prefect_htcdask.condor.submit_description import JobFiles, WorkerJobError, bare_words, submit_description
-from prefect_htcdask.event_shapes import cleanup_event
-from prefect_htcdask.supervisor.cleanup import Cleanup
-from prefect_htcdask.supervisor.flow_watch import flow_run_ended, tell_of_cleanup
+from prefect_htcdask.supervisor.flow_run_watch import flow_run_ended, tell_of_cleanup
 from prefect_htcdask.supervisor.loop import Supervisor
-from prefect_htcdask.supervisor.outbox import Outbox
-from prefect_htcdask.supervisor.parent import ParentWatch
+from prefect_htcdask.supervisor.parent_watch import ParentWatch
 from prefect_htcdask.supervisor.protocol import GatewayAccess, HandOff, Preflight, decode, from_line
-from prefect_htcdask.supervisor.report_files import write_report
-from prefect_htcdask.supervisor.scheduler_link import GatewayLink
+from prefect_htcdask.supervisor.report.events import cleanup_event
+from prefect_htcdask.supervisor.report.files import write_report
+from prefect_htcdask.supervisor.rpc import GatewayLink
+from prefect_htcdask.supervisor.shutdown import Cleanup
+from prefect_htcdask.supervisor.stdout_writer import Outbox
 
 logger = logging.getLogger(__name__)
 

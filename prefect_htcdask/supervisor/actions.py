@@ -10,12 +10,12 @@ from typing import Any
 
 from prefect_htcdask.condor.schedd import ScheddClient, ScheddError, ScheddLimit, ScheddRefusal
 from prefect_htcdask.condor.submit_description import settings_in, submit_description
-from prefect_htcdask.scaling.policy import Decision
-from prefect_htcdask.supervisor.fleet import Fleet
-from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.notifier import Voice
+from prefect_htcdask.supervisor.policy import Decision
 from prefect_htcdask.supervisor.protocol import HandOff
-from prefect_htcdask.supervisor.scheduler_link import SchedulerLink
-from prefect_htcdask.supervisor.voice import Voice
+from prefect_htcdask.supervisor.rpc import SchedulerLink
+from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.worker_table import Fleet
 
 logger = logging.getLogger(__name__)
 

@@ -20,17 +20,17 @@ from prefect_htcdask.condor.job_events import DoubtingReader, EventLogReader, Jo
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
-from prefect_htcdask.scaling.policy import Decision, Target, decide
 from prefect_htcdask.supervisor.actions import Actions
 from prefect_htcdask.supervisor.disk_watch import DiskWatch
-from prefect_htcdask.supervisor.fleet import HELD_BY_USER, Fleet
-from prefect_htcdask.supervisor.group import Group, idle_job_caps
-from prefect_htcdask.supervisor.job_news import JobNews, unmatched
-from prefect_htcdask.supervisor.progress import Progress
+from prefect_htcdask.supervisor.job_log import JobNews, unmatched
+from prefect_htcdask.supervisor.notifier import Voice
+from prefect_htcdask.supervisor.pending_jobs import Waiting
+from prefect_htcdask.supervisor.policy import Decision, Target, decide
 from prefect_htcdask.supervisor.protocol import HandOff, group_of, target_of
-from prefect_htcdask.supervisor.scheduler_link import GatewayLink, SchedulerLink
-from prefect_htcdask.supervisor.voice import Voice
-from prefect_htcdask.supervisor.waiting import Waiting
+from prefect_htcdask.supervisor.report.progress import Progress
+from prefect_htcdask.supervisor.rpc import GatewayLink, SchedulerLink
+from prefect_htcdask.supervisor.worker_group import Group, idle_job_caps
+from prefect_htcdask.supervisor.worker_table import HELD_BY_USER, Fleet
 
 logger = logging.getLogger(__name__)
 

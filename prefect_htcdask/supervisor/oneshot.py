@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
-from prefect_htcdask.supervisor.handle import SupervisorError, clean_environment
+from prefect_htcdask.supervisor.client import SupervisorError, clean_environment
 from prefect_htcdask.supervisor.protocol import ScheddSettings, decode, encode
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect_htcdask.condor.submit_description import FlowRunTag, WorkerSpec
-from prefect_htcdask.scaling.policy import Target
+from prefect_htcdask.supervisor.policy import Target
 
 # Bounds that depend on no site: how long closing may take at most, in seconds.
 CLOSE_TIMEOUT = 20.0

@@ -12,7 +12,7 @@ from prefect_htcdask.condor import schedd as schedd_module
 from prefect_htcdask.condor.event_times import by_our_clock
 from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient
 from prefect_htcdask.supervisor import oneshot
-from prefect_htcdask.supervisor.voice import Voice
+from prefect_htcdask.supervisor.notifier import Voice
 from prefect_htcdask.worker_jobs import worker_jobs
 from tests.support.cluster_fixtures import texts
 

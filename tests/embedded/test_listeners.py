@@ -17,9 +17,9 @@ from prefect_htcdask.embedded import listeners
 from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.listeners import ForeignListenerError, check_embedded_gateway, check_listener
 from prefect_htcdask.gateway_checks import GatewayUnreachable, ask_for_options
-from prefect_htcdask.gateway_http import EmbeddedAuth
 from prefect_htcdask.supervisor import oneshot
-from prefect_htcdask.supervisor.handle import SupervisorError
+from prefect_htcdask.supervisor.client import SupervisorError
+from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth
 from prefect_htcdask.supervisor.protocol import ScheddSettings
 from tests.support.stranger import UID, stranger
 

@@ -16,9 +16,9 @@ from prefect_htcdask.embedded import EmbeddedEndpoint, EmbeddedError, ensure_run
 from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.listeners import ForeignListenerError, listeners
 from prefect_htcdask.embedded.state import StateDirectory
-from prefect_htcdask.gateway_http import EmbeddedAuth
 from prefect_htcdask.resolution import Parts
 from prefect_htcdask.settings import EmbeddedSettings
+from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth
 from prefect_htcdask.supervisor.protocol import ScheddSettings
 from tests.embedded.test_embedded import COUNT_JOBS, in_pool, keeper_with, own, start_cluster, until
 from tests.support.stranger import stranger

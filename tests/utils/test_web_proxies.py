@@ -16,7 +16,7 @@ from dask_gateway.auth import BasicAuth
 from prefect_htcdask.collection import PrivateGateway
 from prefect_htcdask.gateway_checks import GatewayUnreachable, ask_for_options
 from prefect_htcdask.supervisor.protocol import GatewayAccess
-from prefect_htcdask.supervisor.scheduler_link import GatewayLink
+from prefect_htcdask.supervisor.rpc import GatewayLink
 from prefect_htcdask.utils.prefect_client import PrefectAPIError, prefect_api
 from prefect_htcdask.utils.web_proxies import WebProxy, environment_proxy
 

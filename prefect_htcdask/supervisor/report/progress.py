@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec
 
 from prefect_htcdask.condor.job_events import JobChange
-from prefect_htcdask.scaling.policy import Supply
-from prefect_htcdask.supervisor.account import Ledger, group_account, job_rows, job_states
-from prefect_htcdask.supervisor.fleet import Fleet
-from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.policy import Supply
 from prefect_htcdask.supervisor.protocol import ReportPlan
-from prefect_htcdask.supervisor.timeline import Timeline, Workers
+from prefect_htcdask.supervisor.report.timeline import Timeline, Workers
+from prefect_htcdask.supervisor.report.usage import Ledger, group_account, job_rows, job_states
+from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.worker_table import Fleet
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 from prefect_htcdask.condor.diagnosis import diagnose_hold
 from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState
 from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
-from prefect_htcdask.supervisor.fleet import Fleet, run_seconds, submission_order
+from prefect_htcdask.supervisor.worker_table import Fleet, run_seconds, submission_order
 
 REASON_LENGTH = 300
 """Characters of a reason that one row of the table of jobs shows at most."""

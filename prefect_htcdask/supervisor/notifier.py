@@ -12,8 +12,8 @@ from typing import Any
 
 from prefect_htcdask.condor.job_events import JobRecord
 from prefect_htcdask.condor.schedd import ScheddError
-from prefect_htcdask.scaling.policy import Decision
-from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.policy import Decision
+from prefect_htcdask.supervisor.worker_group import Group
 
 UNHEARD = 20.0
 """Seconds without an answer of the scheduler after which the user is told."""

@@ -20,13 +20,13 @@ from prefect_htcdask.condor.schedd import (
     judge_submission,
 )
 from prefect_htcdask.condor.submit_description import WorkerSpec
-from prefect_htcdask.scaling.policy import Target
-from prefect_htcdask.supervisor import voice as voice_module
+from prefect_htcdask.supervisor import notifier as voice_module
 from prefect_htcdask.supervisor.actions import Actions
-from prefect_htcdask.supervisor.fleet import Fleet
-from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.notifier import Voice
+from prefect_htcdask.supervisor.policy import Target
 from prefect_htcdask.supervisor.protocol import GroupPlan
-from prefect_htcdask.supervisor.voice import Voice
+from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.worker_table import Fleet
 from tests.support.cluster_fixtures import texts
 
 # As release 25.14 of the bindings and 23.9 of the schedd say it: measured.

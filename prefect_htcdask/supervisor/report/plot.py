@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
-from prefect_htcdask.advice import core_hours, seconds, wasted_core_hours
-from prefect_htcdask.report import COLOURS, total
+from prefect_htcdask.supervisor.report.markdown import COLOURS, total
+from prefect_htcdask.supervisor.report.recommendations import core_hours, seconds, wasted_core_hours
 
 WIDTH, HEIGHT = 900, 560
 LEFT, RIGHT = 60, 880

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prefect_htcdask.condor.staging import write_private
-from prefect_htcdask.picture import svg, why_none
-from prefect_htcdask.report import FILES, markdown
 from prefect_htcdask.supervisor.protocol import HandOff
+from prefect_htcdask.supervisor.report.markdown import FILES, markdown
+from prefect_htcdask.supervisor.report.plot import svg, why_none
 
 logger = logging.getLogger(__name__)
 

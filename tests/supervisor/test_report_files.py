@@ -12,11 +12,11 @@ import pytest
 from prefect_htcdask import artifact_contents as contents
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.submit_description import FlowRunTag
-from prefect_htcdask.report import FILES
-from prefect_htcdask.supervisor.progress import Progress
 from prefect_htcdask.supervisor.protocol import HandOff, ReportPlan, from_line, to_line
-from prefect_htcdask.supervisor.report_files import write_report
-from tests.test_supervisor_loop import ANSWER, Rounds
+from prefect_htcdask.supervisor.report.files import write_report
+from prefect_htcdask.supervisor.report.markdown import FILES
+from prefect_htcdask.supervisor.report.progress import Progress
+from tests.supervisor.test_loop import ANSWER, Rounds
 
 ANSWERS = {
     **ANSWER,

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from prefect_htcdask.condor.job_events import apply
-from prefect_htcdask.scaling.policy import Demand, PolicySettings, Supply, Target, decide
-from prefect_htcdask.supervisor.fleet import Fleet
+from prefect_htcdask.supervisor.policy import Demand, PolicySettings, Supply, Target, decide
+from prefect_htcdask.supervisor.worker_table import Fleet
 
 
 def tell(fleet: Fleet, event: str, job: str, **data: Any) -> bool:

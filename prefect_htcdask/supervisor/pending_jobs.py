@@ -12,8 +12,8 @@ from prefect_htcdask.condor.diagnosis import Category, Diagnosis, diagnose_never
 from prefect_htcdask.condor.job_events import JobRecord, JobState
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.submit_description import group_constraint
-from prefect_htcdask.supervisor.fleet import Fleet
-from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.worker_table import Fleet
 
 FIRST_LOOK = 60.0
 """Seconds that jobs wait, or run without joining twice as long, before it is asked why."""

@@ -13,11 +13,11 @@ from prefect_htcdask.condor.diagnosis import Category, Diagnosis
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.submit_description import WorkerSpec
-from prefect_htcdask.scaling.policy import Target
-from prefect_htcdask.supervisor.fleet import Fleet
-from prefect_htcdask.supervisor.group import Group
+from prefect_htcdask.supervisor.pending_jobs import Waiting
+from prefect_htcdask.supervisor.policy import Target
 from prefect_htcdask.supervisor.protocol import GroupPlan
-from prefect_htcdask.supervisor.waiting import Waiting
+from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.worker_table import Fleet
 
 FULL = Diagnosis(Category.POOL_FULL, "the pool is full", "wait")
 LARGE = Diagnosis(Category.NO_SLOT_LARGE_ENOUGH, "0 of 2 slots have 64 GiB", "lower it")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from prefect_htcdask.condor.job_events import JobRecord
 from prefect_htcdask.condor.submit_description import JobFiles, WorkerSpec, string_literal
-from prefect_htcdask.scaling.policy import PolicySettings, Supply, Target
 from prefect_htcdask.scheduler.task_kinds import DEFAULT_GROUP
+from prefect_htcdask.supervisor.policy import PolicySettings, Supply, Target
 from prefect_htcdask.supervisor.protocol import GroupPlan
 
 _LATEST = 50

@@ -10,7 +10,7 @@ from typing import Any
 from dask_gateway.client import ClusterStatus, GatewaySecurity
 from distributed.core import rpc
 
-from prefect_htcdask.gateway_http import CheckedGateway
+from prefect_htcdask.supervisor.gateway_http import CheckedGateway
 from prefect_htcdask.supervisor.protocol import GatewayAccess
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from dask_gateway_server.tls import new_keypair
 from prefect_htcdask.condor.job_events import JobChange, JobTable, apply
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.submit_description import WorkerSpec
-from prefect_htcdask.scaling.policy import Decision, Target
-from prefect_htcdask.supervisor.group import Group
 from prefect_htcdask.supervisor.loop import Supervisor
+from prefect_htcdask.supervisor.policy import Decision, Target
 from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff, ScheddSettings
+from prefect_htcdask.supervisor.worker_group import Group
 
 ANSWER = {"status": "ok", "groups": {}, "in_hand": {}, "joined": [], "idle": {}}
 

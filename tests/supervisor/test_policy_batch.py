@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.scaling.policy import (
+from prefect_htcdask.supervisor.policy import (
     FIRST_WAIT,
     RECENT_WAITS,
     Demand,

@@ -9,12 +9,12 @@ from typing import Any
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.submit_description import WorkerSpec
-from prefect_htcdask.event_shapes import JobEvents
-from prefect_htcdask.scaling.policy import Target
-from prefect_htcdask.supervisor.fleet import Fleet
-from prefect_htcdask.supervisor.group import Group
-from prefect_htcdask.supervisor.job_news import JobNews, unmatched
+from prefect_htcdask.supervisor.job_log import JobNews, unmatched
+from prefect_htcdask.supervisor.policy import Target
 from prefect_htcdask.supervisor.protocol import GroupPlan, to_line
+from prefect_htcdask.supervisor.report.events import JobEvents
+from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.worker_table import Fleet
 from prefect_htcdask.worker.start import START_LINE
 
 

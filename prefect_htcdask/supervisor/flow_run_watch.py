@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from uuid import UUID
 
 from prefect_htcdask.condor.submit_description import FlowRunTag
-from prefect_htcdask.event_shapes import EventShape, flow_run_resource
+from prefect_htcdask.supervisor.report.events import EventShape, flow_run_resource
 
 logger = logging.getLogger(__name__)
 

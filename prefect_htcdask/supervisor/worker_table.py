@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState, JobTable
-from prefect_htcdask.scaling.policy import Demand, Supply
+from prefect_htcdask.supervisor.policy import Demand, Supply
 from prefect_htcdask.worker.names import job_of_worker, worker_name
 
 # HoldReasonCode

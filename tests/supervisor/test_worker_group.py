@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from prefect_htcdask.condor.job_events import JobRecord
 from prefect_htcdask.condor.submit_description import WorkerSpec, checked_expression
-from prefect_htcdask.scaling.policy import Demand, Supply, Target, decide
-from prefect_htcdask.supervisor.group import Group, idle_job_caps
+from prefect_htcdask.supervisor.policy import Demand, Supply, Target, decide
 from prefect_htcdask.supervisor.protocol import GroupPlan, group_of, target_of
+from prefect_htcdask.supervisor.worker_group import Group, idle_job_caps
 
 
 def a_group(name: str = "default", **target: int) -> Group:

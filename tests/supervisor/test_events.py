@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.event_shapes import JobEvents, cleanup_event, scaled_event
+from prefect_htcdask.supervisor.report.events import JobEvents, cleanup_event, scaled_event
 
 
 def message(what: str, job_id: str, **more: Any) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from prefect_htcdask.advice import advise, core_hours, efficiency, mib, seconds, wasted_core_hours
+from prefect_htcdask.supervisor.report.recommendations import (
+    advise,
+    core_hours,
+    efficiency,
+    mib,
+    seconds,
+    wasted_core_hours,
+)
 
 MOST_POINTS = 60
 """Points of each line of a diagram: more are not seen, and Mermaid takes its time for each."""

@@ -16,9 +16,9 @@ from prefect_htcdask.condor.diagnosis import (
 )
 from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState
 from prefect_htcdask.condor.staging import RunDirectory
-from prefect_htcdask.supervisor.fleet import HELD_BY_USER, Fleet
-from prefect_htcdask.supervisor.group import Group
 from prefect_htcdask.supervisor.job_message import job_message
+from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.worker_table import HELD_BY_USER, Fleet
 
 
 class JobNews:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
-from prefect_htcdask.scaling.policy import Supply, Target
-from prefect_htcdask.supervisor.account import Ledger, group_account, job_rows, job_states, percentile
-from prefect_htcdask.supervisor.fleet import Fleet
-from prefect_htcdask.supervisor.group import Group
-from prefect_htcdask.supervisor.progress import Progress
+from prefect_htcdask.supervisor.policy import Supply, Target
 from prefect_htcdask.supervisor.protocol import GroupPlan, ReportPlan
+from prefect_htcdask.supervisor.report.progress import Progress
+from prefect_htcdask.supervisor.report.usage import Ledger, group_account, job_rows, job_states, percentile
+from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.worker_table import Fleet
 
 SPEC = WorkerSpec(cpus=2, memory=2048 * MIB)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.supervisor.timeline import LONGEST_HOLD, Timeline, Workers
+from prefect_htcdask.supervisor.report.timeline import LONGEST_HOLD, Timeline, Workers
 
 sightings = st.lists(
     st.tuples(

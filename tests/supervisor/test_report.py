@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.advice import (
+from prefect_htcdask.supervisor.report.markdown import BLOCKS, COLOURS, MOST_POINTS, _diagram, blocks, markdown, thinned
+from prefect_htcdask.supervisor.report.plot import MOST_TICKS, WIDTH, _ticks, svg, why_none
+from prefect_htcdask.supervisor.report.recommendations import (
     SMALLEST_REQUEST,
     advise,
     core_hours,
@@ -20,8 +22,6 @@ from prefect_htcdask.advice import (
     seconds,
     wasted_core_hours,
 )
-from prefect_htcdask.picture import MOST_TICKS, WIDTH, _ticks, svg, why_none
-from prefect_htcdask.report import BLOCKS, COLOURS, MOST_POINTS, _diagram, blocks, markdown, thinned
 
 GROUP: dict[str, Any] = {
     "cpus": 1,

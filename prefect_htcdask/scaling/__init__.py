@@ -1,1 +1,0 @@
-"""From demand and supply to a decision."""
