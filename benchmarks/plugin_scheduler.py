@@ -16,7 +16,7 @@ from typing import Any
 import dask
 from distributed import Scheduler
 
-from prefect_htcdask.hand_off import scheduler_plugin
+from prefect_htcdask.gateway.supervisor_config import scheduler_plugin
 from prefect_htcdask.scheduler.plugin import PLUGIN_NAME
 
 CALIBRATION = 200_000

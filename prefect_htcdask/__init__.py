@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         UnknownWorkerGroupError,
         UnpicklableResultError,
     )
-    from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
+    from prefect_htcdask.gateway.client import HTCGateway, HTCGatewayCluster
     from prefect_htcdask.settings import HTCDaskSettings
     from prefect_htcdask.task_runner import HTCDaskTaskRunner
     from prefect_htcdask.worker_groups import worker_group

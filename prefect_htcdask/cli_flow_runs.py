@@ -14,8 +14,8 @@ from rich.table import Table
 
 from prefect_htcdask.cli import JsonOption, app, clear_errors, errors, output, plain, present
 from prefect_htcdask.cli_watch import DEFAULT_INTERVAL, IntervalOption, Look, WatchOption
-from prefect_htcdask.resolution import resolve_running_parts
-from prefect_htcdask.run_files import run_directory
+from prefect_htcdask.gateway.endpoints import resolve_running_parts
+from prefect_htcdask.gateway.run_directory import run_directory
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.supervisor.client import SupervisorError
 

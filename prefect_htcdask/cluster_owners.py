@@ -11,8 +11,8 @@ from prefect_htcdask.condor.submit_description import (
     FLOW_RUN_ATTRIBUTE,
     cluster_constraint,
 )
-from prefect_htcdask.resolution import Parts
-from prefect_htcdask.run_files import ClusterRecord, ClusterTrace
+from prefect_htcdask.gateway.endpoints import Parts
+from prefect_htcdask.gateway.run_directory import ClusterRecord, ClusterTrace
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.utils.api_identity import api_identity
 from prefect_htcdask.worker_jobs import WorkerJob

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 from dask.utils import format_bytes
 from prefect.settings import get_current_settings
 
-from prefect_htcdask.collection import PrivateGateway
 from prefect_htcdask.condor.submit_description import cluster_digest
 from prefect_htcdask.doctor import Broken, Link, NotTried
 from prefect_htcdask.doctor_tasks import digest, reach, read
-from prefect_htcdask.gateway import HTCGatewayCluster
-from prefect_htcdask.gateway_checks import ask_for_options
+from prefect_htcdask.gateway.checks import ask_for_options
+from prefect_htcdask.gateway.client import HTCGatewayCluster
+from prefect_htcdask.gateway.endpoints import Parts, resolve_parts
+from prefect_htcdask.gateway.finalizers import PrivateGateway
 from prefect_htcdask.preflight import check_versions
-from prefect_htcdask.resolution import Parts, resolve_parts
 from prefect_htcdask.settings import HTCDaskSettings, load_settings
 from prefect_htcdask.settings.sources import stated_settings
 from prefect_htcdask.supervisor import oneshot

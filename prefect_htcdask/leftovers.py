@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from prefect.client.schemas.objects import FlowRun
 
-from prefect_htcdask.run_files import ClusterRecord
+from prefect_htcdask.gateway.run_directory import ClusterRecord
 from prefect_htcdask.worker_jobs import WorkerJob
 
 

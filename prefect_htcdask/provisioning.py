@@ -143,8 +143,8 @@ def _make_cluster(
 ) -> Any:
     from prefect_htcdask.condor.submit_description import FlowRunTag
     from prefect_htcdask.embedded.progress import occasionally
-    from prefect_htcdask.gateway import HTCGatewayCluster
-    from prefect_htcdask.resolution import resolve_parts
+    from prefect_htcdask.gateway.client import HTCGatewayCluster
+    from prefect_htcdask.gateway.endpoints import resolve_parts
 
     settings = runner.settings()
     arguments = dict(runner.cluster_kwargs)

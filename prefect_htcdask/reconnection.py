@@ -23,9 +23,9 @@ from distributed import Future
 from prefect_dask.client import PrefectDaskClient
 
 from prefect_htcdask.errors import TaskRunLost
+from prefect_htcdask.gateway.dask_client import InterruptibleClient
 from prefect_htcdask.graph_sending import send
 from prefect_htcdask.held_state import HeldState
-from prefect_htcdask.interruptible_client import InterruptibleClient
 from prefect_htcdask.outbox import Outbox, OutboxClient
 from prefect_htcdask.resubmission import Spec, graphs, needed_again
 from prefect_htcdask.scheduler.client_recovery import KEEP, LEAVE, RESUME

@@ -21,10 +21,10 @@ from prefect_htcdask.condor.submit_description import (
     flow_run_constraint,
 )
 from prefect_htcdask.embedded.errors import EmbeddedError
-from prefect_htcdask.gateway import HTCGateway
-from prefect_htcdask.gateway_checks import ask_for_options
-from prefect_htcdask.resolution import Parts, resolve_running_parts
-from prefect_htcdask.run_files import cluster_traces
+from prefect_htcdask.gateway.checks import ask_for_options
+from prefect_htcdask.gateway.client import HTCGateway
+from prefect_htcdask.gateway.endpoints import Parts, resolve_running_parts
+from prefect_htcdask.gateway.run_directory import cluster_traces
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.client import SupervisorError

@@ -18,11 +18,11 @@ from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 from prefect_htcdask.abandoned import Abandoned, find_abandoned
 from prefect_htcdask.cluster_owners import SignsOfLife, owners_by_history
 from prefect_htcdask.condor.submit_description import cluster_digest, flow_run_constraint
-from prefect_htcdask.gateway import HTCGateway
+from prefect_htcdask.gateway.client import HTCGateway
+from prefect_htcdask.gateway.endpoints import Parts, resolve_running_parts
+from prefect_htcdask.gateway.run_directory import ClusterRecord, ClusterTrace, cluster_traces
 from prefect_htcdask.leftovers import Leftover, ended_at, find_leftovers
 from prefect_htcdask.removal import GATEWAY_ERRORS, running_clusters, stop_clusters
-from prefect_htcdask.resolution import Parts, resolve_running_parts
-from prefect_htcdask.run_files import ClusterRecord, ClusterTrace, cluster_traces
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.client import SupervisorError

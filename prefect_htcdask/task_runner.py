@@ -19,10 +19,10 @@ from prefect_dask.task_runners import DaskTaskRunner
 
 from prefect_htcdask import live
 from prefect_htcdask.futures import HTCDaskFuture, HTCDaskFutureList
+from prefect_htcdask.gateway.scale_requests import is_unbounded
 from prefect_htcdask.mapping import expand_mapping
 from prefect_htcdask.nested import NestedRun, nested_run
 from prefect_htcdask.pending_results import PendingResult
-from prefect_htcdask.scaling_requests import is_unbounded
 from prefect_htcdask.scheduler.worker_groups import Offers
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.submission import current_tags
@@ -327,7 +327,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         """What the worker groups offer, as far as this process knows without asking a scheduler."""
         if self._cluster is not None or self.address is not None:
             return getattr(self._cluster, "worker_offers", None)
-        from prefect_htcdask.resolution import worker_offers
+        from prefect_htcdask.gateway.endpoints import worker_offers
 
         return worker_offers(self.effective_settings())
 
@@ -343,7 +343,7 @@ def _on_worker() -> bool:
 def _check_cluster_class(cluster_class: str | type[Any] | None) -> type[Any] | None:
     if cluster_class is None:
         return None
-    from prefect_htcdask.gateway import HTCGatewayCluster
+    from prefect_htcdask.gateway.client import HTCGatewayCluster
 
     resolved = from_qualified_name(cluster_class) if isinstance(cluster_class, str) else cluster_class
     if not (isinstance(resolved, type) and issubclass(resolved, HTCGatewayCluster)):

@@ -17,8 +17,8 @@ from prefect_htcdask.condor.submit_description import (
     flow_run_constraint,
     group_constraint,
 )
-from prefect_htcdask.resolution import Parts
-from prefect_htcdask.run_files import cluster_traces, failures_in, run_directory
+from prefect_htcdask.gateway.endpoints import Parts
+from prefect_htcdask.gateway.run_directory import cluster_traces, failures_in, run_directory
 from prefect_htcdask.scheduler.task_kinds import DEFAULT_GROUP
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor import oneshot

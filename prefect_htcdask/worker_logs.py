@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect_htcdask.condor.staging import WORKER_LOG
-from prefect_htcdask.run_files import ClusterTrace, cluster_traces, run_directory
+from prefect_htcdask.gateway.run_directory import ClusterTrace, cluster_traces, run_directory
 from prefect_htcdask.settings import HTCDaskSettings
 
 

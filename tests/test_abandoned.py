@@ -23,7 +23,13 @@ from prefect_htcdask import abandoned
 from prefect_htcdask.abandoned import GRACE, Abandoned, why_abandoned, why_abandoned_with
 from prefect_htcdask.cluster_owners import SignsOfLife
 from prefect_htcdask.condor.submit_description import FlowRunTag
-from prefect_htcdask.run_files import ClusterRecord, ClusterTrace, _this_host, cluster_traces, record_cluster
+from prefect_htcdask.gateway.run_directory import (
+    ClusterRecord,
+    ClusterTrace,
+    _this_host,
+    cluster_traces,
+    record_cluster,
+)
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.sweep import sweep
 from tests.support.plain_flow import unfinished
@@ -137,7 +143,7 @@ from pathlib import Path
 from prefect import flow, task
 from prefect.runtime import flow_run
 from prefect_htcdask.condor.submit_description import FlowRunTag
-from prefect_htcdask.run_files import record_cluster
+from prefect_htcdask.gateway.run_directory import record_cluster
 
 @task
 def endless():

@@ -62,7 +62,7 @@ def _runner(maximum: int = 2, **more: Any) -> HTCDaskTaskRunner:
 
 def _left() -> tuple[list[Any], list[str]]:
     """Jobs in the queue in any state, and clusters of the gateway."""
-    from prefect_htcdask.resolution import resolve_parts
+    from prefect_htcdask.gateway.endpoints import resolve_parts
     from prefect_htcdask.supervisor import oneshot
 
     jobs: list[Any] = oneshot.call(resolve_parts(load_settings()).schedd, "query", "true", ["ClusterId", "JobStatus"])

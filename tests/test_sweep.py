@@ -25,8 +25,8 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
+from prefect_htcdask.gateway.run_directory import ClusterRecord, cluster_traces, record_cluster, run_directory
 from prefect_htcdask.leftovers import find_leftovers
-from prefect_htcdask.run_files import ClusterRecord, cluster_traces, record_cluster, run_directory
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.sweep import sweep
 from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
@@ -118,7 +118,7 @@ def test_a_cluster_s_record(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from prefect_htcdask.condor.submit_description import FlowRunTag
-        from prefect_htcdask.run_files import record_cluster
+        from prefect_htcdask.gateway.run_directory import record_cluster
         record_cluster(Path(sys.argv[1]), FlowRunTag("a", "n", "f", 2, "http://x/api"), lease=9.0)
     """
     directory = run_directory(settings, "cluster-1")

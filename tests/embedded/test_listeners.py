@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from dask_gateway.auth import BasicAuth
 
-from prefect_htcdask.collection import PrivateGateway
 from prefect_htcdask.embedded import listeners
 from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.listeners import ForeignListenerError, check_embedded_gateway, check_listener
-from prefect_htcdask.gateway_checks import GatewayUnreachable, ask_for_options
+from prefect_htcdask.gateway.checks import GatewayUnreachable, ask_for_options
+from prefect_htcdask.gateway.finalizers import PrivateGateway
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.client import SupervisorError
 from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth

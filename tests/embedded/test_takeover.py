@@ -16,7 +16,7 @@ from prefect_htcdask.embedded import EmbeddedEndpoint, EmbeddedError, ensure_run
 from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.listeners import ForeignListenerError, listeners
 from prefect_htcdask.embedded.state import StateDirectory
-from prefect_htcdask.resolution import Parts
+from prefect_htcdask.gateway.endpoints import Parts
 from prefect_htcdask.settings import EmbeddedSettings
 from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth
 from prefect_htcdask.supervisor.protocol import ScheddSettings

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prefect_htcdask.hand_off import scheduler_plugin
+from prefect_htcdask.gateway.supervisor_config import scheduler_plugin
 
 ELSEWHERE = '''
 import asyncio, importlib.abc, json, sys

@@ -18,11 +18,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
 
 from prefect_htcdask import HTCDaskCondorCredentials, HTCDaskGatewayCredentials
-from prefect_htcdask.credentials import condor_token, gateway_login
 from prefect_htcdask.embedded import EmbeddedEndpoint, find
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.gateway import GatewayUnreachable, HTCGatewayCluster
-from prefect_htcdask.resolution import resolve_parts
+from prefect_htcdask.gateway.credentials import condor_token, gateway_login
+from prefect_htcdask.gateway.endpoints import resolve_parts
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 from tests.support.cluster_fixtures import SMALL
 from tests.support.prefect_fixtures import PrefectServer

@@ -24,7 +24,7 @@ SCRIPT = """
     from prefect import flow, task
     from prefect.runtime import flow_run
     from prefect_htcdask import HTCDaskTaskRunner, live
-    from prefect_htcdask.run_files import record_cluster
+    from prefect_htcdask.gateway.run_directory import record_cluster
 
     @task
     def sleepy(path, number):

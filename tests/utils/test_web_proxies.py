@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 from dask_gateway.auth import BasicAuth
 
-from prefect_htcdask.collection import PrivateGateway
-from prefect_htcdask.gateway_checks import GatewayUnreachable, ask_for_options
+from prefect_htcdask.gateway.checks import GatewayUnreachable, ask_for_options
+from prefect_htcdask.gateway.finalizers import PrivateGateway
 from prefect_htcdask.supervisor.protocol import GatewayAccess
 from prefect_htcdask.supervisor.rpc import GatewayLink
 from prefect_htcdask.utils.prefect_client import PrefectAPIError, prefect_api

@@ -19,7 +19,7 @@ from {module} import {name}
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("prefect_htcdask.interruptible_client", "InterruptibleClient"),
+        ("prefect_htcdask.gateway.dask_client", "InterruptibleClient"),
         ("prefect_htcdask.reconnection", "ResumingClient"),
     ],
 )

@@ -12,14 +12,14 @@ from typing import Any
 from dask_gateway import GatewayCluster, GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
-from prefect_htcdask.collection import PrivateGateway, close_when_collected, forget_loop
 from prefect_htcdask.condor.submit_description import FlowRunTag
-from prefect_htcdask.gateway_checks import ask_for_options, check_scheduler_versions
-from prefect_htcdask.hand_off import gateway_access, hand_off, scheduler_plugin, start_supervisor
-from prefect_htcdask.interruptible_client import InterruptibleClient
-from prefect_htcdask.resolution import Parts, resolve_parts, worker_offers, worker_specs
-from prefect_htcdask.run_files import cluster_directory, record_cluster
-from prefect_htcdask.scaling_requests import adapt_request, hold_request, scale_request, worker_count
+from prefect_htcdask.gateway.checks import ask_for_options, check_scheduler_versions
+from prefect_htcdask.gateway.dask_client import InterruptibleClient
+from prefect_htcdask.gateway.endpoints import Parts, resolve_parts, worker_offers, worker_specs
+from prefect_htcdask.gateway.finalizers import PrivateGateway, close_when_collected, forget_loop
+from prefect_htcdask.gateway.run_directory import cluster_directory, record_cluster
+from prefect_htcdask.gateway.scale_requests import adapt_request, hold_request, scale_request, worker_count
+from prefect_htcdask.gateway.supervisor_config import gateway_access, hand_off, scheduler_plugin, start_supervisor
 from prefect_htcdask.scheduler.plugin import PLUGIN_NAME
 from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA
 from prefect_htcdask.settings import HTCDaskSettings, WorkerSettings, load_settings

@@ -10,7 +10,7 @@ import dask
 import pytest
 from dask_gateway.auth import BasicAuth, JupyterHubAuth
 
-from prefect_htcdask.resolution import gateway_auth, resolve_parts, worker_offers, worker_spec, worker_specs
+from prefect_htcdask.gateway.endpoints import gateway_auth, resolve_parts, worker_offers, worker_spec, worker_specs
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefect_htcdask.gateway_checks import check_scheduler_versions, local_versions
+from prefect_htcdask.gateway.checks import check_scheduler_versions, local_versions
 from prefect_htcdask.settings import SettingsError
 from prefect_htcdask.worker.gateway_comm import GatewayBackend, GatewayConnector, gateway_address
 

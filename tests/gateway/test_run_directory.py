@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prefect_htcdask import run_files
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.embedded.state import State, StateDirectory
-from prefect_htcdask.run_files import prune, record_cluster, run_directory
+from prefect_htcdask.gateway import run_directory as run_files
+from prefect_htcdask.gateway.run_directory import prune, record_cluster, run_directory
 from prefect_htcdask.settings import load_settings
 
 DAY = 86400.0

@@ -11,12 +11,12 @@ from typing import Any
 from dask_gateway import GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
-from prefect_htcdask.collection import close_when_collected, forget_loop
 from prefect_htcdask.condor.submit_description import WorkerJobError
-from prefect_htcdask.gateway_checks import GatewayUnreachable
-from prefect_htcdask.gateway_cluster import HTCGatewayCluster
-from prefect_htcdask.resolution import Parts, resolve_parts
-from prefect_htcdask.scaling_requests import worker_count
+from prefect_htcdask.gateway.checks import GatewayUnreachable
+from prefect_htcdask.gateway.cluster import HTCGatewayCluster
+from prefect_htcdask.gateway.endpoints import Parts, resolve_parts
+from prefect_htcdask.gateway.finalizers import close_when_collected, forget_loop
+from prefect_htcdask.gateway.scale_requests import worker_count
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.client import SupervisorError

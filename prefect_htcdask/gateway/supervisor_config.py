@@ -14,8 +14,8 @@ import cloudpickle
 from dask_gateway import GatewayCluster
 
 from prefect_htcdask.condor.submit_description import FlowRunTag, WorkerSpec
-from prefect_htcdask.gateway_checks import local_versions
-from prefect_htcdask.run_files import early_log, prune
+from prefect_htcdask.gateway.checks import local_versions
+from prefect_htcdask.gateway.run_directory import early_log, prune
 from prefect_htcdask.scheduler import plugin as demand_module
 from prefect_htcdask.scheduler.pickle_by_value import pickled_by_value
 from prefect_htcdask.settings import HTCDaskSettings

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefect_htcdask.scaling_requests import adapt_request, hold_request, scale_request, worker_count
+from prefect_htcdask.gateway.scale_requests import adapt_request, hold_request, scale_request, worker_count
 from prefect_htcdask.settings import load_settings
 
 GROUPS = {"cpu": {}, "gpu": {}, "far": {}}

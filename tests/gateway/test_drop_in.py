@@ -10,11 +10,11 @@ import pytest
 from dask_gateway import Gateway, GatewayCluster
 
 from prefect_htcdask import HTCDaskTaskRunner
-from prefect_htcdask.collection import PrivateGateway
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import GatewayClusterError, HTCGateway, HTCGatewayCluster
-from prefect_htcdask.scaling_requests import adapt_request
+from prefect_htcdask.gateway.finalizers import PrivateGateway
+from prefect_htcdask.gateway.scale_requests import adapt_request
 from prefect_htcdask.settings import SettingsError, load_settings
 from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_of
 from tests.support.waiting import wait_until

@@ -184,7 +184,7 @@ def _with_block(gateway: GatewaySettings) -> GatewaySettings:
     """
     if gateway.credentials_block is None:
         return gateway
-    from prefect_htcdask.credentials import gateway_login
+    from prefect_htcdask.gateway.credentials import gateway_login
 
     return gateway_login(gateway)
 
@@ -193,7 +193,7 @@ def _token(condor: CondorSettings) -> str | None:
     """The IDTOKEN of the credentials block, if the settings name one; errors as in `_with_block`."""
     if condor.credentials_block is None:
         return None
-    from prefect_htcdask.credentials import condor_token
+    from prefect_htcdask.gateway.credentials import condor_token
 
     return condor_token(condor)
 
