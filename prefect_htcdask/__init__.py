@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prefect_htcdask.blocks import HTCDaskCondorCredentials, HTCDaskGatewayCredentials
     from prefect_htcdask.cleanup import remove_leftover_jobs, with_cleanup
-    from prefect_htcdask.clients import get_async_dask_client, get_dask_client
     from prefect_htcdask.errors import (
         HTCDaskError,
         RemoteTaskError,
@@ -16,9 +15,10 @@ if TYPE_CHECKING:
         UnpicklableResultError,
     )
     from prefect_htcdask.gateway.client import HTCGateway, HTCGatewayCluster
+    from prefect_htcdask.runner.dask_clients import get_async_dask_client, get_dask_client
+    from prefect_htcdask.runner.submit.worker_groups import worker_group
+    from prefect_htcdask.runner.task_runner import HTCDaskTaskRunner
     from prefect_htcdask.settings import HTCDaskSettings
-    from prefect_htcdask.task_runner import HTCDaskTaskRunner
-    from prefect_htcdask.worker_groups import worker_group
 
 __version__ = "0.1.0"
 """Compared with the workers', whose copy of this package has no metadata of a distribution beside it."""
@@ -28,17 +28,17 @@ _HOMES = {
     "HTCDaskError": "errors",
     "HTCDaskGatewayCredentials": "blocks",
     "HTCDaskSettings": "settings",
-    "HTCDaskTaskRunner": "task_runner",
+    "HTCDaskTaskRunner": "runner.task_runner",
     "HTCGateway": "gateway",
     "HTCGatewayCluster": "gateway",
     "RemoteTaskError": "errors",
     "UnknownWorkerGroupError": "errors",
     "UnpicklableResultError": "errors",
-    "get_async_dask_client": "clients",
-    "get_dask_client": "clients",
+    "get_async_dask_client": "runner.dask_clients",
+    "get_dask_client": "runner.dask_clients",
     "remove_leftover_jobs": "cleanup",
     "with_cleanup": "cleanup",
-    "worker_group": "worker_groups",
+    "worker_group": "runner.submit.worker_groups",
 }
 
 __all__ = [

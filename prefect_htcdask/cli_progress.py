@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from prefect_htcdask.embedded.progress import Progress, occasionally
-from prefect_htcdask.waiting_bar import WaitingBar
+from prefect_htcdask.runner.ui.progress_bar import WaitingBar
 
 
 @contextmanager

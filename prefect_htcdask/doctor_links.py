@@ -23,7 +23,7 @@ from prefect_htcdask.gateway.checks import ask_for_options
 from prefect_htcdask.gateway.client import HTCGatewayCluster
 from prefect_htcdask.gateway.endpoints import Parts, resolve_parts
 from prefect_htcdask.gateway.finalizers import PrivateGateway
-from prefect_htcdask.preflight import check_versions
+from prefect_htcdask.runner.preflight import check_versions
 from prefect_htcdask.settings import HTCDaskSettings, load_settings
 from prefect_htcdask.settings.sources import stated_settings
 from prefect_htcdask.supervisor import oneshot

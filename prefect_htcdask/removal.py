@@ -168,7 +168,7 @@ def stop_clusters(parts: Parts, digests: Iterable[str]) -> tuple[list[str], list
 
 def _settings_of(flow: Flow[..., Any]) -> tuple[HTCDaskSettings, GatewayAuth | None]:
     """The settings that the flow's runs had, its task runner's own among them, and a login given as an object."""
-    from prefect_htcdask.task_runner import HTCDaskTaskRunner
+    from prefect_htcdask.runner.task_runner import HTCDaskTaskRunner
 
     runner = flow.task_runner
     if not isinstance(runner, HTCDaskTaskRunner):
@@ -192,7 +192,7 @@ def _last_attempt(flow_run: FlowRun) -> tuple[int, bool]:
     the API is asked. A flow run that it does not know has no later attempt. Where it does not answer, the copy has to
     do: it is never newer than what has ended.
     """
-    from prefect_htcdask import live
+    from prefect_htcdask.runner import flow_run as live
 
     known = max(1, flow_run.run_count or 0)
     if live.find(str(flow_run.id)) is not None:

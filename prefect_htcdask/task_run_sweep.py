@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.exceptions import ObjectNotFound
 
-from prefect_htcdask.task_run_states import UNFINISHED
+from prefect_htcdask.runner.states.reporter import UNFINISHED
 
 _BATCH = 100
 _PAGE = 200

@@ -30,10 +30,10 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.gateway.run_directory import record_cluster
 from prefect_htcdask.removal import _last_attempt
+from tests.runner.test_events import events_of, names_of
 from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_of
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import wait_until
-from tests.test_flow_events import events_of, names_of
 
 CLEANUPS = {"htcdask.cleanup.succeeded", "htcdask.cleanup.failed"}
 HOOKS = ("on_completion_hooks", "on_failure_hooks", "on_cancellation_hooks", "on_crashed_hooks")

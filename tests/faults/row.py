@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from prefect_htcdask.task_run_states import UNFINISHED
+from prefect_htcdask.runner.states.reporter import UNFINISHED
 from tests.faults.arena import Arena, Unknown
 from tests.faults.flow_process import FlowProcess
 from tests.support.waiting import PATIENCE, slowness

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prefect_htcdask import artifact_contents as contents
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.submit_description import FlowRunTag
+from prefect_htcdask.runner.ui import artifact_contents as contents
 from prefect_htcdask.supervisor.protocol import HandOff, ReportPlan, from_line, to_line
 from prefect_htcdask.supervisor.report.files import write_report
 from prefect_htcdask.supervisor.report.markdown import FILES

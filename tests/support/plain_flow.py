@@ -16,14 +16,15 @@ from pathlib import Path
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-from prefect_htcdask.task_run_states import UNFINISHED
+from prefect_htcdask.runner.states.reporter import UNFINISHED
 
 SCRIPT = """
     import json, os, sys, time
     from pathlib import Path
     from prefect import flow, task
     from prefect.runtime import flow_run
-    from prefect_htcdask import HTCDaskTaskRunner, live
+    from prefect_htcdask import HTCDaskTaskRunner
+    from prefect_htcdask.runner import flow_run as live
     from prefect_htcdask.gateway.run_directory import record_cluster
 
     @task

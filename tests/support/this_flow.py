@@ -9,7 +9,7 @@ from typing import Any
 from dask.base import get_annotations
 from prefect.runtime import flow_run
 
-from prefect_htcdask import live
+from prefect_htcdask.runner import flow_run as live
 
 
 def run_of_this_flow() -> live.LiveRun:

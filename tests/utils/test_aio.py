@@ -15,10 +15,10 @@ LATE = """
     from types import SimpleNamespace
     from prefect import task
     from prefect.states import Completed
-    from prefect_htcdask import live
+    from prefect_htcdask.runner import flow_run as live
     from prefect_htcdask.utils import aio as threads
-    from prefect_htcdask.flow_events import FlowEvents
-    from prefect_htcdask.task_run_states import Ended, StateReporter
+    from prefect_htcdask.runner.ui.events import FlowEvents
+    from prefect_htcdask.runner.states.reporter import Ended, StateReporter
 
     @task
     def nothing(): pass

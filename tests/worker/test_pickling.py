@@ -18,7 +18,7 @@ from prefect._internal.result_records import ResultRecord, ResultRecordMetadata
 from prefect.states import Completed, Failed
 
 from prefect_htcdask.errors import HTCDaskError, RemoteTaskError, UnpicklableResultError
-from prefect_htcdask.packed_states import PackedState
+from prefect_htcdask.runner.futures.compact_state import PackedState
 from prefect_htcdask.worker.pickling import (
     MOST_EXCEPTIONS,
     MOST_FRAMES,

@@ -1,0 +1,322 @@
+"""A Dask client whose futures outlive a broken connection to the scheduler.
+
+Dask's own client cancels all of its futures then (distributed, `Client._reconnect`). This one leaves them pending,
+connects again, and asks the scheduler for what it has kept (`kept_work`); what that does not know is submitted again
+(`resubmission`). Submits wait meanwhile. When the connection does not come back in time, all of them fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+from dask.base import annotate
+from distributed import Future
+from prefect_dask.client import PrefectDaskClient
+
+from prefect_htcdask.errors import TaskRunLost
+from prefect_htcdask.gateway.dask_client import InterruptibleClient
+from prefect_htcdask.runner.client.graph import send
+from prefect_htcdask.runner.client.submit_buffer import Outbox, OutboxClient
+from prefect_htcdask.runner.client.task_spec import Spec, graphs, needed_again
+from prefect_htcdask.runner.client.uploaded_state import HeldState
+from prefect_htcdask.scheduler.client_recovery import KEEP, LEAVE, RESUME
+from prefect_htcdask.scheduler.lost_tasks import MARK
+from prefect_htcdask.utils.aio import in_thread
+
+ATTEMPT = 10.0
+"""Seconds for one attempt to connect."""
+
+_PAUSES = (0.1, 0.2, 0.5)
+"""Seconds between attempts; the last goes on."""
+
+STAND_IN = 30.0
+"""Seconds for which the scheduler keeps the work longer than this side tries to connect."""
+
+LOSSES, WITHIN = 5, 600.0
+"""A connection that is lost more often than this within so many seconds is given up."""
+
+_HELD = 60.0
+"""Seconds for which upstream results that are sent along are wanted; those who need them have come by then."""
+
+logger = logging.getLogger("prefect.task_runner.htcdask")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a live run wants its connection to be renewed.
+
+    Attributes:
+        patience: seconds for which to try.
+        verdict: seconds in which somebody else may say why it is of no use, before the lost connection is the reason.
+        goes_on: whether there is any use in it: not where the run is closing, or its cluster has failed.
+        in_hand: finds the state in which a task ended, by its key, where this process has it.
+        results_in_hand: how many of these there are.
+        log: writes to the flow run's log; level and text.
+        fail: is told why the connection is given up, before the futures are cancelled; may block.
+    """
+
+    patience: float
+    verdict: float
+    goes_on: Callable[[], bool]
+    in_hand: Callable[[str], Any | None]
+    results_in_hand: Callable[[], int]
+    log: Callable[[str, str], None]
+    fail: Callable[[TaskRunLost], None]
+
+
+class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
+    """A `distributed.Client` that takes its work up again after its connection was lost, once it has `Terms` for it."""
+
+    outbox: Outbox
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.specs: WeakValueDictionary[str, Spec] = WeakValueDictionary()
+        self.held_states: dict[str, HeldState] = {}
+        self._terms: Terms | None = None
+        self._there = threading.Event()
+        self._there.set()
+        self._sending = threading.Lock()
+        self._losses: deque[float] = deque(maxlen=LOSSES)
+        self._given_up: TaskRunLost | None = None
+        self.outbox = Outbox(self)
+        super().__init__(*args, **kwargs)
+
+    def resume_on(self, terms: Terms) -> None:
+        """Outlive losses of the connection from now on; the scheduler must have the plugin `kept_work.KeptWork`."""
+        self.sync(getattr(self._scheduler, KEEP), client=self.id, seconds=terms.patience + STAND_IN)
+        self._terms = terms
+
+    @property
+    def timeout(self) -> float:
+        """Seconds in which Dask's own client would have to connect."""
+        return float(cast(Any, self)._timeout)
+
+    @property
+    def lost_lately(self) -> bool:
+        """Whether the connection was lost within the last minutes."""
+        return bool(self._losses) and time.monotonic() - self._losses[-1] < 300
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Wait until there is a connection; what is sent within reaches the scheduler, or is sent again.
+
+        Nothing in it may wait for this client's event loop.
+
+        Raises:
+            TaskRunLost: the connection was given up.
+        """
+        while True:
+            self._there.wait()
+            with self._sending:
+                if self._there.is_set():
+                    if self._given_up is not None:
+                        raise self._given_up
+                    yield
+                    return
+
+    def set_metadata(self, key: Any, value: Any) -> None:
+        """As `distributed.Client.set_metadata`, over losses of the connection."""
+        deadline: float | None = None
+        while True:
+            with self.steady():
+                pass
+            try:
+                super().set_metadata(key, value)
+                return
+            except OSError:
+                # The loss may be noticed here before the stream of messages breaks.
+                deadline = deadline or time.monotonic() + 2 * ATTEMPT
+                if self._terms is None or time.monotonic() > deadline or self.status == "closed":
+                    raise
+                time.sleep(_PAUSES[-1])
+
+    @property
+    def _scheduler(self) -> Any:
+        return cast(Any, self).scheduler
+
+    async def _close(self, fast: bool = False) -> None:
+        if self._terms is not None and self.status != "closed":
+            # The scheduler need not wait for this client to come back.
+            with suppress(Exception):
+                self._send_to_scheduler({"op": LEAVE})
+        await super()._close(fast=fast)
+        self._there.set()
+
+    async def _reconnect(self) -> None:
+        terms = self._terms
+        if terms is None:
+            await super()._reconnect()
+            return
+        self.status = "connecting"
+        self.scheduler_comm = None
+        with self._sending:
+            self._there.clear()
+        lost_at = time.monotonic()
+        states = dict(self.futures)
+        # Whatever a worker held of results may be gone as well: the scheduler will say.
+        for state in states.values():
+            if state.status in ("finished", "lost"):
+                state.reset()
+        try:
+            why = self._too_often(lost_at) or await self._take_up(terms, lost_at, list(states))
+            if why:
+                await self._give_up(terms, why)
+        finally:
+            self._there.set()
+
+    def _too_often(self, now: float) -> str:
+        if len(self._losses) == LOSSES and now - self._losses[0] < WITHIN:
+            return f"was lost {LOSSES + 1} times within {now - self._losses[0]:.0f} s"
+        self._losses.append(now)
+        return ""
+
+    async def _take_up(self, terms: Terms, lost_at: float, held: list[str]) -> str:
+        """Connect, and have all that is unfinished go on; returns why that came to nothing."""
+        scheduler_id = self._identity()
+        deadline = lost_at + terms.patience
+        pauses = iter(_PAUSES)
+        pause = _PAUSES[0]
+        last: BaseException | None = None
+        while self.status in ("connecting", "running"):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return f"was lost, and could not be made again within {terms.patience:g} s ({last or 'no answer'})"
+            if not terms.goes_on():
+                return "was lost"
+            try:
+                await self._connect(min(left, ATTEMPT))
+                if scheduler_id and self._identity() not in (None, scheduler_id):
+                    return "was lost: another scheduler answers there now, which knows nothing of this flow run"
+                keys = [key for key in held if key in self.futures and self.futures[key].status == "pending"]
+                seconds = terms.patience + STAND_IN
+                asking = getattr(self._scheduler, RESUME)(client=self.id, keys=keys, seconds=seconds)
+                known = set(await asyncio.wait_for(asking, ATTEMPT))
+            except (OSError, asyncio.TimeoutError) as exc:
+                if last is None:
+                    terms.log(
+                        "warning",
+                        f"The connection to the Dask scheduler at {self._address()} was lost; it is tried for "
+                        f"{terms.patience:g} s to make it again. What runs there may run on meanwhile",
+                    )
+                last = exc
+                pause = next(pauses, pause)
+                await asyncio.sleep(min(pause, max(0.0, left)))
+                continue
+            try:
+                await self._go_on(terms, keys, known, lost_at)
+            except Exception as exc:
+                # Nobody would read what the scheduler tells.
+                return f"was lost, and what is unfinished could not be submitted again ({exc!r})"
+            return ""
+        return ""  # closed by this side
+
+    def _identity(self) -> str | None:
+        identity: Any = cast(Any, self)._scheduler_identity
+        return identity.get("id") if identity else None
+
+    async def _connect(self, timeout: float) -> None:
+        comm = self.scheduler_comm
+        if comm is not None and comm.comm.closed():
+            self.status, self.scheduler_comm = "connecting", None
+        # What was on its way to the old connection is submitted again where the scheduler has not got it; sent from
+        # here it would come before that on which it depends.
+        await asyncio.sleep(0)
+        buffer: Any = cast(Any, self)._pending_msg_buffer
+        buffer[:] = [message for message in buffer if not self._is_ours(message)]
+        await cast(Any, self)._ensure_connected(timeout=timeout)
+        if self.scheduler_comm is None:
+            raise OSError("no connection")
+
+    def _is_ours(self, message: dict[str, Any]) -> bool:
+        return message.get("op") == "update-graph" and any(
+            key in self.specs or key in self.held_states for key in message["keys"]
+        )
+
+    async def _go_on(self, terms: Terms, keys: list[str], known: set[str], lost_at: float) -> None:
+        """Submit again what the scheduler does not know, and hear again what is told to this client."""
+        for topic in list(cast(Any, self)._event_handlers):
+            self._send_to_scheduler({"op": "subscribe-topic", "topic": topic, "client": self.id})
+        lost: list[Spec] = []
+        states: list[HeldState] = []
+        for key in keys:
+            state = self.futures.get(key)
+            if key in known or state is None:
+                continue
+            spec = self.specs.get(key)
+            if spec is not None:
+                lost.append(spec)
+            elif (held_state := self.held_states.get(key)) is not None:
+                states.append(held_state)
+            else:
+                _cancel(state)
+        held: list[Future[Any]] = []
+        if lost or states:
+            held = await asyncio.to_thread(self._submit_again, terms, lost, known, states)
+        cast(Any, self).loop.call_later(_HELD, held.clear)
+        kept = sum(1 for key in known if key in self.specs)
+        terms.log(
+            "warning",
+            f"The connection to the Dask scheduler was lost, and is there again after {time.monotonic() - lost_at:.1f} "
+            f"s: of {kept + len(lost)} unfinished task runs the scheduler has kept {kept}, and {len(lost)} were "
+            f"submitted again; {terms.results_in_hand()} results in hand are kept",
+        )
+
+    def _submit_again(
+        self, terms: Terms, lost: list[Spec], known: set[str], held_states: list[HeldState]
+    ) -> list[Future[Any]]:
+        """Send the graphs; returns what must be wanted until they have come."""
+        held = [one.send(self) for one in held_states]
+        known = known.union(one.key for one in held_states)
+        states: dict[str, Any] = {}
+
+        def in_hand(key: str) -> bool:
+            state = terms.in_hand(key)
+            if state is not None:
+                states[key] = state
+            return state is not None
+
+        specs = needed_again(lost, known, in_hand)
+        for spec in specs:
+            spec.sent = True
+        # Whether it had begun, the Prefect API will tell the worker that takes it up (`rerun`).
+        why = "the connection to the Dask scheduler"
+        mark = {"times": 1, "workers": [], "begun": False, "held": False, "why": why}
+        wanted = {spec.key for spec in lost}
+        order = {spec.key: spec.number for spec in specs}
+        for nodes, keys, options in graphs(specs, states):
+            with annotate(**{**options.annotations, MARK: mark}):
+                futures = send(self, nodes, keys, order, options.resources)
+            held += [future for future in futures if future.key not in wanted]
+        return held
+
+    async def _give_up(self, terms: Terms, why: str) -> None:
+        """Fail: every future is cancelled, as Dask's own client does it at once."""
+        error = TaskRunLost(f"the connection to the Dask scheduler at {self._address()} {why}")
+        deadline = time.monotonic() + terms.verdict
+        while terms.goes_on() and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        if terms.goes_on():
+            await in_thread(terms.fail, error)
+        self._given_up = error
+        for state in list(self.futures.values()):
+            if state.status == "pending":
+                _cancel(state)
+        self.futures.clear()
+        await self._close()
+
+    def _address(self) -> str:
+        scheduler = self._scheduler
+        return str(getattr(scheduler, "address", "an unknown address"))
+
+
+def _cancel(state: Any) -> None:
+    state.cancel(reason="scheduler-connection-lost", msg="The connection to the scheduler was lost.")

@@ -1,0 +1,1 @@
+"""Futures: how final states are gathered, and what a lost task run raises."""

@@ -1,0 +1,1 @@
+"""States of task runs at the Prefect API, where no worker can report them."""

@@ -1,0 +1,121 @@
+"""What is settled with the Prefect API as a flow run ends: each of its task runs has its true final state there.
+
+Where all went well, that is one request, which finds nothing to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from uuid import UUID
+
+from prefect.client.schemas.objects import StateType
+
+from prefect_htcdask.runner.states.ended_task_runs import LastWords
+from prefect_htcdask.runner.states.reporter import Ended, Started, StateReporter
+
+PATIENCE = 60.0
+"""Seconds for which an API that is away is asked again: so long Prefect's own engine tries to tell of a flow's end."""
+
+HURRIED = 10.0
+"""The same, where the flow was interrupted or cancelled: whoever did that waits for the process's end."""
+
+AGE = 15.0
+"""Seconds after which a task run's end, told by a worker that lives on, should have arrived."""
+
+_RETRY = 3.0
+
+# Not the flow run's own, where the API is away: a process waits for a minute at its end for each batch of such lines.
+logger = logging.getLogger("prefect.task_runner.htcdask")
+
+
+@dataclass(frozen=True)
+class CutShort:
+    """Task runs that the flow run's end cut short.
+
+    Args:
+        task_run_ids: of task runs that had not ended.
+        kind: the type of state that they get.
+        why: for the state.
+        interrupted: whether the flow was interrupted. Then Prefect may have had it cancelled, and time is short.
+        started: those of them that had started.
+    """
+
+    task_run_ids: frozenset[UUID]
+    kind: StateType
+    why: str
+    interrupted: bool = False
+    started: tuple[Started, ...] = ()
+
+
+@dataclass(frozen=True)
+class FinalAccount:
+    """Settles the task runs of one live run.
+
+    Args:
+        reporter: tells the API.
+        last_words: how task runs ended.
+        log: writes to the flow run's log; level and text.
+        workers_gone: whether the run's workers have left by then: what they had to tell, they have told.
+    """
+
+    reporter: StateReporter
+    last_words: LastWords
+    log: Callable[[str, str], None]
+    workers_gone: bool
+
+    def settle(self, cut_short: CutShort) -> None:
+        """Settle now; where the API is away, go on in a thread for which the process waits."""
+        patience = HURRIED if cut_short.interrupted else PATIENCE
+        deadline = time.monotonic() + patience
+        try:
+            self._settle(cut_short, self.reporter.close(min(patience / 2, 10.0)), events=True)
+        except Exception as exc:
+            logger.info("Prefect does not answer, task runs are settled with it when it does: %s", exc)
+            threading.Thread(target=self._go_on, args=(cut_short, deadline), name="htcdask-account").start()
+
+    def cut(self, cut_short: CutShort) -> None:
+        """Tell of task runs that were cut short; quiet where the API does not answer."""
+        try:
+            self._cut(cut_short)
+        except Exception as exc:
+            logger.warning("Task runs that were cut short could not be given a final state yet: %s", exc)
+
+    def _go_on(self, cut_short: CutShort, deadline: float) -> None:
+        while True:
+            time.sleep(_RETRY)
+            try:
+                # The interpreter may be ending, and Prefect takes no more events then.
+                return self._settle(cut_short, self.reporter.close(0.0), events=False)
+            except Exception as exc:
+                if time.monotonic() >= deadline:
+                    return self._give_up(exc)
+
+    def _give_up(self, exc: Exception) -> None:
+        logger.warning(
+            "Prefect may not know how task runs ended (%s: %s); `prefect-htcdask sweep` ends those that it has for "
+            "unfinished",
+            type(exc).__name__,
+            exc,
+        )
+
+    def _settle(self, cut_short: CutShort, untold: list[Ended], events: bool) -> None:
+        if cut_short.interrupted and cut_short.task_run_ids and self.reporter.is_cancelled():
+            cut_short = replace(cut_short, kind=StateType.CANCELLED)
+        self._cut(cut_short)
+        self.reporter.end_started(cut_short.started, cut_short.kind, cut_short.why, events=events)
+        self.reporter.confirm([*self.last_words.unsure(), *untold], events=events)
+        unfinished = self.reporter.unfinished()
+        ended = self.last_words.how(unfinished, before=0.0 if self.workers_gone else AGE)
+        if self.reporter.confirm(ended, events=events, workers_gone=self.workers_gone):
+            # Workers could not tell all: then there may be task runs of which the API has not heard at all.
+            latest = self.last_words.latest()
+            self.reporter.confirm(latest, settle=0.0, events=events, workers_gone=self.workers_gone)
+
+    def _cut(self, cut_short: CutShort) -> None:
+        moved = self.reporter.end_unfinished(set(cut_short.task_run_ids), cut_short.kind, cut_short.why)
+        if moved:
+            self.log("info", f"{moved} task runs were cut short by the end of the flow run")

@@ -1,0 +1,168 @@
+"""When a task is described anew: with whatever has become of it, and of what its function refers to."""
+
+from __future__ import annotations
+
+import gc
+import uuid
+import weakref
+from typing import Any
+
+import pytest
+from prefect import task
+from prefect.context import use_profile
+from prefect.settings import Profile
+
+from prefect_htcdask.runner.submit.serialized_context import INLINE_LIMIT, MAX_DESCRIBED, Descriptions, parts
+from prefect_htcdask.worker.metadata_cache import METADATA_ROOT
+
+factor = 2
+
+
+def scaled(x: int) -> int:
+    return x * factor
+
+
+@task
+def by_a_global(x: int) -> int:
+    return x * factor
+
+
+@task
+def through_a_helper(x: int) -> list[int]:
+    return [scaled(y) for y in (x,)]
+
+
+@task(tags=["one"])
+def plain(x: int) -> int:
+    return len(str(x))
+
+
+def identity(one: Any) -> list[int]:
+    return [id(part) for part in parts(one)]
+
+
+def test_an_unchanged_task_is_described_once() -> None:
+    for one in (by_a_global, through_a_helper, plain):
+        kept = list(parts(one))
+        assert list(map(id, kept)) == identity(one)
+
+
+def test_a_global_that_is_rebound_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [list(parts(one)) for one in (by_a_global, plain)]
+    monkeypatch.setattr(f"{__name__}.factor", 3)
+    assert identity(by_a_global) != list(map(id, before[0]))
+    assert identity(plain) == list(map(id, before[1]))
+
+
+def test_a_helper_of_a_module_is_imported_by_the_worker_and_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = list(parts(through_a_helper))
+    monkeypatch.setattr(f"{__name__}.factor", 3)
+    assert identity(through_a_helper) == list(map(id, before))
+
+
+def test_a_closed_over_variable_of_a_local_helper_is_seen() -> None:
+    cut = 10
+
+    def passes(x: int) -> bool:
+        return x > cut
+
+    @task
+    def select(x: int) -> bool:
+        return (lambda y: passes(y))(x)
+
+    kept = list(parts(select))
+    assert identity(select) == list(map(id, kept))
+    cut = 20
+    assert identity(select) != list(map(id, kept))
+
+
+def test_an_empty_cell_is_no_error() -> None:
+    @task
+    def early(x: int) -> int:
+        return later(x)  # type: ignore[no-any-return, has-type]
+
+    before = list(parts(early))
+
+    def later(x: int) -> int:
+        return x
+
+    assert identity(early) != list(map(id, before))
+
+
+def test_tags_and_hooks_that_are_added_are_seen() -> None:
+    one = plain.with_options()
+    kept = list(parts(one))
+    one.tags.add("two")
+    assert identity(one) != list(map(id, kept))
+    kept = list(parts(one))
+    one.on_failure(lambda task, run, state: None)
+    assert identity(one) != list(map(id, kept))
+
+
+def test_other_objects_with_the_same_options_are_described_once(local_pool: Any) -> None:
+    """As of ``task.with_options(...).submit()`` in a loop: the scheduler keeps one description, for all rounds."""
+    with local_pool.get_client() as client:
+        descriptions = Descriptions(client, f"run-{uuid.uuid4()}", None)
+        rounds = [plain.with_options(name="round", retries=2) for _ in range(2 * MAX_DESCRIBED)]
+        places = {descriptions.envelope(one, None) for one in rounds}
+        assert len(places) == 1
+        held = descriptions.held_bytes
+        assert descriptions.envelope(plain.with_options(name="round", retries=3), None) not in places
+        assert descriptions.held_bytes > held
+        for place in descriptions.places():
+            assert client.get_metadata([METADATA_ROOT, *place])
+        descriptions.forget()
+        assert descriptions.held_bytes == 0 and descriptions.places() == []
+
+
+def test_logins_of_the_flows_host_do_not_travel(local_pool: Any) -> None:
+    """A profile holds the gateway's password, as docs/site.md has it, or a server's database; workers need neither."""
+    held = {
+        "PREFECT_INTEGRATIONS_HTCDASK_GATEWAY_PASSWORD": "hunter2",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:hunter2@db/prefect",
+        "PREFECT_TASKS_DEFAULT_RETRIES": "7",
+    }
+    profile = Profile(name="mine", settings=held, source=None)
+    with use_profile(profile, override_environment_variables=True), local_pool.get_client() as client:
+        descriptions = Descriptions(client, f"run-{uuid.uuid4()}", None)
+        descriptions.envelope(plain, None)
+        blobs = [bytes(client.get_metadata([METADATA_ROOT, *place])) for place in descriptions.places()]
+        descriptions.forget()
+    assert blobs and not [blob for blob in blobs if b"hunter2" in blob]
+    assert [blob for blob in blobs if b"PREFECT_TASKS_DEFAULT_RETRIES" in blob]
+
+
+def test_who_takes_away_what_he_left_leaves_the_same_bytes_to_others(local_pool: Any) -> None:
+    """Two task runs that submit further ones share the flow run's part of the metadata."""
+    blob = bytes(2 * INLINE_LIMIT)
+    with local_pool.get_client() as client:
+        run = f"run-{uuid.uuid4()}"
+        one, other = Descriptions(client, run, None), Descriptions(client, run, None)
+        place = one.put(blob)
+        assert other.put(blob) != place
+        for theirs in other.places():
+            client.set_metadata([METADATA_ROOT, *theirs], None)
+        assert bytes(client.get_metadata([METADATA_ROOT, *place])) == blob
+
+
+def test_what_was_described_is_not_kept_alive_for_long(local_pool: Any) -> None:
+    def made(number: int) -> Any:
+        @task
+        def one(x: int) -> int:
+            return x + number
+
+        return one
+
+    with local_pool.get_client() as client:
+        descriptions = Descriptions(client, f"run-{uuid.uuid4()}", None)
+        first = made(0)
+        place, function = descriptions.envelope(first, None), weakref.ref(first.fn)
+        assert descriptions.envelope(first, None) == place
+        del first
+        for number in range(MAX_DESCRIBED + 1):
+            descriptions.envelope(made(number), None)
+        gc.collect()
+        assert function() is None
+        # Another function with the same words, and perhaps at the same address, may have a cache of its own.
+        assert descriptions.envelope(made(0), None) != place
+        descriptions.forget()
