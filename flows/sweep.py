@@ -16,10 +16,10 @@ import typer
 from prefect import flow, get_run_logger
 
 from prefect_htcdask import HTCDaskError
+from prefect_htcdask.cleanup.sweep import sweep
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.settings import SettingsError, load_settings
 from prefect_htcdask.supervisor.client import SupervisorError
-from prefect_htcdask.sweep import sweep
 
 
 @flow(retries=0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefect_htcdask.blocks import HTCDaskCondorCredentials, HTCDaskGatewayCredentials
-    from prefect_htcdask.cleanup import remove_leftover_jobs, with_cleanup
+    from prefect_htcdask.cleanup.hooks import remove_leftover_jobs, with_cleanup
     from prefect_htcdask.errors import (
         HTCDaskError,
         RemoteTaskError,

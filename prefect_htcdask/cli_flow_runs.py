@@ -20,7 +20,7 @@ from prefect_htcdask.settings import load_settings
 from prefect_htcdask.supervisor.client import SupervisorError
 
 if TYPE_CHECKING:
-    from prefect_htcdask.worker_jobs import WorkerJob
+    from prefect_htcdask.cleanup.jobs import WorkerJob
 
 
 @app.command()
@@ -38,7 +38,7 @@ def jobs(
 
     The exit status is 0 where all run, or need but time to; with --logs, where there is a log.
     """
-    from prefect_htcdask.worker_jobs import explained_jobs, failed_jobs
+    from prefect_htcdask.cleanup.jobs import explained_jobs, failed_jobs
 
     if logs is not None:
         return print_logs(logs, as_json)
@@ -59,7 +59,7 @@ def jobs(
 
 def _job_table(found: list[WorkerJob]) -> RenderableType:
     """The jobs, and a line for each reason why some do not run."""
-    from prefect_htcdask.worker_jobs import reasons
+    from prefect_htcdask.cleanup.jobs import reasons
 
     if not found:
         return "no worker jobs in the queue"
@@ -76,7 +76,7 @@ def _job_table(found: list[WorkerJob]) -> RenderableType:
 
 def print_logs(wanted: str, as_json: bool) -> None:
     """Print the logs of a worker job or of a flow run's."""
-    from prefect_htcdask.worker_logs import worker_logs
+    from prefect_htcdask.cleanup.logs import worker_logs
 
     with clear_errors():
         settings = load_settings()
@@ -105,7 +105,7 @@ def sweep_command(
 
     Task runs that such a flow run left unfinished are moved to Crashed. The exit status is 0 where nothing is left.
     """
-    from prefect_htcdask.sweep import sweep
+    from prefect_htcdask.cleanup.sweep import sweep
     from prefect_htcdask.utils.prefect_client import PrefectAPIError
 
     with clear_errors(SupervisorError):

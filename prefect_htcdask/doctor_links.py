@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from dask.utils import format_bytes
 from prefect.settings import get_current_settings
 
+from prefect_htcdask.cleanup.jobs import WorkerJob, worker_jobs
 from prefect_htcdask.condor.submit_description import cluster_digest
 from prefect_htcdask.doctor import Broken, Link, NotTried
 from prefect_htcdask.doctor_tasks import digest, reach, read
@@ -27,7 +28,6 @@ from prefect_htcdask.runner.preflight import check_versions
 from prefect_htcdask.settings import HTCDaskSettings, load_settings
 from prefect_htcdask.settings.sources import stated_settings
 from prefect_htcdask.supervisor import oneshot
-from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
 
 TEST_LEASE = 60.0
 """Seconds that the test workers live without a renewal at most, so that one is seen soon: each third of it."""

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_htcdask.cleanup.jobs import explained_jobs, worker_jobs
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
 from prefect_htcdask.settings import load_settings
-from prefect_htcdask.worker_jobs import explained_jobs, worker_jobs
 from tests.condor.test_submit_description import describe
 from tests.support.cluster_fixtures import jobs_of
 from tests.support.waiting import wait_until

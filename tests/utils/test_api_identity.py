@@ -15,12 +15,12 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_UR
 from prefect.states import Crashed
 
 from prefect_htcdask import remove_leftover_jobs
+from prefect_htcdask.cleanup.sweep import sweep
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.settings import load_settings
-from prefect_htcdask.sweep import sweep
 from prefect_htcdask.utils.api_identity import api_identity, current_api, ephemeral_identity
 from tests.support.cluster_fixtures import gateway_clusters, jobs_of
 from tests.support.plain_flow import PlainFlow

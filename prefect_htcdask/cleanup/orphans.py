@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from prefect.client.schemas.objects import FlowRun
 
+from prefect_htcdask.cleanup.jobs import WorkerJob
 from prefect_htcdask.gateway.run_directory import ClusterRecord
-from prefect_htcdask.worker_jobs import WorkerJob
 
 
 @dataclass(frozen=True)

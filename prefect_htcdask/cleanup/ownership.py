@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from prefect_htcdask.cleanup.jobs import WorkerJob
 from prefect_htcdask.condor.submit_description import (
     API_ATTRIBUTE,
     CLUSTER_ATTRIBUTE,
@@ -15,7 +16,6 @@ from prefect_htcdask.gateway.endpoints import Parts
 from prefect_htcdask.gateway.run_directory import ClusterRecord, ClusterTrace
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.utils.api_identity import api_identity
-from prefect_htcdask.worker_jobs import WorkerJob
 
 _MOST_CLUSTERS = 100
 _MOST_ADS = 10_000

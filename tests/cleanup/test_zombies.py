@@ -19,9 +19,10 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlo
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled, State
 
-from prefect_htcdask import abandoned
-from prefect_htcdask.abandoned import GRACE, Abandoned, why_abandoned, why_abandoned_with
-from prefect_htcdask.cluster_owners import SignsOfLife
+from prefect_htcdask.cleanup import zombies
+from prefect_htcdask.cleanup.ownership import SignsOfLife
+from prefect_htcdask.cleanup.sweep import sweep
+from prefect_htcdask.cleanup.zombies import GRACE, Abandoned, why_abandoned, why_abandoned_with
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway.run_directory import (
     ClusterRecord,
@@ -31,7 +32,6 @@ from prefect_htcdask.gateway.run_directory import (
     record_cluster,
 )
 from prefect_htcdask.settings import load_settings
-from prefect_htcdask.sweep import sweep
 from tests.support.plain_flow import unfinished
 from tests.support.prefect_fixtures import nothing
 from tests.support.waiting import wait_until
@@ -212,7 +212,7 @@ def test_cancelling_for_long_is_cancelled(
     monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_EMBEDDED_DIRECTORY", str(tmp_path / "none"))
     monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_EMBEDDED_USE_CONFIGURED_POOL", "false")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_HTCDASK_CONDOR_DIRECTORY", str(tmp_path / "runs"))
-    monkeypatch.setattr(abandoned, "GRACE", 1.0)
+    monkeypatch.setattr(zombies, "GRACE", 1.0)
     runs = {}
     for name, renewed in (("lost", LONG_AGO), ("living", time.time())):
         run = api.create_flow_run(nothing)

@@ -66,7 +66,7 @@ def remove_leftover_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[A
     """
     from prefect.logging.loggers import flow_run_logger
 
-    from prefect_htcdask.removal import remove_after_flow_run
+    from prefect_htcdask.cleanup.remove import remove_after_flow_run
     from prefect_htcdask.runner.ui.events import emit_cleanup
 
     logger = flow_run_logger(flow_run, flow)

@@ -16,10 +16,10 @@ from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.runtime import flow_run as flow_run_runtime
 
 from prefect_htcdask import HTCDaskTaskRunner
+from prefect_htcdask.cleanup.logs import worker_logs
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.settings import HTCDaskSettings
-from prefect_htcdask.worker_logs import worker_logs
 from tests.support.cluster_fixtures import SMALL, jobs_of
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import wait_until

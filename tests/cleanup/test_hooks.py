@@ -24,12 +24,12 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.states import AwaitingRetry, Cancelling, Completed, Crashed, Failed, Pending, Running
 
 from prefect_htcdask import HTCDaskTaskRunner, remove_leftover_jobs, with_cleanup
+from prefect_htcdask.cleanup.remove import _last_attempt
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.gateway.run_directory import record_cluster
-from prefect_htcdask.removal import _last_attempt
 from tests.runner.test_events import events_of, names_of
 from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_of
 from tests.support.prefect_fixtures import PrefectServer

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 
-from prefect_htcdask.cluster_owners import SignsOfLife
-from prefect_htcdask.leftovers import ended_at
-from prefect_htcdask.task_run_sweep import read_subflow_runs, with_parents
+from prefect_htcdask.cleanup.orphans import ended_at
+from prefect_htcdask.cleanup.ownership import SignsOfLife
+from prefect_htcdask.cleanup.prefect_runs import read_subflow_runs, with_parents
 
 GRACE = 600.0
 """Seconds without a sign of life, until what is known by its absence alone is believed."""

@@ -15,21 +15,21 @@ from prefect.client.base import ServerType
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 
-from prefect_htcdask.abandoned import Abandoned, find_abandoned
-from prefect_htcdask.cluster_owners import SignsOfLife, owners_by_history
+from prefect_htcdask.cleanup.jobs import WorkerJob, worker_jobs
+from prefect_htcdask.cleanup.orphans import Leftover, ended_at, find_leftovers
+from prefect_htcdask.cleanup.ownership import SignsOfLife, owners_by_history
+from prefect_htcdask.cleanup.prefect_runs import end_flow_run, end_task_runs, read_flow_runs, unfinished_task_runs
+from prefect_htcdask.cleanup.remove import GATEWAY_ERRORS, running_clusters, stop_clusters
+from prefect_htcdask.cleanup.zombies import Abandoned, find_abandoned
 from prefect_htcdask.condor.submit_description import cluster_digest, flow_run_constraint
 from prefect_htcdask.gateway.client import HTCGateway
 from prefect_htcdask.gateway.endpoints import Parts, resolve_running_parts
 from prefect_htcdask.gateway.run_directory import ClusterRecord, ClusterTrace, cluster_traces
-from prefect_htcdask.leftovers import Leftover, ended_at, find_leftovers
-from prefect_htcdask.removal import GATEWAY_ERRORS, running_clusters, stop_clusters
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.client import SupervisorError
-from prefect_htcdask.task_run_sweep import end_flow_run, end_task_runs, read_flow_runs, unfinished_task_runs
 from prefect_htcdask.utils.api_identity import current_api
 from prefect_htcdask.utils.prefect_client import prefect_api
-from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
 
 WINDOW = 7 * 86400.0
 """Seconds: flow runs that ended longer ago are not looked at for unfinished task runs."""

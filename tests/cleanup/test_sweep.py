@@ -20,16 +20,16 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Completed, Crashed, Running, State
 
-from prefect_htcdask.cluster_owners import SignsOfLife
+from prefect_htcdask.cleanup.jobs import WorkerJob, worker_jobs
+from prefect_htcdask.cleanup.orphans import find_leftovers
+from prefect_htcdask.cleanup.ownership import SignsOfLife
+from prefect_htcdask.cleanup.sweep import sweep
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.gateway.run_directory import ClusterRecord, cluster_traces, record_cluster, run_directory
-from prefect_htcdask.leftovers import find_leftovers
 from prefect_htcdask.settings import load_settings
-from prefect_htcdask.sweep import sweep
-from prefect_htcdask.worker_jobs import WorkerJob, worker_jobs
 from tests.support.cluster_fixtures import Stopwatch, gateway_clusters, jobs_of
 from tests.support.plain_flow import PlainFlow, unfinished
 from tests.support.prefect_fixtures import PrefectServer, nothing

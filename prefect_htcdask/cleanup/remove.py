@@ -13,7 +13,7 @@ from dask_gateway.auth import GatewayAuth
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 
-from prefect_htcdask.cluster_owners import api_of
+from prefect_htcdask.cleanup.ownership import api_of
 from prefect_htcdask.condor.submit_description import (
     API_ATTRIBUTE,
     CLUSTER_ATTRIBUTE,
