@@ -10,16 +10,16 @@ import htcondor2
 import pytest
 from typer.testing import CliRunner
 
-from prefect_htcdask import cli_flow_runs
 from prefect_htcdask.cli import app
+from prefect_htcdask.cli import jobs as cli_flow_runs
 from prefect_htcdask.condor.analyze import IdleJobs
 from prefect_htcdask.condor.diagnosis import Category
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
+from tests.cli.test_commands import run
 from tests.support.cluster_fixtures import jobs_named, jobs_of, texts
 from tests.support.waiting import wait_until
-from tests.test_cli import run
 
 NewCluster = Callable[..., HTCGatewayCluster]
 NEVER = {"memory": "640 GiB"}

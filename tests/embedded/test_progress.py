@@ -9,9 +9,9 @@ import pytest
 from prefect_htcdask.embedded.condor_binaries import installed
 from prefect_htcdask.embedded.progress import Fetched, occasionally, telling_of_files
 from prefect_htcdask.settings import ENV_PREFIX
+from tests.cli.test_commands import run
 from tests.support.terminal import in_terminal
 from tests.support.waiting import wait_until
-from tests.test_cli import run
 
 
 def test_a_log_gets_all_but_the_steps_of_a_download() -> None:

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from prefect_htcdask.cli.doctor.checks import Broken, Finding, Link, NotTried, try_links
+from prefect_htcdask.cli.doctor.command import examine
 from prefect_htcdask.condor.schedd import ScheddClient
-from prefect_htcdask.doctor import Broken, Finding, Link, NotTried, try_links
-from prefect_htcdask.doctor_command import examine
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.settings import ENV_PREFIX, load_settings
 from prefect_htcdask.settings.sources import stated_settings
+from tests.cli.test_commands import run
 from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_of
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.terminal import in_terminal
 from tests.support.waiting import wait_until
-from tests.test_cli import run
 
 LINKS = 14
 SMALL_WORKERS = {f"{ENV_PREFIX}WORKER_{name.upper()}": value for name, value in SMALL.items()}

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from prefect_htcdask.cli_progress import shown_progress
-from prefect_htcdask.cli_watch import DEFAULT_INTERVAL, IntervalOption, Look, WatchOption, watch
+from prefect_htcdask.cli.progress import shown_progress
+from prefect_htcdask.cli.watch import DEFAULT_INTERVAL, IntervalOption, Look, WatchOption, watch
 from prefect_htcdask.embedded import EmbeddedError, ensure_running, status, stop
 from prefect_htcdask.settings import EmbeddedSettings, SettingsError, load_settings
 
@@ -197,12 +197,3 @@ def _pool_text(pool: dict[str, Any]) -> str:
 
 def _gateway_text(gateway: dict[str, Any]) -> str:
     return f"{gateway['address']}, version {gateway['version']}, {len(gateway['clusters'])} clusters"
-
-
-if __name__ == "__main__":
-    # Not this module as __main__: the other commands register with the one that they import.
-    from prefect_htcdask.cli import app as registered
-
-    registered()
-else:
-    from prefect_htcdask import cli_flow_runs  # noqa: F401

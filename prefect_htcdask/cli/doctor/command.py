@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prefect_htcdask.doctor import Finding, try_links
-from prefect_htcdask.doctor_links import Chain
+from prefect_htcdask.cli.doctor.checks import Finding, try_links
+from prefect_htcdask.cli.doctor.cluster_checks import Chain
 from prefect_htcdask.settings import HTCDaskSettings
 
 

@@ -17,9 +17,9 @@ from dask.utils import format_bytes
 from prefect.settings import get_current_settings
 
 from prefect_htcdask.cleanup.jobs import WorkerJob, worker_jobs
+from prefect_htcdask.cli.doctor.checks import Broken, Link, NotTried
+from prefect_htcdask.cli.doctor.worker_tasks import digest, reach, read
 from prefect_htcdask.condor.submit_description import cluster_digest
-from prefect_htcdask.doctor import Broken, Link, NotTried
-from prefect_htcdask.doctor_tasks import digest, reach, read
 from prefect_htcdask.gateway.checks import ask_for_options
 from prefect_htcdask.gateway.client import HTCGatewayCluster
 from prefect_htcdask.gateway.endpoints import Parts, resolve_parts

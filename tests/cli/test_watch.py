@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prefect_htcdask.cli_watch import INTERRUPTED, LEAST_INTERVAL
+from prefect_htcdask.cli.watch import INTERRUPTED, LEAST_INTERVAL
 from prefect_htcdask.embedded import EmbeddedEndpoint, status
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.settings import EmbeddedSettings
+from tests.cli.test_commands import run
 from tests.support.terminal import SHOW_CURSOR, UP_A_LINE, in_terminal
-from tests.test_cli import run
 
 NewCluster = Callable[..., HTCGatewayCluster]
 OFTEN = ("--watch", "--interval", str(LEAST_INTERVAL))

@@ -12,8 +12,8 @@ import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from prefect_htcdask.cli import JsonOption, app, clear_errors, errors, output, plain, present
-from prefect_htcdask.cli_watch import DEFAULT_INTERVAL, IntervalOption, Look, WatchOption
+from prefect_htcdask.cli.app import JsonOption, app, clear_errors, errors, output, plain, present
+from prefect_htcdask.cli.watch import DEFAULT_INTERVAL, IntervalOption, Look, WatchOption
 from prefect_htcdask.gateway.endpoints import resolve_running_parts
 from prefect_htcdask.gateway.run_directory import run_directory
 from prefect_htcdask.settings import load_settings
@@ -131,7 +131,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     What does not hang on a broken link is tried all the same. Nothing is left behind, on Ctrl-C neither.
     """
-    from prefect_htcdask.doctor_command import examine
+    from prefect_htcdask.cli.doctor.command import examine
 
     # At INFO it tells of each connection that closes, with a traceback; what breaks is the doctor's to tell.
     logging.getLogger("distributed.batched").setLevel(logging.WARNING)

@@ -1,0 +1,5 @@
+"""``python -m prefect_htcdask.cli``."""
+
+from prefect_htcdask.cli import app
+
+app()

@@ -1,0 +1,1 @@
+"""The command ``doctor``: whether a flow could run here, link by link."""
