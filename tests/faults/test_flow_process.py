@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from prefect_htcdask.settings import ENV_PREFIX
+from tests.end_to_end.test_deployments import PREFECT, process_worker
 from tests.faults.arena import Arena, kill, kill_at_once
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row, flow_message, task_run_messages
 from tests.faults.test_together import jobs_of
 from tests.support.waiting import wait_until
-from tests.test_deployments import PREFECT, process_worker
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long

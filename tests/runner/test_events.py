@@ -25,10 +25,10 @@ from prefect.states import Crashed
 from prefect_htcdask import HTCDaskTaskRunner
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
+from tests.end_to_end.test_deployments import CHECKOUT, prefect
 from tests.support.cluster_fixtures import SMALL, jobs_of
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import wait_until
-from tests.test_deployments import CHECKOUT, prefect
 
 
 def events_of(flow_run_id: str) -> list[dict[str, Any]]:

@@ -26,12 +26,12 @@ from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.pool_query import query_pool
 from prefect_htcdask.gateway import HTCGatewayCluster
+from tests.end_to_end.test_flows import back_to_back, write_nanoaod
 from tests.support.cluster_fixtures import gateway_clusters, jobs_of
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import PATIENCE, wait_until
-from tests.test_flows import back_to_back, write_nanoaod
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from tools import demo as demo_module
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def start(state: Path, picture: Path) -> subprocess.Popen[str]:

@@ -22,7 +22,7 @@ def report(tmp_path: Path, rows: list[Row], *arguments: str) -> tuple[int, str]:
     results = tmp_path / "faults.jsonl"
     results.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     command = [sys.executable, "-m", "tools.faults_report", "--from", str(results), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
