@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import classad2
 import htcondor2
 
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.event_times import SERVER_TIME, seconds_ahead
 from prefect_htcdask.condor.submit_description import LEASE_ATTRIBUTE, string_literal
 from prefect_htcdask.condor.token_directory import TokenDirectory
@@ -61,32 +61,6 @@ class ScheddLimit(ScheddError):
         super().__init__(text)
         self.fits = fits
         self.in_one_submission = in_one_submission
-
-
-@dataclass(frozen=True)
-class ScheddAddress:
-    """How to reach a schedd.
-
-    Attributes:
-        collector: address of the pool's collector, or `None` for the configuration's.
-        schedd: name of the schedd, or `None` for the local one.
-        config_file: CONDOR_CONFIG, or `None` for HTCondor's own search.
-        token_file: file with an IDTOKEN, or `None`.
-        spool: whether input files are spooled to the schedd.
-        token: an IDTOKEN's text in place of a file, or `None`.
-    """
-
-    collector: str | None = None
-    schedd: str | None = None
-    config_file: str | None = None
-    token_file: str | None = None
-    spool: bool = False
-    token: str | None = field(default=None, repr=False)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the schedd sees this host's files, and so can write the job event log here."""
-        return not self.spool and self.schedd is None and self.collector is None
 
 
 def judge_submission(said: str) -> ScheddError | None:

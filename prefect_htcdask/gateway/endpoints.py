@@ -16,11 +16,11 @@ import dask
 from dask_gateway.auth import BasicAuth, GatewayAuth, JupyterHubAuth, get_auth
 from dask_gateway.utils import format_template
 
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.submit_description import WorkerSpec
 from prefect_htcdask.scheduler.worker_groups import group_resource
 from prefect_htcdask.settings import CondorSettings, GatewaySettings, HTCDaskSettings, SettingsError, WorkerSettings
 from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth
-from prefect_htcdask.supervisor.protocol import ScheddSettings
 from prefect_htcdask.utils.net import is_loopback
 
 
@@ -41,7 +41,7 @@ class Parts:
     proxy_address: str | int | None
     public_address: str | None
     auth: GatewayAuth
-    schedd: ScheddSettings
+    schedd: ScheddAddress
     embedded: bool
 
     @property
@@ -83,7 +83,7 @@ def resolve_parts(
     login = auth if isinstance(auth, GatewayAuth) else None
     if address is not None and login is None:
         login = gateway_auth(_with_block(settings.gateway), auth if isinstance(auth, str) else None)
-    schedd = ScheddSettings(
+    schedd = ScheddAddress(
         condor.collector, condor.schedd, condor.config_file, condor.token_file, condor.spool, _token(condor)
     )
     pool_configured = any((condor.collector, condor.schedd, condor.config_file))
@@ -99,7 +99,7 @@ def resolve_parts(
 
     endpoint = ensure_running(settings.embedded, progress=progress)
     if not pool_configured:
-        schedd = ScheddSettings(
+        schedd = ScheddAddress(
             config_file=str(endpoint.condor_config) if endpoint.condor_config else None,
             token_file=condor.token_file,
             token=schedd.token,
@@ -140,7 +140,7 @@ def _configured(
     proxy_address: str | int | None,
     public_address: str | None,
     login: GatewayAuth | None,
-    schedd: ScheddSettings,
+    schedd: ScheddAddress,
 ) -> Parts:
     assert login is not None
     if urlparse(address).scheme not in ("http", "https"):

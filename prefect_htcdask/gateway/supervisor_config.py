@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle
 from dask_gateway import GatewayCluster
 
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.submit_description import FlowRunTag, WorkerSpec
 from prefect_htcdask.gateway.checks import local_versions
 from prefect_htcdask.gateway.run_directory import early_log, prune
@@ -22,14 +23,14 @@ from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.settings.report import ReportSettings
 from prefect_htcdask.supervisor.client import SupervisorHandle
 from prefect_htcdask.supervisor.policy import Target
-from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff, Preflight, ReportPlan, ScheddSettings
+from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff, Preflight, ReportPlan
 from prefect_htcdask.utils.net import is_loopback
 from prefect_htcdask.worker.gateway_comm import gateway_address
 
 
 def start_supervisor(
     settings: HTCDaskSettings,
-    schedd: ScheddSettings,
+    schedd: ScheddAddress,
     specs: Mapping[str, WorkerSpec],
     take_message: Callable[[dict[str, Any]], None],
 ) -> SupervisorHandle:
@@ -91,7 +92,7 @@ def hand_off(
     *,
     specs: Mapping[str, WorkerSpec],
     settings: HTCDaskSettings,
-    schedd: ScheddSettings,
+    schedd: ScheddAddress,
     flow_run: FlowRunTag | None,
     worker_secrets: Mapping[str, str],
     run_directory: Path,

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient, ScheddError, check_description
+from prefect_htcdask.condor.schedd import ScheddClient, ScheddError, check_description
 from prefect_htcdask.condor.submit_description import JobFiles, WorkerJobError, bare_words, submit_description
 from prefect_htcdask.supervisor.flow_run_watch import flow_run_ended, tell_of_cleanup
 from prefect_htcdask.supervisor.loop import Supervisor
@@ -51,7 +51,7 @@ def preflight(request: Preflight) -> ScheddClient:
             lost_schedd_lease=1,
         )
         check_description(commands)
-    schedd = ScheddClient(ScheddAddress(**vars(request.schedd)))
+    schedd = ScheddClient(request.schedd)
     try:
         schedd.query("false", ["ClusterId"], limit=1)
         schedd.user()

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 from prefect_htcdask.supervisor.client import SupervisorError, clean_environment
-from prefect_htcdask.supervisor.protocol import ScheddSettings, decode, encode
+from prefect_htcdask.supervisor.protocol import decode, encode
 
 if TYPE_CHECKING:
     from prefect_htcdask.condor.schedd import ScheddClient
@@ -25,7 +26,7 @@ _OPERATIONS = ("remove", "query", "history", "user")
 _EXPLAIN = "explain"
 
 
-def call(schedd: ScheddSettings, operation: str, *arguments: Any, timeout: float = _TIMEOUT) -> Any:
+def call(schedd: ScheddAddress, operation: str, *arguments: Any, timeout: float = _TIMEOUT) -> Any:
     """Call a method of `condor.schedd.ScheddClient` in a process of its own, or ``explain`` idle jobs.
 
     Args:
@@ -59,7 +60,7 @@ def call(schedd: ScheddSettings, operation: str, *arguments: Any, timeout: float
     return answer["result"]
 
 
-def remove_jobs(schedd: ScheddSettings, cluster_name: str) -> int:
+def remove_jobs(schedd: ScheddAddress, cluster_name: str) -> int:
     """Remove our worker jobs of a gateway cluster; returns how many there were.
 
     Raises:
@@ -81,13 +82,13 @@ def _explain(client: ScheddClient, questions: Iterable[tuple[str, int, str]]) ->
 
 def main() -> int:
     """Answer the question on stdin. Returns the exit status."""
-    from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient, ScheddError
+    from prefect_htcdask.condor.schedd import ScheddClient, ScheddError
 
     schedd, operation, arguments = decode(sys.stdin.buffer.readline())
     if operation not in (*_OPERATIONS, _EXPLAIN):
         raise ValueError(f"{operation!r} is no operation; there are {', '.join((*_OPERATIONS, _EXPLAIN))}")
     try:
-        client = ScheddClient(ScheddAddress(**vars(schedd)))
+        client = ScheddClient(schedd)
         try:
             function = _explain if operation == _EXPLAIN else getattr(type(client), operation)
             answer = {"result": function(client, *arguments)}

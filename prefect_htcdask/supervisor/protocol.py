@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.submit_description import FlowRunTag, WorkerSpec
 from prefect_htcdask.supervisor.policy import Target
 
@@ -21,22 +22,10 @@ CLOSE_TIMEOUT = 20.0
 
 
 @dataclass(frozen=True)
-class ScheddSettings:
-    """How to reach the schedd; see `condor.schedd.ScheddAddress`, which the flow's process must not import."""
-
-    collector: str | None = None
-    schedd: str | None = None
-    config_file: str | None = None
-    token_file: str | None = None
-    spool: bool = False
-    token: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
 class Preflight:
     """What can be checked before there is a gateway cluster."""
 
-    schedd: ScheddSettings
+    schedd: ScheddAddress
     groups: Mapping[str, WorkerSpec]
 
 
@@ -99,7 +88,7 @@ class HandOff:
     owner: str
     parent_pid: int
     access: GatewayAccess
-    schedd: ScheddSettings
+    schedd: ScheddAddress
     groups: Mapping[str, GroupPlan]
     worker_config: Mapping[str, Any]
     worker_secrets: Mapping[str, str] = field(repr=False)

@@ -18,6 +18,7 @@ OURS = 'HTCDaskClusterName == "ours"'
 
 CLIENT = """
 import json, sys
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor import schedd
 client = schedd.ScheddClient(schedd.ScheddAddress(config_file=sys.argv[1]))
 try:

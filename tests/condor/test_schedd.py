@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.condor.schedd import EditRefused, ScheddAddress, ScheddClient, ScheddError
+from prefect_htcdask.condor.address import ScheddAddress
+from prefect_htcdask.condor.schedd import EditRefused, ScheddClient, ScheddError
 
 CONDITION = "X || true"
 

@@ -10,8 +10,9 @@ import pytest
 
 from prefect_htcdask.cleanup.jobs import worker_jobs
 from prefect_htcdask.condor import schedd as schedd_module
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.event_times import by_our_clock
-from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient
+from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.notifier import Voice
 from tests.support.cluster_fixtures import texts

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from prefect_htcdask.cleanup.jobs import _worker_job
-from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient, ScheddError
+from prefect_htcdask.condor.address import ScheddAddress
+from prefect_htcdask.condor.schedd import ScheddClient, ScheddError
 
 
 class Submitted:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from dask_gateway.auth import BasicAuth
 
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.embedded import listeners
 from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.listeners import ForeignListenerError, check_embedded_gateway, check_listener
@@ -20,7 +21,6 @@ from prefect_htcdask.gateway.finalizers import PrivateGateway
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.client import SupervisorError
 from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth
-from prefect_htcdask.supervisor.protocol import ScheddSettings
 from tests.support.stranger import UID, stranger
 
 HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -153,5 +153,5 @@ def test_nothing_is_proved_to_who_took_the_port_of_the_pool(tmp_path: Path) -> N
         (tmp_path / ".schedd_address").write_text(f"<{other.address}>\n")
         for operation in ("user", "query"):
             with pytest.raises(SupervisorError, match=f"HTCondor pool: port {other.port} .* is listened to by user"):
-                oneshot.call(ScheddSettings(config_file=str(config)), operation, *["true"][: operation == "query"])
+                oneshot.call(ScheddAddress(config_file=str(config)), operation, *["true"][: operation == "query"])
     assert other.heard == b""

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from prefect_htcdask import HTCGateway
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.embedded import EmbeddedEndpoint, EmbeddedError, ensure_running, status
 from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.listeners import ForeignListenerError, listeners
@@ -19,7 +20,6 @@ from prefect_htcdask.embedded.state import StateDirectory
 from prefect_htcdask.gateway.endpoints import Parts
 from prefect_htcdask.settings import EmbeddedSettings
 from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth
-from prefect_htcdask.supervisor.protocol import ScheddSettings
 from tests.embedded.test_embedded import COUNT_JOBS, in_pool, keeper_with, own, start_cluster, until
 from tests.support.stranger import stranger
 from tests.support.waiting import wait_until
@@ -75,7 +75,7 @@ def port_of(address: str) -> int:
 def client(endpoint: EmbeddedEndpoint) -> HTCGateway:
     """A client that has kept address and login."""
     login = EmbeddedAuth(endpoint.username, endpoint.password)
-    schedd = ScheddSettings(config_file=str(endpoint.condor_config))
+    schedd = ScheddAddress(config_file=str(endpoint.condor_config))
     return HTCGateway(parts=Parts(endpoint.gateway_address, endpoint.proxy_address, None, login, schedd, embedded=True))
 
 

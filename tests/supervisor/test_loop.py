@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from dask_gateway_server.tls import new_keypair
 
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.job_events import JobChange, JobTable, apply
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.submit_description import WorkerSpec
 from prefect_htcdask.supervisor.loop import Supervisor
 from prefect_htcdask.supervisor.policy import Decision, Target
-from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff, ScheddSettings
+from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff
 from prefect_htcdask.supervisor.worker_group import Group
 
 ANSWER = {"status": "ok", "groups": {}, "in_hand": {}, "joined": [], "idle": {}}
@@ -37,7 +38,7 @@ class Rounds(Supervisor):
             owner="o",
             parent_pid=1,
             access=access,
-            schedd=ScheddSettings(),
+            schedd=ScheddAddress(),
             groups={name: GroupPlan(WorkerSpec(), 30.0, Target(fixed=1)) for name in ("cpu", "gpu")},
             worker_config={},
             worker_secrets={},

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from prefect_htcdask.condor import schedd as schedd_module
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.schedd import (
-    ScheddAddress,
     ScheddClient,
     ScheddError,
     ScheddLimit,

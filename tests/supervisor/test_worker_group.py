@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.job_events import JobRecord
 from prefect_htcdask.condor.submit_description import WorkerSpec, checked_expression
 from prefect_htcdask.supervisor.policy import Demand, Supply, Target, decide
@@ -176,7 +177,7 @@ def test_a_plan_keeps_the_newest_target(a_plan: Any) -> None:
 
 @pytest.fixture
 def a_plan() -> Any:
-    from prefect_htcdask.supervisor.protocol import GatewayAccess, HandOff, ScheddSettings
+    from prefect_htcdask.supervisor.protocol import GatewayAccess, HandOff
 
     gpu = WorkerSpec(cpus=3, gpus=1, resources={"GPU": 1}, lifetime=60.0, lifetime_stagger=5.0)
     groups = {
@@ -187,7 +188,7 @@ def a_plan() -> Any:
         owner="o",
         parent_pid=1,
         access=GatewayAccess("", "", "", None, "c", "", "", ""),
-        schedd=ScheddSettings(),
+        schedd=ScheddAddress(),
         groups=groups,
         worker_config={},
         worker_secrets={},

@@ -14,7 +14,8 @@ import pytest
 from dask_gateway import Gateway
 from dask_gateway.auth import BasicAuth
 
-from prefect_htcdask.condor.schedd import ScheddAddress, ScheddClient
+from prefect_htcdask.condor.address import ScheddAddress
+from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
