@@ -17,7 +17,7 @@ from prefect_htcdask.condor.submit_description import (
     flow_run_constraint,
     group_constraint,
 )
-from prefect_htcdask.gateway.endpoints import Parts
+from prefect_htcdask.gateway.endpoints import Endpoints
 from prefect_htcdask.gateway.run_directory import cluster_traces, failures_in, run_directory
 from prefect_htcdask.scheduler.task_kinds import DEFAULT_GROUP
 from prefect_htcdask.settings import HTCDaskSettings
@@ -90,7 +90,7 @@ class WorkerJob:
         return asdict(self)
 
 
-def worker_jobs(parts: Parts, flow_run_id: str | None = None) -> list[WorkerJob]:
+def worker_jobs(parts: Endpoints, flow_run_id: str | None = None) -> list[WorkerJob]:
     """The user's worker jobs, oldest first; of one flow run, if given.
 
     Raises:
@@ -106,7 +106,7 @@ def worker_jobs(parts: Parts, flow_run_id: str | None = None) -> list[WorkerJob]
     return [_worker_job(ad) for ad in ours]
 
 
-def explained_jobs(parts: Parts, settings: HTCDaskSettings, flow_run_id: str | None = None) -> list[WorkerJob]:
+def explained_jobs(parts: Endpoints, settings: HTCDaskSettings, flow_run_id: str | None = None) -> list[WorkerJob]:
     """The user's worker jobs, oldest first, each with why it does not run, if it should.
 
     Beside those in the queue, those that failed in the same clusters are told of; of a flow run that is given, also
@@ -122,7 +122,7 @@ def explained_jobs(parts: Parts, settings: HTCDaskSettings, flow_run_id: str | N
     return sorted(all_jobs.values(), key=lambda job: tuple(map(int, job.job_id.split("."))))
 
 
-def _with_reasons(parts: Parts, jobs: list[WorkerJob]) -> list[WorkerJob]:
+def _with_reasons(parts: Endpoints, jobs: list[WorkerJob]) -> list[WorkerJob]:
     """Ask HTCondor why idle jobs wait: one of each cluster's groups stands for the others."""
     groups: defaultdict[str, set[str]] = defaultdict(set)
     idle: defaultdict[tuple[str, str], int] = defaultdict(int)

@@ -15,7 +15,7 @@ from prefect_htcdask.gateway.run_directory import ClusterRecord
 
 
 @dataclass(frozen=True)
-class Leftover:
+class Orphan:
     """What is left of a flow run that nobody needs any more, and why.
 
     Attributes:
@@ -53,14 +53,14 @@ class _Signs:
     clusters: list[ClusterRecord] = field(default_factory=list)
 
 
-def find_leftovers(
+def find_orphans(
     jobs: Iterable[WorkerJob],
     flow_runs: Mapping[str, FlowRun],
     clusters: Iterable[ClusterRecord] = (),
     records: Iterable[ClusterRecord] = (),
     kept: Iterable[str] = (),
     abandoned: Iterable[str] = (),
-) -> list[Leftover]:
+) -> list[Orphan]:
     """What nobody needs any more.
 
     Args:
@@ -86,13 +86,13 @@ def find_leftovers(
     for flow_run_id, mine in signs.items():
         if flow_run_id in spared:
             continue
-        why, before = judge(flow_runs.get(flow_run_id), flow_run_id in lost)
+        why, before = orphan_reason(flow_runs.get(flow_run_id), flow_run_id in lost)
         over = [job for job in mine.jobs if before is None or job.attempt < before]
         names = {record.cluster for record in mine.clusters if before is None or record.attempt < before}
         names |= {job.cluster for job in over if job.cluster and _is_told_of(job, told.get(job.cluster))}
         if over or names:
             leftovers.append(
-                Leftover(
+                Orphan(
                     flow_run_id=flow_run_id,
                     batch_name=mine.name,
                     before_attempt=before,
@@ -109,7 +109,7 @@ def _is_told_of(job: WorkerJob, record: ClusterRecord | None) -> bool:
     return record is None or (record.flow_run_id, record.attempt) == (job.flow_run_id, job.attempt)
 
 
-def judge(flow_run: FlowRun | None, abandoned: bool = False) -> tuple[str, int | None]:
+def orphan_reason(flow_run: FlowRun | None, abandoned: bool = False) -> tuple[str, int | None]:
     """Why attempts of a flow run are over, and the first attempt that is not; `None` where all are.
 
     Args:

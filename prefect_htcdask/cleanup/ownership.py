@@ -12,7 +12,7 @@ from prefect_htcdask.condor.submit_description import (
     FLOW_RUN_ATTRIBUTE,
     cluster_constraint,
 )
-from prefect_htcdask.gateway.endpoints import Parts
+from prefect_htcdask.gateway.endpoints import Endpoints
 from prefect_htcdask.gateway.run_directory import ClusterRecord, ClusterTrace
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.utils.api_identity import api_identity
@@ -21,7 +21,7 @@ _MOST_CLUSTERS = 100
 _MOST_ADS = 10_000
 
 
-def owners_by_history(parts: Parts, clusters: Iterable[str], since: float) -> list[ClusterRecord]:
+def owners_by_history(parts: Endpoints, clusters: Iterable[str], since: float) -> list[ClusterRecord]:
     """The flow runs of clusters that no run directory tells of, by the jobs that they once had.
 
     Args:
@@ -63,7 +63,7 @@ def api_of(record: ClusterRecord) -> str:
     return api_identity(record.api_url, record.host.partition(" ")[0])
 
 
-class SignsOfLife:
+class Liveness:
     """What tells whether the process of a flow run lives.
 
     Args:
@@ -119,7 +119,7 @@ class SignsOfLife:
         """Whether a process that had the flow run is known to live, on this host."""
         return any(record.process_lives() for record in self._records.get(flow_run_id, []))
 
-    def may_live(self, flow_run_id: str) -> bool:
+    def lease_valid(self, flow_run_id: str) -> bool:
         """Whether somebody may look after the flow run's cluster: its lease has not run out."""
         leased = self._leased_until.get(flow_run_id, 0.0) > self._now
         return leased and not self.process_is_dead(flow_run_id)

@@ -23,7 +23,7 @@ from prefect_htcdask.condor.submit_description import (
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.gateway.checks import ask_for_options
 from prefect_htcdask.gateway.client import HTCGateway
-from prefect_htcdask.gateway.endpoints import Parts, resolve_running_parts
+from prefect_htcdask.gateway.endpoints import Endpoints, resolve_running_endpoints
 from prefect_htcdask.gateway.run_directory import cluster_traces
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 from prefect_htcdask.supervisor import oneshot
@@ -69,7 +69,7 @@ def remove_after_flow_run(flow: Flow[..., Any], flow_run: FlowRun, state: State[
         last, known = _last_attempt(flow_run)
         if last < 1:
             return Removed()
-        parts = resolve_running_parts(settings)
+        parts = resolve_running_endpoints(settings)
     except (SettingsError, EmbeddedError) as exc:
         return Removed(problems=[str(exc)])
     if parts is None:
@@ -81,7 +81,7 @@ def remove_after_flow_run(flow: Flow[..., Any], flow_run: FlowRun, state: State[
 
 
 def remove_attempts(
-    settings: HTCDaskSettings, parts: Parts, flow_run_id: str, last: int, why: str, api: str = ""
+    settings: HTCDaskSettings, parts: Endpoints, flow_run_id: str, last: int, why: str, api: str = ""
 ) -> Removed:
     """Remove jobs and gateway clusters of a flow run's attempts up to the one numbered `last`.
 
@@ -134,7 +134,7 @@ def running_clusters(gateway: HTCGateway) -> list[str]:
     return sorted(report.name for report in gateway.list_clusters())
 
 
-def stop_clusters(parts: Parts, digests: Iterable[str]) -> tuple[list[str], list[str]]:
+def stop_clusters(parts: Endpoints, digests: Iterable[str]) -> tuple[list[str], list[str]]:
     """Stop gateway clusters, and remove the jobs that their supervisors may have submitted meanwhile.
 
     Args:
@@ -192,10 +192,10 @@ def _last_attempt(flow_run: FlowRun) -> tuple[int, bool]:
     the API is asked. A flow run that it does not know has no later attempt. Where it does not answer, the copy has to
     do: it is never newer than what has ended.
     """
-    from prefect_htcdask.runner import flow_run as live
+    from prefect_htcdask.runner import flow_run as sessions
 
     known = max(1, flow_run.run_count or 0)
-    if live.find(str(flow_run.id)) is not None:
+    if sessions.find(str(flow_run.id)) is not None:
         # Prefect calls the hooks of a flow's own end before it leaves the task runner, which closes in order.
         return known - 1, True
     try:

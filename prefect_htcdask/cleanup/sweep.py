@@ -16,14 +16,14 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 
 from prefect_htcdask.cleanup.jobs import WorkerJob, worker_jobs
-from prefect_htcdask.cleanup.orphans import Leftover, ended_at, find_leftovers
-from prefect_htcdask.cleanup.ownership import SignsOfLife, owners_by_history
+from prefect_htcdask.cleanup.orphans import Orphan, ended_at, find_orphans
+from prefect_htcdask.cleanup.ownership import Liveness, owners_by_history
 from prefect_htcdask.cleanup.prefect_runs import end_flow_run, end_task_runs, read_flow_runs, unfinished_task_runs
 from prefect_htcdask.cleanup.remove import GATEWAY_ERRORS, running_clusters, stop_clusters
-from prefect_htcdask.cleanup.zombies import Abandoned, find_abandoned
+from prefect_htcdask.cleanup.zombies import ZombieFlowRun, find_zombies
 from prefect_htcdask.condor.submit_description import cluster_digest, flow_run_constraint
 from prefect_htcdask.gateway.client import HTCGateway
-from prefect_htcdask.gateway.endpoints import Parts, resolve_running_parts
+from prefect_htcdask.gateway.endpoints import Endpoints, resolve_running_endpoints
 from prefect_htcdask.gateway.run_directory import ClusterRecord, ClusterTrace, cluster_traces
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor import oneshot
@@ -43,7 +43,7 @@ _PAUSE = 1.0
 
 
 @dataclass(frozen=True)
-class Kept:
+class Skipped:
     """What is there of a flow run that is over or unknown, and was left alone, and why."""
 
     flow_run_id: str
@@ -92,10 +92,10 @@ class Swept:
         dry_run: whether nothing was removed by intent.
     """
 
-    leftovers: list[Leftover] = field(default_factory=list)
+    leftovers: list[Orphan] = field(default_factory=list)
     abandoned: dict[str, str] = field(default_factory=dict)
     unfinished_task_runs: dict[str, int] = field(default_factory=dict)
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[Skipped] = field(default_factory=list)
     other_apis: list[OtherAPI] = field(default_factory=list)
     jobs_removed: int = 0
     clusters_stopped: list[str] = field(default_factory=list)
@@ -150,7 +150,7 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
     """
     swept = Swept(dry_run=dry_run)
     now = time.time()
-    parts = resolve_running_parts(settings)
+    parts = resolve_running_endpoints(settings)
     jobs = [job for job in worker_jobs(parts) if job.flow_run_id] if parts is not None else []
     traces = {trace.cluster: trace for trace in cluster_traces(settings, since=now - window)}
     running = _running_clusters(parts, swept)
@@ -159,9 +159,9 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
     with prefect_api() as client:
         client.hello()
         flow_runs = read_flow_runs(client, ids)
-        signs = SignsOfLife(jobs, records, traces, settings.lease.duration, now)
+        signs = Liveness(jobs, records, traces, settings.lease.duration, now)
         over = {key: run for key, run in flow_runs.items() if (at := ended_at(run)) is not None and at > now - window}
-        abandoned = find_abandoned(client, flow_runs, signs, now)
+        abandoned = find_zombies(client, flow_runs, signs, now)
         swept.abandoned = {key: one.why for key, one in sorted(abandoned.items())}
         over |= {key: one.flow_run for key, one in abandoned.items()}
         unfinished, complete = unfinished_task_runs(client, over)
@@ -174,7 +174,7 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
         _keep_still_reporting(over, unfinished, signs, now, swept)
         kept = {one.flow_run_id for one in swept.kept}
         kept |= {flow_run_id for other in swept.other_apis for flow_run_id in other.flow_run_ids}
-        swept.leftovers = find_leftovers(jobs, flow_runs, there_too, records, kept, abandoned)
+        swept.leftovers = find_orphans(jobs, flow_runs, there_too, records, kept, abandoned)
         lost = {key: task_runs for key, task_runs in unfinished.items() if key not in kept}
         swept.unfinished_task_runs = {key: len(task_runs) for key, task_runs in lost.items()}
         if not dry_run:
@@ -186,7 +186,7 @@ def sweep(settings: HTCDaskSettings, dry_run: bool = False, window: float = WIND
     return swept
 
 
-def _running_clusters(parts: Parts | None, swept: Swept) -> set[str]:
+def _running_clusters(parts: Endpoints | None, swept: Swept) -> set[str]:
     """Digests of the names of this user's gateway clusters that run: what stands for them in ads and directories."""
     if parts is None:
         return set()
@@ -199,7 +199,7 @@ def _running_clusters(parts: Parts | None, swept: Swept) -> set[str]:
 
 
 def _records(
-    parts: Parts | None,
+    parts: Endpoints | None,
     traces: Mapping[str, ClusterTrace],
     running: set[str],
     jobs: Iterable[WorkerJob],
@@ -218,7 +218,7 @@ def _records(
     return records
 
 
-def _keep_of_other_apis(client: SyncPrefectClient, unknown: Iterable[str], signs: SignsOfLife, swept: Swept) -> None:
+def _keep_of_other_apis(client: SyncPrefectClient, unknown: Iterable[str], signs: Liveness, swept: Swept) -> None:
     """Leave flow runs alone that this API does not know because they belong to another one."""
     ours = current_api()
     others: dict[str, OtherAPI] = {}
@@ -226,7 +226,9 @@ def _keep_of_other_apis(client: SyncPrefectClient, unknown: Iterable[str], signs
         if other := signs.other_api(flow_run_id, ours):
             others.setdefault(other, OtherAPI(other)).flow_run_ids.append(flow_run_id)
         elif client.server_type == ServerType.EPHEMERAL and not signs.belongs_to(flow_run_id, ours):
-            swept.kept.append(Kept(flow_run_id, "PREFECT_API_URL is not set, and Prefect's own database has none such"))
+            swept.kept.append(
+                Skipped(flow_run_id, "PREFECT_API_URL is not set, and Prefect's own database has none such")
+            )
             swept.problems.append(f"which API knows flow run {flow_run_id} cannot be told: set PREFECT_API_URL")
     swept.other_apis = list(others.values())
 
@@ -244,7 +246,7 @@ def _count(others: Iterable[OtherAPI], jobs: Iterable[WorkerJob], clusters: Iter
 def _keep_still_reporting(
     over: Mapping[str, FlowRun],
     unfinished: Mapping[str, list[TaskRun]],
-    signs: SignsOfLife,
+    signs: Liveness,
     now: float,
     swept: Swept,
 ) -> None:
@@ -260,12 +262,14 @@ def _keep_still_reporting(
         name = flow_run.state.name if flow_run.state else ""
         age = now - (ended_at(flow_run) or 0.0)
         if age < _SETTLE:
-            swept.kept.append(Kept(flow_run_id, f"{name} {age:.0f} s ago: {len(task_runs)} task runs may still report"))
-        elif flow_run.state_type != StateType.CANCELLED and signs.may_live(flow_run_id):
-            swept.kept.append(Kept(flow_run_id, f"{name}, but its process may wait for {len(task_runs)} task runs"))
+            swept.kept.append(
+                Skipped(flow_run_id, f"{name} {age:.0f} s ago: {len(task_runs)} task runs may still report")
+            )
+        elif flow_run.state_type != StateType.CANCELLED and signs.lease_valid(flow_run_id):
+            swept.kept.append(Skipped(flow_run_id, f"{name}, but its process may wait for {len(task_runs)} task runs"))
 
 
-def _remove(parts: Parts, swept: Swept) -> None:
+def _remove(parts: Endpoints, swept: Swept) -> None:
     if not swept.leftovers:
         return
     for leftover in swept.leftovers:
@@ -278,7 +282,9 @@ def _remove(parts: Parts, swept: Swept) -> None:
     swept.problems += problems
 
 
-def _end_flow_runs(client: SyncPrefectClient, abandoned: Iterable[Abandoned], seen: float, swept: Swept) -> list[str]:
+def _end_flow_runs(
+    client: SyncPrefectClient, abandoned: Iterable[ZombieFlowRun], seen: float, swept: Swept
+) -> list[str]:
     """Move flow runs to a final state; returns the ids of those that have meanwhile got another one."""
     spoken_for = []
     for one in abandoned:
@@ -294,7 +300,7 @@ def _end_flow_runs(client: SyncPrefectClient, abandoned: Iterable[Abandoned], se
 
 def _end_task_runs(
     client: SyncPrefectClient,
-    parts: Parts | None,
+    parts: Endpoints | None,
     lost: Mapping[str, list[TaskRun]],
     over: Mapping[str, FlowRun],
     swept: Swept,

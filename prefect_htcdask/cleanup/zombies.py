@@ -13,7 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 
 from prefect_htcdask.cleanup.orphans import ended_at
-from prefect_htcdask.cleanup.ownership import SignsOfLife
+from prefect_htcdask.cleanup.ownership import Liveness
 from prefect_htcdask.cleanup.prefect_runs import read_subflow_runs, with_parents
 
 GRACE = 600.0
@@ -27,16 +27,16 @@ _NO_PROCESS = "its process is gone"
 
 
 @dataclass(frozen=True)
-class Abandoned:
+class ZombieFlowRun:
     """A flow run that nothing ends any more, and why that is known, as a clause."""
 
     flow_run: FlowRun
     why: str
 
 
-def find_abandoned(
-    client: SyncPrefectClient, flow_runs: Mapping[str, FlowRun], signs: SignsOfLife, now: float
-) -> dict[str, Abandoned]:
+def find_zombies(
+    client: SyncPrefectClient, flow_runs: Mapping[str, FlowRun], signs: Liveness, now: float
+) -> dict[str, ZombieFlowRun]:
     """Those of the flow runs, and of the subflow runs within them, that are abandoned, by their ids.
 
     Args:
@@ -45,10 +45,10 @@ def find_abandoned(
         signs: what tells whether their processes live.
         now: Unix time in seconds.
     """
-    found: dict[str, Abandoned] = {}
+    found: dict[str, ZombieFlowRun] = {}
     for key, run in flow_runs.items():
-        if why := why_abandoned(run, signs, now):
-            found[key] = Abandoned(run, why)
+        if why := zombie_reason(run, signs, now):
+            found[key] = ZombieFlowRun(run, why)
     over = [key for key, run in flow_runs.items() if key in found or ended_at(run) is not None]
     # Those that are ours within a flow run that is not; then those within ours, and those within these.
     candidates = [run for key, run in flow_runs.items() if key not in found]
@@ -56,9 +56,9 @@ def find_abandoned(
     for _ in range(_MOST_LEVELS):
         fresh = {}
         for run, parent in with_parents(client, filter(runs_within_its_parent, candidates)):
-            why = why_abandoned_with(parent, found.get(str(parent.id)), run, signs, now)
+            why = zombie_reason_with(parent, found.get(str(parent.id)), run, signs, now)
             if why and str(run.id) not in found:
-                fresh[str(run.id)] = Abandoned(run, why)
+                fresh[str(run.id)] = ZombieFlowRun(run, why)
         if not fresh:
             break
         found |= fresh
@@ -66,7 +66,7 @@ def find_abandoned(
     return found
 
 
-def why_abandoned(flow_run: FlowRun, signs: SignsOfLife, now: float) -> str:
+def zombie_reason(flow_run: FlowRun, signs: Liveness, now: float) -> str:
     """Why a flow run of ours is abandoned, as a clause; empty where it is not, or may not be.
 
     A process that is told to cancel ends within a minute. One that has neither ended nor renewed its lease for much
@@ -77,14 +77,14 @@ def why_abandoned(flow_run: FlowRun, signs: SignsOfLife, now: float) -> str:
     key = str(flow_run.id)
     if signs.process_is_dead(key, flow_run.run_count or 1):
         return _NO_PROCESS
-    if flow_run.state_type != StateType.CANCELLING or signs.process_is_alive(key) or signs.may_live(key):
+    if flow_run.state_type != StateType.CANCELLING or signs.process_is_alive(key) or signs.lease_valid(key):
         return ""
     asked = flow_run.state.timestamp.timestamp() if flow_run.state else now
     return f"it was to be cancelled {(now - asked) / 60:.0f} minutes ago" if now - asked > GRACE else ""
 
 
-def why_abandoned_with(
-    parent: FlowRun, abandoned: Abandoned | None, flow_run: FlowRun, signs: SignsOfLife, now: float
+def zombie_reason_with(
+    parent: FlowRun, abandoned: ZombieFlowRun | None, flow_run: FlowRun, signs: Liveness, now: float
 ) -> str:
     """Why a subflow run is abandoned with the flow run that it is part of, as a clause; empty where it is not.
 
@@ -109,7 +109,7 @@ def why_abandoned_with(
     why = f"the flow run that it is part of is {parent.state.name if parent.state else ''}"
     if signs.process_is_dead(parent_key):
         return why
-    for_long = now - ended > GRACE and not signs.may_live(key) and not signs.may_live(parent_key)
+    for_long = now - ended > GRACE and not signs.lease_valid(key) and not signs.lease_valid(parent_key)
     return why if for_long and parent.state_type in (StateType.CRASHED, StateType.CANCELLED) else ""
 
 

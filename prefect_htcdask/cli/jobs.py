@@ -14,7 +14,7 @@ from rich.table import Table
 
 from prefect_htcdask.cli.app import JsonOption, app, clear_errors, errors, output, plain, present
 from prefect_htcdask.cli.watch import DEFAULT_INTERVAL, IntervalOption, Look, WatchOption
-from prefect_htcdask.gateway.endpoints import resolve_running_parts
+from prefect_htcdask.gateway.endpoints import resolve_running_endpoints
 from prefect_htcdask.gateway.run_directory import run_directory
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.supervisor.client import SupervisorError
@@ -46,7 +46,7 @@ def jobs(
         settings = load_settings()
 
     def look() -> Look:
-        parts = resolve_running_parts(settings)
+        parts = resolve_running_endpoints(settings)
         if parts is not None:
             found = explained_jobs(parts, settings, flow_run)
         else:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from prefect_htcdask.embedded.progress import Progress, occasionally
-from prefect_htcdask.runner.ui.progress_bar import WaitingBar
+from prefect_htcdask.runner.ui.progress_bar import ProgressBar
 
 
 @contextmanager
@@ -25,5 +25,5 @@ def shown_progress(console: Console, errors: Console) -> Iterator[Progress]:
     if not console.is_terminal or not console.is_interactive:
         yield occasionally(lambda message: errors.print(message, markup=False))
         return
-    with WaitingBar(Console(highlight=False), "looking for the embedded pool and gateway") as bar:
+    with ProgressBar(Console(highlight=False), "looking for the embedded pool and gateway") as bar:
         yield bar.take

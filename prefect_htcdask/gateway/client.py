@@ -14,7 +14,7 @@ from dask_gateway.auth import GatewayAuth
 from prefect_htcdask.condor.submit_description import WorkerJobError
 from prefect_htcdask.gateway.checks import GatewayUnreachable
 from prefect_htcdask.gateway.cluster import HTCGatewayCluster
-from prefect_htcdask.gateway.endpoints import Parts, resolve_parts
+from prefect_htcdask.gateway.endpoints import Endpoints, resolve_endpoints
 from prefect_htcdask.gateway.finalizers import close_when_collected, forget_loop
 from prefect_htcdask.gateway.scale_requests import worker_count
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
@@ -51,10 +51,10 @@ class HTCGateway(CheckedGateway):
         loop: Any = None,
         *,
         settings: HTCDaskSettings | None = None,
-        parts: Parts | None = None,
+        parts: Endpoints | None = None,
     ) -> None:
         self.settings = settings or load_settings()
-        self.parts = parts or resolve_parts(
+        self.parts = parts or resolve_endpoints(
             self.settings,
             address=address,
             proxy_address=proxy_address,

@@ -15,11 +15,16 @@ from dask_gateway.auth import GatewayAuth
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway.checks import ask_for_options, check_scheduler_versions
 from prefect_htcdask.gateway.dask_client import InterruptibleClient
-from prefect_htcdask.gateway.endpoints import Parts, resolve_parts, worker_offers, worker_specs
+from prefect_htcdask.gateway.endpoints import Endpoints, resolve_endpoints, worker_offers, worker_specs
 from prefect_htcdask.gateway.finalizers import PrivateGateway, close_when_collected, forget_loop
 from prefect_htcdask.gateway.run_directory import cluster_directory, record_cluster
 from prefect_htcdask.gateway.scale_requests import adapt_request, hold_request, scale_request, worker_count
-from prefect_htcdask.gateway.supervisor_config import gateway_access, hand_off, scheduler_plugin, start_supervisor
+from prefect_htcdask.gateway.supervisor_config import (
+    gateway_access,
+    scheduler_plugin,
+    start_supervisor,
+    supervisor_config,
+)
 from prefect_htcdask.scheduler.plugin import PLUGIN_NAME
 from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA
 from prefect_htcdask.settings import HTCDaskSettings, WorkerSettings, load_settings
@@ -77,7 +82,7 @@ class HTCGatewayCluster(GatewayCluster):
         loop: Any = None,
         *,
         settings: HTCDaskSettings | None = None,
-        parts: Parts | None = None,
+        parts: Endpoints | None = None,
         flow_run: FlowRunTag | None = None,
         worker_secrets: Mapping[str, str] | None = None,
         on_message: Callable[[dict[str, Any]], None] | None = None,
@@ -89,7 +94,7 @@ class HTCGatewayCluster(GatewayCluster):
         self._prepare(settings, flow_run, worker_secrets, on_message, given, workers)
         if n_workers is not None:
             self._fixed = worker_count(n_workers)
-        self.parts = parts or resolve_parts(
+        self.parts = parts or resolve_endpoints(
             self.settings, address=address, proxy_address=proxy_address, public_address=public_address, auth=auth
         )
         super().__init__(
@@ -147,7 +152,7 @@ class HTCGatewayCluster(GatewayCluster):
         loop: Any = None,
         *,
         settings: HTCDaskSettings | None = None,
-        parts: Parts | None = None,
+        parts: Endpoints | None = None,
         workers: Mapping[str, Mapping[str, Any]] | None = None,
         **worker: Any,
     ) -> HTCGatewayCluster:
@@ -159,7 +164,7 @@ class HTCGatewayCluster(GatewayCluster):
         self: HTCGatewayCluster = object.__new__(cls)
         self._prepare(settings, None, None, None, worker, workers)
         self._connected = True
-        self.parts = parts or resolve_parts(
+        self.parts = parts or resolve_endpoints(
             self.settings, address=address, proxy_address=proxy_address, public_address=public_address, auth=auth
         )
         self._init_internal(
@@ -244,7 +249,7 @@ class HTCGatewayCluster(GatewayCluster):
             raise
         finally:
             if self.name is not None:
-                self._supervisor.entrust(gateway_access(self))
+                self._supervisor.register_cluster(gateway_access(self))
                 self._record()
 
     def _record(self) -> None:
@@ -267,7 +272,7 @@ class HTCGatewayCluster(GatewayCluster):
         lease = self.settings.lease
         plugin = scheduler_plugin(lease.duration, offers, lease.scheduler_duration)
         await self.scheduler_comm.register_scheduler_plugin(plugin=plugin, name=PLUGIN_NAME, idempotent=True)
-        plan = hand_off(
+        plan = supervisor_config(
             self,
             specs=self.specs,
             settings=self.settings,

@@ -25,7 +25,7 @@ from prefect_htcdask.utils.net import is_loopback
 
 
 @dataclass(frozen=True)
-class Parts:
+class Endpoints:
     """The gateway and the schedd to use.
 
     Attributes:
@@ -62,7 +62,7 @@ class Parts:
         return self.embedded or is_loopback(proxy or self.address)
 
 
-def resolve_parts(
+def resolve_endpoints(
     settings: HTCDaskSettings,
     *,
     address: str | None = None,
@@ -70,7 +70,7 @@ def resolve_parts(
     public_address: str | None = None,
     auth: str | GatewayAuth | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Parts:
+) -> Endpoints:
     """Find the gateway and the schedd: arguments first, then settings, then Dask's configuration, then embedded.
 
     Raises:
@@ -106,7 +106,7 @@ def resolve_parts(
         )
     if address is not None:
         return _configured(settings, address, proxy_address, public_address, login, schedd)
-    return Parts(
+    return Endpoints(
         address=endpoint.gateway_address,
         proxy_address=endpoint.proxy_address,
         public_address=settings.gateway.public_address,
@@ -116,7 +116,7 @@ def resolve_parts(
     )
 
 
-def resolve_running_parts(settings: HTCDaskSettings) -> Parts | None:
+def resolve_running_endpoints(settings: HTCDaskSettings) -> Endpoints | None:
     """Find the gateway and the schedd without starting anything; `None` where the embedded ones do not run.
 
     Raises:
@@ -131,7 +131,7 @@ def resolve_running_parts(settings: HTCDaskSettings) -> Parts | None:
     )
     if needs_embedded and find(settings.embedded) is None:
         return None
-    return resolve_parts(settings)
+    return resolve_endpoints(settings)
 
 
 def _configured(
@@ -141,11 +141,11 @@ def _configured(
     public_address: str | None,
     login: GatewayAuth | None,
     schedd: ScheddAddress,
-) -> Parts:
+) -> Endpoints:
     assert login is not None
     if urlparse(address).scheme not in ("http", "https"):
         raise SettingsError(f"gateway.address = {address!r} is no URL; write http://host:port or https://host")
-    return Parts(
+    return Endpoints(
         address=address,
         proxy_address=proxy_address or settings.gateway.proxy_address or dask_setting("proxy-address"),
         public_address=public_address or settings.gateway.public_address or dask_setting("public-address"),

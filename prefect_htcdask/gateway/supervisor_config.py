@@ -23,7 +23,7 @@ from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.settings.report import ReportSettings
 from prefect_htcdask.supervisor.client import SupervisorHandle
 from prefect_htcdask.supervisor.policy import Target
-from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff, Preflight, ReportPlan
+from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, Preflight, ReportPlan, SupervisorConfig
 from prefect_htcdask.utils.net import is_loopback
 from prefect_htcdask.worker.gateway_comm import gateway_address
 
@@ -87,7 +87,7 @@ def gateway_access(cluster: GatewayCluster) -> GatewayAccess:
     )
 
 
-def hand_off(
+def supervisor_config(
     cluster: GatewayCluster,
     *,
     specs: Mapping[str, WorkerSpec],
@@ -97,7 +97,7 @@ def hand_off(
     worker_secrets: Mapping[str, str],
     run_directory: Path,
     fixed: int,
-) -> HandOff:
+) -> SupervisorConfig:
     """All that a supervisor needs to look after a cluster that runs.
 
     Args:
@@ -120,7 +120,7 @@ def hand_off(
     }
     gateway = cluster.gateway
     proxy = gateway.proxy_address.removeprefix("gateway://")
-    return HandOff(
+    return SupervisorConfig(
         owner=f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:8]}",
         parent_pid=os.getpid(),
         access=gateway_access(cluster),

@@ -18,7 +18,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect_dask.task_runners import DaskTaskRunner
 
 from prefect_htcdask.worker.dask_client import WorkerClient, client_of
-from prefect_htcdask.worker.secede import worker_slot_freed
+from prefect_htcdask.worker.secede import seceded
 
 
 def _worker() -> Worker | None:
@@ -72,7 +72,7 @@ def get_dask_client(timeout: float | str | timedelta | None = None, **client_kwa
         else:
             client = client_of(worker, parse_timedelta(timeout) if timeout is not None else None)
         stack.enter_context(client.as_current())
-        stack.enter_context(worker_slot_freed(True))
+        stack.enter_context(seceded(True))
         yield client
 
 
@@ -86,5 +86,5 @@ async def get_async_dask_client(
         with ExitStack() as stack:
             if worker is not None:
                 stack.enter_context(client.as_current())
-                stack.enter_context(worker_slot_freed(True))
+                stack.enter_context(seceded(True))
             yield client

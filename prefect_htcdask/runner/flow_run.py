@@ -22,18 +22,18 @@ from distributed import Client
 from prefect.client.schemas.objects import State, StateType
 
 from prefect_htcdask.errors import HTCDaskError
-from prefect_htcdask.runner.client.client import ResumingClient, Terms
-from prefect_htcdask.runner.futures.crash_reasons import JobFates
-from prefect_htcdask.runner.futures.gatherer import Collector
+from prefect_htcdask.runner.client.client import ReconnectingClient, ReconnectPolicy
+from prefect_htcdask.runner.futures.crash_reasons import JobOutcomes
+from prefect_htcdask.runner.futures.gatherer import Gatherer
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.runner.preflight import check_versions
 from prefect_htcdask.runner.states.cancelling import end_cancelling
-from prefect_htcdask.runner.states.ended_task_runs import LastWords
-from prefect_htcdask.runner.states.reconcile import CutShort, FinalAccount
+from prefect_htcdask.runner.states.ended_task_runs import EndedTaskRuns
+from prefect_htcdask.runner.states.reconcile import InterruptedTaskRuns, StateReconciler
 from prefect_htcdask.runner.states.reporter import Ended, Started, StateReporter
-from prefect_htcdask.runner.states.result_recovery import Recall
-from prefect_htcdask.runner.states.unawaited import executing, settle
-from prefect_htcdask.runner.submit.submitter import Submission
+from prefect_htcdask.runner.states.result_recovery import ResultRecovery
+from prefect_htcdask.runner.states.unawaited import cancel_or_wait, executing
+from prefect_htcdask.runner.submit.submitter import Submitter
 from prefect_htcdask.runner.ui.artifacts import start_artifacts
 from prefect_htcdask.runner.ui.decisions import scaling_line, summary_line
 from prefect_htcdask.runner.ui.events import FlowEvents
@@ -53,7 +53,7 @@ Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
 
 
 @dataclass
-class LiveRun:
+class FlowRunSession:
     """What one flow run holds while it runs.
 
     Args:
@@ -78,11 +78,11 @@ class LiveRun:
 
     def __post_init__(self) -> None:
         self.reporter = StateReporter(self.flow_run_id)
-        self.last_words = LastWords()
-        self.account = FinalAccount(self.reporter, self.last_words, self.log, self.cluster is not None)
-        self.fates = JobFates()
-        self.collector = Collector(self.client, self._report_lost, self.fates, self.last_words.ended)
-        self.submission = Submission(self.client, self.key, self.api_url)
+        self.last_words = EndedTaskRuns()
+        self.account = StateReconciler(self.reporter, self.last_words, self.log, self.cluster is not None)
+        self.fates = JobOutcomes()
+        self.gatherer = Gatherer(self.client, self._report_lost, self.fates, self.last_words.ended)
+        self.submission = Submitter(self.client, self.key, self.api_url)
         self._lock = threading.Lock()
         self._unfinished: dict[UUID, PendingResult] = {}
         self._by_key: WeakValueDictionary[str, PendingResult] = WeakValueDictionary()
@@ -93,12 +93,12 @@ class LiveRun:
         self._closed = False
         self._stop = threading.Event()
         self._context = contextvars.copy_context()
-        self.recall = Recall(self.client, self.key, self._final_state, self.fates, self.log, self.last_words)
+        self.recall = ResultRecovery(self.client, self.key, self._final_state, self.fates, self.log, self.last_words)
         self.events = FlowEvents(str(getattr(self.cluster, "name", None) or self.key), self._context)
         if self.cluster is not None:
             self.events.created(self.client.dashboard_link or "", list(getattr(self.cluster, "worker_offers", ())))
         self.artifacts = start_artifacts(self.cluster, self.client.dashboard_link, self._context, self.log)
-        if isinstance(self.client, ResumingClient):
+        if isinstance(self.client, ReconnectingClient):
             self.client.resume_on(self._terms(self.client))
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
         self._watcher.start()
@@ -108,7 +108,7 @@ class LiveRun:
         """What the worker groups of the cluster offer; `None` where nobody can say."""
         return self.submission.offers
 
-    def know_offers(self, offers: Offers | None) -> None:
+    def set_worker_resources(self, offers: Offers | None) -> None:
         """Take what the worker groups offer; unless it is known, ask the scheduler of the pool for it."""
         if offers is None:
             offers = self.client.get_metadata(list(OFFERS_METADATA), default=None)
@@ -119,7 +119,7 @@ class LiveRun:
         with self._lock:
             self._unfinished.update((result.task_run_id, result) for result in results)
             self._by_key.update((result.key, result) for result in results)
-        self.collector.read_ahead.follow(results)
+        self.gatherer.read_ahead.follow(results)
 
     def check(self) -> None:
         """Raise what keeps this run from having any work done.
@@ -127,23 +127,23 @@ class LiveRun:
         Raises:
             HTCDaskError: the cluster failed, the run was cancelled or is over.
         """
-        if self.collector.failure is not None:
-            raise self.collector.failure
+        if self.gatherer.failure is not None:
+            raise self.gatherer.failure
         if self._closed or self._cancelled:
             raise HTCDaskError("the flow run's Dask cluster is closed; nothing can be submitted any more")
 
     def fail(self, error: HTCDaskError) -> None:
         """Make every outstanding and every later future of this run raise `error`, so that the flow does not hang."""
-        if self.collector.failure is None:
+        if self.gatherer.failure is None:
             self.log("error", str(error))
-        self.collector.fail(error)
+        self.gatherer.fail(error)
 
-    def _terms(self, client: ResumingClient) -> Terms:
+    def _terms(self, client: ReconnectingClient) -> ReconnectPolicy:
         """How a lost connection is renewed: for as long as a cluster of this run's lives without its supervisor."""
-        return Terms(
+        return ReconnectPolicy(
             patience=client.timeout if self.cluster is None else self.cluster.settings.lease.scheduler_duration,
             verdict=0.0 if self.cluster is None else VERDICT,
-            goes_on=lambda: not self._closed and self.collector.failure is None,
+            goes_on=lambda: not self._closed and self.gatherer.failure is None,
             in_hand=self._final_state,
             results_in_hand=lambda: sum(one.packed is not None for one in list(self._by_key.values())),
             log=self.log,
@@ -154,7 +154,7 @@ class LiveRun:
         """Cancel every task run that has not ended, interrupt those that run, and tell Prefect of them."""
         results = self.unfinished()
         with self._lock:
-            self._cancelled = self.collector.cancelled = True
+            self._cancelled = self.gatherer.cancelled = True
             self._cut_short.update(result.task_run_id for result in results)
         if results:
             with suppress(Exception):
@@ -186,7 +186,7 @@ class LiveRun:
         for result in ended:
             if result.packed is None and result.dask_future.status not in known:
                 # Nobody may be waiting for it, but the Prefect API still has to hear what became of it.
-                self.collector.ask(result)
+                self.gatherer.ask(result)
         return pending
 
     def on_message(self, message: dict[str, Any]) -> None:
@@ -234,14 +234,14 @@ class LiveRun:
             self._closed = True
         self._stop.set()
         pending = self.unfinished()
-        interrupted = error is not None or self._cancelled or self.collector.failure is not None
+        interrupted = error is not None or self._cancelled or self.gatherer.failure is not None
         # Nobody comes back for what runs on while the connection is away.
         interrupted = interrupted or self.client.status != "running"
         try:
             if pending and not interrupted:
-                if isinstance(self.client, ResumingClient):
-                    self.client.empty_outbox()
-                settle(self.client, pending, lambda: self.collector.failure is None, self.log)
+                if isinstance(self.client, ReconnectingClient):
+                    self.client.flush_submits()
+                cancel_or_wait(self.client, pending, lambda: self.gatherer.failure is None, self.log)
         except BaseException as exc:
             error = error or exc
             raise
@@ -262,7 +262,7 @@ class LiveRun:
             self.stack.close()
         except Exception as exc:
             self.log("warning", f"The Dask performance report could not be written: {exc}")
-        self.collector.close()
+        self.gatherer.close()
         self.recall.close()
         try:
             self.client.close()
@@ -291,10 +291,12 @@ class LiveRun:
         if self.artifacts:
             self.artifacts.finish(summary)
 
-    def _cut(self, why: str, interrupted: bool = False) -> CutShort:
+    def _cut(self, why: str, interrupted: bool = False) -> InterruptedTaskRuns:
         kind = StateType.CANCELLED if self._cancelled else StateType.CRASHED
         with self._lock:
-            return CutShort(frozenset(self._cut_short), kind, why, interrupted, tuple(self._started.values()))
+            return InterruptedTaskRuns(
+                frozenset(self._cut_short), kind, why, interrupted, tuple(self._started.values())
+            )
 
     def _note_started(self, results: list[PendingResult]) -> None:
         """Note which of these task runs have started: the Prefect API may not have heard of them yet."""
@@ -319,7 +321,7 @@ class LiveRun:
     def _report_lost(self, result: PendingResult, state: State[Any]) -> None:
         # When the whole cluster fails, task runs that never started need no record of their own.
         # Nor do those that were cancelled before they started.
-        task = result.task if self.collector.failure is None and not state.is_cancelled() else None
+        task = result.task if self.gatherer.failure is None and not state.is_cancelled() else None
         # Of what has finished, its worker has told otherwise.
         overrules = result.dask_future.status == "finished"
         self.reporter.report(Ended(result.task_run_id, result.task_name, task, state, overrules))
@@ -351,7 +353,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.run: LiveRun | None = None
+        self.run: FlowRunSession | None = None
 
 
 _lock = threading.RLock()
@@ -359,14 +361,14 @@ _slots: dict[str, _Slot] = {}
 _pid = os.getpid()
 
 
-def find(key: str) -> LiveRun | None:
+def find(key: str) -> FlowRunSession | None:
     """The live run of a flow run, if it has one in this process."""
     with _lock:
         slot = _slots.get(key) if os.getpid() == _pid else None
     return slot.run if slot is not None else None
 
 
-def find_or_open(key: str, opener: Callable[[], LiveRun]) -> LiveRun:
+def find_or_open(key: str, opener: Callable[[], FlowRunSession]) -> FlowRunSession:
     """The live run of a flow run; the first to ask opens it, while others wait."""
     global _pid
     with _lock:
@@ -389,7 +391,7 @@ def close(key: str, error: BaseException | None = None) -> None:
         slot.run.close(error)
 
 
-def owned_by(owner: str, thread: int) -> list[LiveRun]:
+def owned_by(owner: str, thread: int) -> list[FlowRunSession]:
     """Live runs that duplicates of one runner opened in one thread."""
     with _lock:
         runs = [slot.run for slot in _slots.values() if slot.run is not None]

@@ -7,9 +7,9 @@ from typing import Any, cast
 import distributed
 from distributed import Client
 
-from prefect_htcdask.runner.futures.gatherer import collector_of
+from prefect_htcdask.runner.futures.gatherer import gatherer_of
 from prefect_htcdask.runner.futures.pending_result import PendingResult
-from prefect_htcdask.runner.submit.submitter import Submission
+from prefect_htcdask.runner.submit.submitter import Submitter
 from prefect_htcdask.scheduler.worker_groups import Offers
 from prefect_htcdask.worker.call import current_call
 from prefect_htcdask.worker.metadata_cache import METADATA_ROOT
@@ -20,8 +20,8 @@ class NestedRun:
 
     def __init__(self, client: Client, run_id: str, offers: Offers | None = None) -> None:
         self.client = client
-        self.submission = Submission(client, run_id, None, offers)
-        self.collector = collector_of(client)
+        self.submission = Submitter(client, run_id, None, offers)
+        self.gatherer = gatherer_of(client)
 
     @property
     def offers(self) -> Offers | None:

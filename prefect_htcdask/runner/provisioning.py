@@ -12,13 +12,13 @@ import distributed
 from prefect.context import FlowRunContext, SettingsContext
 from prefect.logging.loggers import get_run_logger
 
-from prefect_htcdask.runner.client.client import ResumingClient
-from prefect_htcdask.runner.flow_run import LiveRun, Logger
+from prefect_htcdask.runner.client.client import ReconnectingClient
+from prefect_htcdask.runner.flow_run import FlowRunSession, Logger
 from prefect_htcdask.runner.preflight import check_api_reachable, warn_of_local_storage
 from prefect_htcdask.runner.submit import source_code
-from prefect_htcdask.runner.ui.console import FirstWorker, log_console
-from prefect_htcdask.scheduler.client_recovery import KeptWork
-from prefect_htcdask.scheduler.lost_tasks import LostWork
+from prefect_htcdask.runner.ui.console import StartConsole, log_console
+from prefect_htcdask.scheduler.client_recovery import ClientRecoveryPlugin
+from prefect_htcdask.scheduler.lost_tasks import LostTasksPlugin
 from prefect_htcdask.scheduler.pickle_by_value import install
 from prefect_htcdask.settings import CodeSettings, HTCDaskSettings
 from prefect_htcdask.utils.api_identity import current_api
@@ -56,7 +56,7 @@ class RunnerOptions:
     logger: logging.Logger
 
 
-def open_run(runner: RunnerOptions, key: str, context: FlowRunContext | None) -> LiveRun:
+def open_run(runner: RunnerOptions, key: str, context: FlowRunContext | None) -> FlowRunSession:
     """Connect to the given cluster, or make one for the flow run. What was begun is undone when it fails.
 
     Raises:
@@ -66,8 +66,8 @@ def open_run(runner: RunnerOptions, key: str, context: FlowRunContext | None) ->
     logger = _logger(runner, context)
     api_url = _api_url(context)
     makes_cluster = runner.cluster is None and not runner.address
-    waiting = FirstWorker(log_console() if makes_cluster else None)
-    relay = _Relay(waiting)
+    waiting = StartConsole(log_console() if makes_cluster else None)
+    relay = _MessageBuffer(waiting)
     cluster: Any | None = None
     with ExitStack() as undo:
         undo.callback(waiting.close)
@@ -85,14 +85,14 @@ def open_run(runner: RunnerOptions, key: str, context: FlowRunContext | None) ->
             undo.callback(cluster.close)
         if getattr(target, "security", None) is not None:
             options.setdefault("security", target.security)
-        client = undo.enter_context(ResumingClient(target, **options))
+        client = undo.enter_context(ReconnectingClient(target, **options))
         flow = context.flow if context is not None else None
         _send_code(client, flow, runner.code.data_files, with_package=cluster is None)
-        install(client, LostWork())
-        install(client, KeptWork())
+        install(client, LostTasksPlugin())
+        install(client, ClientRecoveryPlugin())
         if client.dashboard_link:
             logger.info("The Dask dashboard is available at %s", client.dashboard_link)
-        run = LiveRun(
+        run = FlowRunSession(
             key=key,
             client=client,
             cluster=cluster,
@@ -106,19 +106,19 @@ def open_run(runner: RunnerOptions, key: str, context: FlowRunContext | None) ->
             run.stack.enter_context(distributed.performance_report(runner.performance_report_path))
         run.stack.callback(waiting.close)
         # A result may be here before the word that its worker has joined.
-        run.collector.on_first = waiting.close
+        run.gatherer.on_first = waiting.close
         undo.pop_all()
     relay.connect(run)
     return run
 
 
-class _Relay:
+class _MessageBuffer:
     """Holds what the cluster says before the live run exists."""
 
-    def __init__(self, waiting: FirstWorker) -> None:
+    def __init__(self, waiting: StartConsole) -> None:
         self._waiting = waiting
         self._early: list[dict[str, Any]] = []
-        self._run: LiveRun | None = None
+        self._run: FlowRunSession | None = None
 
     def __call__(self, message: dict[str, Any]) -> None:
         self._waiting.take(message)
@@ -127,7 +127,7 @@ class _Relay:
         else:
             self._early.append(message)
 
-    def connect(self, run: LiveRun) -> None:
+    def connect(self, run: FlowRunSession) -> None:
         self._run = run
         while self._early:
             run.on_message(self._early.pop(0))
@@ -137,14 +137,14 @@ def _make_cluster(
     runner: RunnerOptions,
     context: FlowRunContext | None,
     api_url: str | None,
-    relay: _Relay,
+    relay: _MessageBuffer,
     logger: Logger,
-    waiting: FirstWorker,
+    waiting: StartConsole,
 ) -> Any:
     from prefect_htcdask.condor.submit_description import FlowRunTag
     from prefect_htcdask.embedded.progress import occasionally
     from prefect_htcdask.gateway.client import HTCGatewayCluster
-    from prefect_htcdask.gateway.endpoints import resolve_parts
+    from prefect_htcdask.gateway.endpoints import resolve_endpoints
 
     settings = runner.settings()
     arguments = dict(runner.cluster_kwargs)
@@ -154,7 +154,7 @@ def _make_cluster(
         tell(message)
         waiting.say(message)
 
-    parts = resolve_parts(
+    parts = resolve_endpoints(
         settings,
         **{name: arguments.pop(name, None) for name in ("address", "proxy_address", "public_address", "auth")},
         progress=progress,

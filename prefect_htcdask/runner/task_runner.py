@@ -18,7 +18,7 @@ from prefect.utilities.importtools import from_qualified_name
 from prefect_dask.task_runners import DaskTaskRunner
 
 from prefect_htcdask.gateway.scale_requests import is_unbounded
-from prefect_htcdask.runner import flow_run as live
+from prefect_htcdask.runner import flow_run as sessions
 from prefect_htcdask.runner.futures.futures import HTCDaskFuture, HTCDaskFutureList
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.runner.nested import NestedRun, nested_run
@@ -206,7 +206,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         sent = run.submission.submit(task, parameters, wait_for, dependencies, resources)
         result = PendingResult(sent.task_run_id, sent.future, task.name, task, sent.upstreams, sent.spec)
         run.track([result])
-        return HTCDaskFuture(result, run.collector)
+        return HTCDaskFuture(result, run.gatherer)
 
     def map(  # type: ignore[override]
         self,
@@ -236,7 +236,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             for sent in submitted
         ]
         run.track(results)
-        futures: list[HTCDaskFuture[R]] = [HTCDaskFuture(result, run.collector) for result in results]
+        futures: list[HTCDaskFuture[R]] = [HTCDaskFuture(result, run.gatherer) for result in results]
         return HTCDaskFutureList(futures)  # type: ignore[abstract, arg-type]
 
     def cancel_all(self) -> None:
@@ -247,8 +247,8 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         keys = [self._live_key] if self._live_key else []
         if context is not None and context.flow_run is not None:
             keys.append(str(context.flow_run.id))
-        runs = [run for key in keys if (run := live.find(key)) is not None]
-        for run in runs or live.owned_by(self._family, threading.get_ident()):
+        runs = [run for key in keys if (run := sessions.find(key)) is not None]
+        for run in runs or sessions.owned_by(self._family, threading.get_ident()):
             run.cancel()
 
     def __enter__(self) -> HTCDaskTaskRunner:
@@ -257,11 +257,11 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         return self
 
     def __exit__(self, *args: Any) -> None:
-        """End the flow run's work: see `live.LiveRun.close`. A second call does nothing."""
+        """End the flow run's work: see `sessions.FlowRunSession.close`. A second call does nothing."""
         key, self._live_key = self._live_key, None
         try:
             if key is not None:
-                live.close(key, args[1] if len(args) > 1 else None)
+                sessions.close(key, args[1] if len(args) > 1 else None)
         finally:
             super().__exit__(*(args or (None, None, None)))
 
@@ -269,7 +269,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         if not self._started:
             raise RuntimeError("The task runner must be started before submitting work.")
 
-    def _run(self) -> live.LiveRun | NestedRun:
+    def _run(self) -> sessions.FlowRunSession | NestedRun:
         """The live handles: the flow run's, opened when first asked for; on a worker, its own client."""
         if _on_worker():
             return nested_run()
@@ -278,14 +278,14 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             flow_run = context.flow_run if context is not None else None
             self._live_key = str(flow_run.id) if flow_run is not None else uuid.uuid4().hex
         key = self._live_key
-        return live.find_or_open(key, lambda: self._open(key, context))
+        return sessions.find_or_open(key, lambda: self._open(key, context))
 
-    def _open(self, key: str, context: FlowRunContext | None) -> live.LiveRun:
+    def _open(self, key: str, context: FlowRunContext | None) -> sessions.FlowRunSession:
         from prefect_htcdask.runner.provisioning import open_run
 
         run = open_run(self._options(), key, context)
         try:
-            run.know_offers(getattr(run.cluster, "worker_offers", None) or self._known_offers())
+            run.set_worker_resources(getattr(run.cluster, "worker_offers", None) or self._known_offers())
         except BaseException as exc:
             run.close(exc)
             raise
@@ -311,11 +311,11 @@ class HTCDaskTaskRunner(DaskTaskRunner):
 
     def _resources_of(self, task: Task[Any, Any]) -> dict[str, float] | None:
         """The Dask resources that a task asks for, by the worker group that it is for."""
-        run: live.LiveRun | NestedRun | None = None
+        run: sessions.FlowRunSession | NestedRun | None = None
         if _on_worker():
             run = nested_run()
         elif self._live_key is not None:
-            run = live.find(self._live_key)
+            run = sessions.find(self._live_key)
         if run is None and (self._cluster is not None or self.address is not None):
             # It runs already, and its scheduler may tell.
             run = self._run()

@@ -28,7 +28,7 @@ AT_ONCE = 1.0
 """Seconds between the losses of connections that are taken to have the same cause."""
 
 
-class KeptWork(SchedulerPlugin):
+class ClientRecoveryPlugin(SchedulerPlugin):
     """Holds what vanished clients wanted, each for the time that it asked for."""
 
     name = "htcdask-kept-work"
@@ -61,7 +61,7 @@ class KeptWork(SchedulerPlugin):
         if topic != "all" or not isinstance(msg, dict):
             return
         if msg.get("action") == "remove-client":
-            self.client_vanishes(msg["client"])
+            self.on_client_lost(msg["client"])
         elif msg.get("action") == "remove-worker" and not msg["expected"]:
             tasks = [self.scheduler.tasks[key] for key in msg["processing-tasks"] if key in self.scheduler.tasks]
             self.marked[msg["worker"]] = [(task, task.suspicious) for task in tasks]
@@ -78,14 +78,14 @@ class KeptWork(SchedulerPlugin):
         if abs(self.client_lost - lost_at) > AT_ONCE:
             add_marks((task for task in marked if self.scheduler.tasks.get(task.key) is task), 1)
 
-    def client_vanishes(self, client: str) -> None:
+    def on_client_lost(self, client: str) -> None:
         """Stand in for it."""
         state = self.scheduler.clients.get(client)
         if client not in self.seconds or state is None:
             return
         self.client_lost = time.monotonic()
         keys = [task.key for task in state.wants_what]
-        self.scheduler.client_desires_keys(keys=keys, client=stand_in(client))
+        self.scheduler.client_desires_keys(keys=keys, client=placeholder_client(client))
         self.stop_timer(client)
         self.timers[client] = asyncio.get_running_loop().call_later(self.seconds[client], self.give_up, client)
 
@@ -110,7 +110,7 @@ class KeptWork(SchedulerPlugin):
     def let_go(self, client: str) -> None:
         """End standing in for a client."""
         self.stop_timer(client)
-        name = stand_in(client)
+        name = placeholder_client(client)
         state = self.scheduler.clients.get(name)
         if state is not None:
             self.scheduler.client_releases_keys(keys=[task.key for task in state.wants_what], client=name)
@@ -130,6 +130,6 @@ def add_marks(tasks: Iterable[Any], number: int) -> None:
         task.prefix.suspicious += number
 
 
-def stand_in(client: str) -> str:
+def placeholder_client(client: str) -> str:
     """Name of the client that stands in for another."""
     return f"htcdask-stand-in-for-{client}"

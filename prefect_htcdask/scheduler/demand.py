@@ -15,7 +15,7 @@ from itertools import islice
 from time import monotonic
 from typing import Any
 
-from prefect_htcdask.scheduler.task_kinds import Group, Kind, Kinds
+from prefect_htcdask.scheduler.task_kinds import GroupCounts, TaskKind, TaskKinds
 
 logger = logging.getLogger("distributed.scheduler")
 
@@ -36,7 +36,7 @@ RECOUNT_PAUSE = 100
 scheduler has other things to do."""
 
 
-class Waiting:
+class WaitingTask:
     """A task that waits for inputs.
 
     Attributes:
@@ -47,7 +47,7 @@ class Waiting:
 
     __slots__ = ("begun", "bucket", "group", "latest", "task")
 
-    def __init__(self, task: Any, group: Group) -> None:
+    def __init__(self, task: Any, group: GroupCounts) -> None:
         self.task = task
         self.group = group
         self.begun = 0
@@ -74,13 +74,13 @@ class DemandCounter:
     def __init__(self, scheduler: Any, offers: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self.scheduler = scheduler
         self.tasks: Mapping[Hashable, Any] = scheduler.tasks
-        self.kinds = Kinds(offers or {})
+        self.kinds = TaskKinds(offers or {})
         self._kind_of = self.kinds.kind_of
         self.last_busy: dict[str, float] = {}
         self.recounts = 0
-        self._ready: dict[Hashable, Kind] = {}
-        self._in_hand: dict[Hashable, tuple[Kind, float]] = {}
-        self._waiting: dict[Hashable, Waiting] = {}
+        self._ready: dict[Hashable, TaskKind] = {}
+        self._in_hand: dict[Hashable, tuple[TaskKind, float]] = {}
+        self._waiting: dict[Hashable, WaitingTask] = {}
         self._coming = 0
         self._recount_after = 0.0
         self.count()
@@ -227,13 +227,13 @@ class DemandCounter:
 
     # What is about to become ready
 
-    def _end_of(self, held: tuple[Kind, float]) -> float:
+    def _end_of(self, held: tuple[TaskKind, float]) -> float:
         """When a task in hand is expected to end; of a name that has never ended, it takes as long as others do."""
         kind, begun = held
         return begun + 1e-6 * (kind.mean if kind.known else self.kinds.mean_of_all())
 
     def _waits(self, key: Hashable, task: Any) -> None:
-        self._waiting[key] = record = Waiting(task, self._kind_of(task).group)
+        self._waiting[key] = record = WaitingTask(task, self._kind_of(task).group)
         in_hand = self._in_hand
         for needed in task.waiting_on:
             held = in_hand.get(needed.key)
@@ -284,14 +284,14 @@ class DemandCounter:
             if record is not None and record.bucket is not None and record.begun != len(dependent.waiting_on or ()):
                 self._unforecast(record)
 
-    def _forecast(self, record: Waiting) -> None:
+    def _forecast(self, record: WaitingTask) -> None:
         if record.bucket is None:
             self._coming += 1
             record.bucket = bucket = int(record.latest // BUCKET)
             coming = record.group.coming
             coming[bucket] = coming.get(bucket, 0) + 1
 
-    def _unforecast(self, record: Waiting) -> None:
+    def _unforecast(self, record: WaitingTask) -> None:
         bucket, record.bucket = record.bucket, None
         assert bucket is not None
         self._coming -= 1

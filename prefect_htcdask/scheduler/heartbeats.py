@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-LOST_AFTER = 60.0
+WORKER_TTL = 60.0
 """Seconds of silence after which a worker is given up."""
 
 INTERVAL = 5.0
 """Seconds between two looks."""
 
 
-class Silence:
+class Heartbeats:
     """For how long each worker has been silent.
 
     Time is counted by looks, not by the clock: a scheduler that was held up itself has not listened.

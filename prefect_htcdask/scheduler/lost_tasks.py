@@ -14,7 +14,7 @@ from typing import Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 
-MARK = "htcdask-lost"
+LOST_ANNOTATION = "htcdask-lost"
 """Name of the annotation."""
 
 WORKER_LOST = "htcdask-worker-lost"
@@ -24,7 +24,7 @@ REMEMBERED = 10
 """Workers that a mark names, the last ones."""
 
 
-class LostWork(SchedulerPlugin):
+class LostTasksPlugin(SchedulerPlugin):
     """Marks the tasks that a worker takes with it as it goes.
 
     A mark has `times` (workers that took the task with them), `workers` (their names), `begun` (whether one of them is
@@ -81,11 +81,11 @@ class LostWork(SchedulerPlugin):
     def mark(self, task: Any, worker: str, begun: bool = False, held: bool = False) -> None:
         """Add a loss to a task's mark."""
         annotations = task.annotations or {}
-        earlier = annotations.get(MARK) or {"times": 0, "workers": [], "begun": False, "held": False}
+        earlier = annotations.get(LOST_ANNOTATION) or {"times": 0, "workers": [], "begun": False, "held": False}
         # Tasks that were submitted together may share one mapping of annotations.
         task.annotations = {
             **annotations,
-            MARK: {
+            LOST_ANNOTATION: {
                 "times": earlier["times"] + 1,
                 "workers": [*earlier["workers"], worker][-REMEMBERED:],
                 "begun": earlier["begun"] or begun,

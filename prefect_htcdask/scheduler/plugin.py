@@ -19,9 +19,9 @@ from distributed.metrics import time as wall_time
 from distributed.scheduler import heartbeat_interval
 
 from prefect_htcdask.scheduler.demand import DemandCounter
-from prefect_htcdask.scheduler.heartbeats import INTERVAL, LOST_AFTER, Silence
-from prefect_htcdask.scheduler.stealing import spread
-from prefect_htcdask.scheduler.suspicious_tasks import Suspicions
+from prefect_htcdask.scheduler.heartbeats import INTERVAL, WORKER_TTL, Heartbeats
+from prefect_htcdask.scheduler.stealing import rebalance
+from prefect_htcdask.scheduler.suspicious_tasks import SuspiciousTasks
 
 PLUGIN_NAME = "htcdask"
 WORKER_PREFIX = "htcdask-"
@@ -74,7 +74,7 @@ class DemandPlugin(SchedulerPlugin):
         self.scheduler: Any = None
         self.counter: Any = None
         self.transition: Any = None
-        self.suspicions = Suspicions()
+        self.suspicions = SuspiciousTasks()
         self.task: Any = None
         self.spreading: Any = None
         self.listening: Any = None
@@ -352,20 +352,20 @@ class DemandPlugin(SchedulerPlugin):
             begun = time.perf_counter()
             if self.counter.kinds.restricted:
                 try:
-                    spread(self.scheduler)
+                    rebalance(self.scheduler)
                 except Exception:
                     logger.warning("htcdask: tasks could not be spread over the workers", exc_info=True)
             took = time.perf_counter() - begun
 
     async def listen(self) -> None:
         """Give up workers of ours of which nothing is heard, so that their tasks run elsewhere."""
-        silence, looked = Silence(), time.monotonic()
+        silence, looked = Heartbeats(), time.monotonic()
         while True:
             await asyncio.sleep(INTERVAL)
             now, workers = time.monotonic(), self.scheduler.workers
             ours = {key: ws.last_seen for key, ws in workers.items() if str(ws.name).startswith(WORKER_PREFIX)}
             # As in `Scheduler.check_worker_ttl`: the more workers there are, the less often each has to speak.
-            limit = max(LOST_AFTER, 10 * heartbeat_interval(len(workers)))
+            limit = max(WORKER_TTL, 10 * heartbeat_interval(len(workers)))
             lost = silence.lost(ours, now - looked, limit)
             looked = now
             for address in lost:

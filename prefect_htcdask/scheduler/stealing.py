@@ -27,7 +27,7 @@ LOOKED_AT = 1000
 _SHORTEST = 0.001  # seconds that a task takes at least
 
 
-def spread(scheduler: Any) -> int:
+def rebalance(scheduler: Any) -> int:
     """Have tasks moved from workers with more than they run at once to others that are alike and have less.
 
     Returns:

@@ -18,7 +18,7 @@ REMEMBERED = 10_000
 """Jobs with vanished workers that are remembered, until word of them comes from HTCondor."""
 
 
-class Suspicions:
+class SuspiciousTasks:
     """The marks that vanished workers left. The plugin's hooks of the same name call it."""
 
     def __init__(self) -> None:

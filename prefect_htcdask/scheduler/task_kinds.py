@@ -20,7 +20,7 @@ MOST_NAMES = 100
 """Names of tasks, and of resources that no group has, that one answer tells at most."""
 
 
-class Group:
+class GroupCounts:
     """Tasks that the workers of one group can run, or, beside the groups, those that ask for what no group has.
 
     Attributes:
@@ -46,7 +46,7 @@ class Group:
         self.coming: dict[int, int] = {}
 
 
-class Kind:
+class TaskKind:
     """Tasks of one name that ask for the same resources.
 
     Attributes:
@@ -59,7 +59,7 @@ class Kind:
 
     __slots__ = ("count", "group", "known", "mean", "name", "resources", "samples", "total")
 
-    def __init__(self, name: str, group: Group, resources: Mapping[str, float]) -> None:
+    def __init__(self, name: str, group: GroupCounts, resources: Mapping[str, float]) -> None:
         self.name = name
         self.group = group
         self.resources = resources
@@ -83,7 +83,7 @@ class Kind:
         self.mean = mean
 
 
-class Kinds:
+class TaskKinds:
     """The kinds of tasks that a scheduler has had, and the groups that they belong to.
 
     The kinds are kept as long as this object: there are as many as the scheduler keeps `TaskPrefix` objects, as a rule.
@@ -99,11 +99,11 @@ class Kinds:
 
     def __init__(self, offers: Mapping[str, Mapping[str, float]]) -> None:
         self.offers = {name: dict(offer) for name, offer in offers.items()}
-        self.groups = {name: Group(name) for name in self.offers or (DEFAULT_GROUP,)}
-        self.unmatched: dict[str, Group] = {}
-        self.restricted: dict[tuple[str, frozenset[Any]], Kind] = {}
-        self._plain: dict[str, Kind] = {}
-        self._known: dict[str, Kind] = {}
+        self.groups = {name: GroupCounts(name) for name in self.offers or (DEFAULT_GROUP,)}
+        self.unmatched: dict[str, GroupCounts] = {}
+        self.restricted: dict[tuple[str, frozenset[Any]], TaskKind] = {}
+        self._plain: dict[str, TaskKind] = {}
+        self._known: dict[str, TaskKind] = {}
 
     def clear(self) -> None:
         """Forget the tasks that there are, not what ended ones have taught."""
@@ -112,7 +112,7 @@ class Kinds:
         for kind in (*self._plain.values(), *self.restricted.values()):
             kind.count = 0
 
-    def kind_of(self, task: Any) -> Kind:
+    def kind_of(self, task: Any) -> TaskKind:
         """The kind of a task (`distributed.scheduler.TaskState`)."""
         if task.resource_restrictions or task.worker_restrictions:
             return self._restricted_kind(task)
@@ -122,7 +122,7 @@ class Kinds:
             self._plain[task.group.prefix.name] = kind = self._new_kind(task, self._group_for({}), {})
             return kind
 
-    def _restricted_kind(self, task: Any) -> Kind:
+    def _restricted_kind(self, task: Any) -> TaskKind:
         name: str = task.group.prefix.name
         resources: Mapping[str, float] = task.resource_restrictions or {}
         bound = () if task.loose_restrictions else (task.worker_restrictions or ())
@@ -136,16 +136,16 @@ class Kinds:
             self.restricted[name, wish] = kind = self._new_kind(task, group, resources)
         return kind
 
-    def _new_kind(self, task: Any, group: Group, resources: Mapping[str, float]) -> Kind:
+    def _new_kind(self, task: Any, group: GroupCounts, resources: Mapping[str, float]) -> TaskKind:
         prefix = task.group.prefix
-        kind = Kind(prefix.name, group, dict(resources))
+        kind = TaskKind(prefix.name, group, dict(resources))
         # Tasks that ended before this plugin came, or Dask's setting of default durations, have told something.
         if prefix.duration_average > 0:
             kind.took(int(prefix.duration_average * 1e6))
             self._known[kind.name] = kind
         return kind
 
-    def _group_for(self, resources: Mapping[str, float], loose: bool = False) -> Group:
+    def _group_for(self, resources: Mapping[str, float], loose: bool = False) -> GroupCounts:
         if not self.offers:
             return self.groups[DEFAULT_GROUP]
         name = group_for(resources, self.offers)
@@ -155,10 +155,10 @@ class Kinds:
             return self.groups[name]
         return self._unmatched(", ".join(f"{resource}={resources[resource]:g}" for resource in sorted(resources)))
 
-    def _unmatched(self, wish: str) -> Group:
-        return self.unmatched.setdefault(wish, Group(wish))
+    def _unmatched(self, wish: str) -> GroupCounts:
+        return self.unmatched.setdefault(wish, GroupCounts(wish))
 
-    def learnt(self, kind: Kind) -> None:
+    def learnt(self, kind: TaskKind) -> None:
         """The duration of a kind is known from now on."""
         self._known[kind.name] = kind
 

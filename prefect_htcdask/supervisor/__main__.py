@@ -15,12 +15,12 @@ from prefect_htcdask.condor.submit_description import JobFiles, WorkerJobError, 
 from prefect_htcdask.supervisor.flow_run_watch import flow_run_ended, tell_of_cleanup
 from prefect_htcdask.supervisor.loop import Supervisor
 from prefect_htcdask.supervisor.parent_watch import ParentWatch
-from prefect_htcdask.supervisor.protocol import GatewayAccess, HandOff, Preflight, decode, from_line
+from prefect_htcdask.supervisor.protocol import GatewayAccess, Preflight, SupervisorConfig, decode, from_line
 from prefect_htcdask.supervisor.report.events import cleanup_event
 from prefect_htcdask.supervisor.report.files import write_report
 from prefect_htcdask.supervisor.rpc import GatewayLink
 from prefect_htcdask.supervisor.shutdown import Cleanup
-from prefect_htcdask.supervisor.stdout_writer import Outbox
+from prefect_htcdask.supervisor.stdout_writer import StdoutWriter
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def preflight(request: Preflight) -> ScheddClient:
 
 
 async def serve(
-    schedd: ScheddClient, plan: HandOff, takeover: bool, commands: asyncio.StreamReader, outbox: Outbox
+    schedd: ScheddClient, plan: SupervisorConfig, takeover: bool, commands: asyncio.StreamReader, outbox: StdoutWriter
 ) -> None:
     """Run the supervisor for a plan until it is over, then clean up."""
     say = outbox.say
@@ -92,7 +92,7 @@ async def serve(
                     group = supervisor.set_target(command)
                     reply.update(group=group.name, fixed=group.target.fixed)
                 elif command["op"] == "status":
-                    reply["summary"] = supervisor.fleet.summary(time.time())
+                    reply["summary"] = supervisor.worker_table.summary(time.time())
                 elif command["op"] == "detach":
                     detached = True
                 elif command["op"] == "close":
@@ -140,7 +140,7 @@ async def serve(
 async def main() -> int:
     """Preflight, then hand-off, then the loop. Returns the exit status."""
     loop = asyncio.get_running_loop()
-    outbox = Outbox()
+    outbox = StdoutWriter()
     await outbox.open()
     try:
         return await work(loop, outbox)
@@ -162,14 +162,14 @@ async def next_line(commands: asyncio.StreamReader, gone: asyncio.Event) -> byte
     return b""
 
 
-async def stop_entrusted(access: GatewayAccess) -> None:
+async def stop_registered(access: GatewayAccess) -> None:
     """Stop a gateway cluster that never got workers, for as long as its gateway may take to come back."""
     deadline = time.monotonic() + _STOP_TIMEOUT
     while not await GatewayLink(access).stop() and time.monotonic() < deadline:
         await asyncio.sleep(1)
 
 
-async def work(loop: asyncio.AbstractEventLoop, outbox: Outbox) -> int:
+async def work(loop: asyncio.AbstractEventLoop, outbox: StdoutWriter) -> int:
     """What `main` does, between the opening of the outbox and its flush."""
     # By the pipe's end alone it would not be known: a forked child of the parent may hold the pipe.
     gone = asyncio.Event()
@@ -197,7 +197,7 @@ async def work(loop: asyncio.AbstractEventLoop, outbox: Outbox) -> int:
 
 
 async def take_over(
-    schedd: ScheddClient, commands: asyncio.StreamReader, gone: asyncio.Event, early: ParentWatch, outbox: Outbox
+    schedd: ScheddClient, commands: asyncio.StreamReader, gone: asyncio.Event, early: ParentWatch, outbox: StdoutWriter
 ) -> int:
     """Wait for the cluster to look after, and look after it. Returns the exit status."""
     entrusted: GatewayAccess | None = None
@@ -209,7 +209,7 @@ async def take_over(
     if not line:
         if entrusted is not None:
             logger.info("the flow's process went away while its gateway cluster started")
-            await stop_entrusted(entrusted)
+            await stop_registered(entrusted)
         return 0
     plan, takeover = message
     try:

@@ -10,12 +10,12 @@ from typing import Any
 
 from prefect_htcdask.condor.schedd import ScheddClient, ScheddError, ScheddLimit, ScheddRefusal
 from prefect_htcdask.condor.submit_description import settings_in, submit_description
-from prefect_htcdask.supervisor.notifier import Voice
+from prefect_htcdask.supervisor.notifier import Notifier
 from prefect_htcdask.supervisor.policy import Decision
-from prefect_htcdask.supervisor.protocol import HandOff
+from prefect_htcdask.supervisor.protocol import SupervisorConfig
 from prefect_htcdask.supervisor.rpc import SchedulerLink
-from prefect_htcdask.supervisor.worker_group import Group
-from prefect_htcdask.supervisor.worker_table import Fleet
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
+from prefect_htcdask.supervisor.worker_table import WorkerTable
 
 logger = logging.getLogger(__name__)
 
@@ -27,34 +27,34 @@ class Actions:
         plan: what the flow's process handed over.
         schedd: the schedd.
         condor: calls one of the schedd's functions in the thread that the bindings have.
-        fleet: the jobs and workers, which learn of what is done.
+        worker_table: the jobs and workers, which learn of what is done.
         scheduler: the Dask scheduler.
-        voice: says what was done.
+        notifier: says what was done.
     """
 
     def __init__(
         self,
-        plan: HandOff,
+        plan: SupervisorConfig,
         schedd: ScheddClient,
         condor: Callable[..., Awaitable[Any]],
-        fleet: Fleet,
+        worker_table: WorkerTable,
         scheduler: SchedulerLink,
-        voice: Voice,
+        notifier: Notifier,
     ) -> None:
         self._plan = plan
         self._schedd = schedd
         self._condor = condor
-        self._fleet = fleet
+        self._worker_table = worker_table
         self._scheduler = scheduler
-        self._voice = voice
+        self._notifier = notifier
         self._background: set[asyncio.Task[Any]] = set()
 
-    async def carry_out(self, group: Group, decision: Decision) -> int:
+    async def carry_out(self, group: WorkerGroup, decision: Decision) -> int:
         """Carry a decision out; returns how many jobs were submitted."""
         if decision.gives_up:
-            self._voice.give_up(group, decision.gives_up)
+            self._notifier.give_up(group, decision.gives_up)
         if decision.goes_on:
-            self._voice.go_on(group, decision.goes_on)
+            self._notifier.warn_degraded(group, decision.goes_on)
         submitted = 0
         if decision.submit and not group.gave_up and time.monotonic() >= group.submit_after:
             submitted = await self.submit(group, decision.submit)
@@ -62,14 +62,14 @@ class Actions:
             await self._condor(
                 self._schedd.remove, decision.remove_pending, "prefect_htcdask: fewer workers are needed"
             )
-            self._fleet.leaving.update(decision.remove_pending)
+            self._worker_table.leaving.update(decision.remove_pending)
         if decision.retire:
-            jobs = self._fleet.told_to_leave(decision.retire)
+            jobs = self._worker_table.mark_retiring(decision.retire)
             self.spawn(self.retire(group, jobs, idle_only=group.target.fixed is None))
-        self._voice.decided(group, decision, submitted)
+        self._notifier.decided(group, decision, submitted)
         return submitted
 
-    async def submit(self, group: Group, count: int) -> int:
+    async def submit(self, group: WorkerGroup, count: int) -> int:
         """Submit workers in one transaction, if the schedd takes them; returns how many it took."""
         assert group.files is not None
         try:
@@ -82,7 +82,7 @@ class Actions:
                 lease_expires=int(await self._condor(self._schedd.now) + self._plan.lease),
                 lost_schedd_lease=self._plan.lost_schedd,
             )
-            self._voice.saw_clock(self._schedd.clock_ahead)
+            self._notifier.saw_clock(self._schedd.clock_ahead)
             job_ids = await self._condor(self._schedd.submit, commands, count)
         except ScheddRefusal as exc:
             self._refused(group, str(exc))
@@ -90,47 +90,49 @@ class Actions:
         except ScheddError as exc:
             pause = group.refused(time.monotonic(), str(exc))
             level = "warning" if isinstance(exc, ScheddLimit) else "error"
-            self._voice.tell_again(level, f"{exc}; the next attempt is in {pause:.0f} s", key=f"{group.name}: {exc}")
+            self._notifier.tell_again(level, f"{exc}; the next attempt is in {pause:.0f} s", key=f"{group.name}: {exc}")
             return 0
         group.submitted()
-        self._fleet.submitted_jobs(job_ids, group.name, time.time())
+        self._worker_table.submitted_jobs(job_ids, group.name, time.time())
         logger.info("submitted %d jobs of group %s: %s to %s", len(job_ids), group.name, job_ids[0], job_ids[-1])
         if self._schedd.limit:
             why = f"{self._schedd.limit}: it took {len(job_ids)} of {count} worker jobs"
             group.refused(time.monotonic(), why)
-            self._voice.tell_again("warning", f"{why}; the others wait", key=f"{group.name}: {self._schedd.limit}")
+            self._notifier.tell_again("warning", f"{why}; the others wait", key=f"{group.name}: {self._schedd.limit}")
         return len(job_ids)
 
-    def _refused(self, group: Group, why: str) -> None:
+    def _refused(self, group: WorkerGroup, why: str) -> None:
         """The schedd refuses the jobs of a group for what they say: nothing comes of waiting, but what runs goes on."""
         settings = settings_in(why, group.spec, group.settings)
         about = f"correct {' and '.join(settings)}" if settings else f"see {group.settings}.extra_submit"
         text = f"HTCondor refuses the worker jobs: {why} ({about}, or ask those who look after the pool for its rules)"
         pause = group.refused(time.monotonic(), text)
-        if any(self._fleet.group_of(record) == group.name for record in self._fleet.queued_jobs()):
+        if any(self._worker_table.group_of(record) == group.name for record in self._worker_table.queued_jobs()):
             key = f"{group.name}: {why}"
-            self._voice.tell_again("error", f"{text}; workers that there are go on, and it is tried again", key=key)
+            self._notifier.tell_again("error", f"{text}; workers that there are go on, and it is tried again", key=key)
             logger.info("the next attempt is in %.0f s", pause)
         else:
-            self._voice.fail(group, text)
+            self._notifier.fail(group, text)
 
-    async def retire(self, group: Group, jobs: dict[str, str], idle_only: bool) -> None:
+    async def retire(self, group: WorkerGroup, jobs: dict[str, str], idle_only: bool) -> None:
         """Retire workers, given with their jobs; those that cannot go now stay in the fleet."""
         going = set(await self._scheduler.retire(sorted(jobs), idle_only))
         kept = {name: job for name, job in jobs.items() if name not in going}
-        self._fleet.could_not_leave(kept, time.monotonic())
+        self._worker_table.retire_failed(kept, time.monotonic())
         while going:
             # The scheduler's answers tell who has gone; who drains may take as long as its tasks do.
             await asyncio.sleep(2 * self._plan.interval)
-            gone = going.difference(self._fleet.joined.values())
+            gone = going.difference(self._worker_table.joined.values())
             # A worker process that hangs in its end would keep the slot.
             await asyncio.sleep(2 * group.spec.vacate_time)
-            in_queue = self._fleet.leaving.intersection(record.job_id for record in self._fleet.queued_jobs())
+            in_queue = self._worker_table.leaving.intersection(
+                record.job_id for record in self._worker_table.queued_jobs()
+            )
             stuck = [jobs[name] for name in gone if jobs[name] in in_queue]
             await self._condor(self._schedd.remove, stuck, "prefect_htcdask: the worker was retired but did not end")
             going -= gone
 
-    async def avoid(self, group: Group, suspects: set[str]) -> None:
+    async def avoid(self, group: WorkerGroup, suspects: set[str]) -> None:
         """Have later jobs of a group keep off machines where its workers do not come up, if there are others."""
         try:
             machines = await self._condor(self._schedd.machines)
@@ -140,7 +142,9 @@ class Actions:
         avoided = group.avoid(suspects, machines)
         if avoided:
             where = ", ".join(sorted(avoided))
-            self._voice.tell_once("warning", f"workers do not come up on {where}: later ones of this run go elsewhere")
+            self._notifier.tell_once(
+                "warning", f"workers do not come up on {where}: later ones of this run go elsewhere"
+            )
 
     def spawn(self, coroutine: Any) -> None:
         """Do something beside the rounds."""

@@ -19,8 +19,8 @@ from typing import IO, Any
 from prefect_htcdask.supervisor.protocol import (
     CLOSE_TIMEOUT,
     GatewayAccess,
-    HandOff,
     Preflight,
+    SupervisorConfig,
     encode,
     from_line,
     group_of,
@@ -65,7 +65,7 @@ class SupervisorHandle:
         self._log_path = log_path
         self._on_message = on_message
         self._lock = threading.RLock()
-        self._plan: HandOff | None = None
+        self._plan: SupervisorConfig | None = None
         # Commands without a reply yet, with their lines: a new supervisor gets them again.
         self._pending: dict[int, tuple[Future[dict[str, Any]], bytes]] = {}
         self._next_id = 0
@@ -121,12 +121,12 @@ class SupervisorHandle:
         """
         self._await(self._checked, timeout, "the supervisor did not finish its checks")
 
-    def entrust(self, access: GatewayAccess) -> None:
+    def register_cluster(self, access: GatewayAccess) -> None:
         """Name a cluster that just starts, for the supervisor to stop should this process end before the hand-off."""
         with self._lock:
             self._send(encode(access))
 
-    def hand_off(self, plan: HandOff, timeout: float = _ANSWER_TIMEOUT) -> None:
+    def hand_off(self, plan: SupervisorConfig, timeout: float = _ANSWER_TIMEOUT) -> None:
         """Give the supervisor its cluster and wait until it looks after it.
 
         Raises:

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from uuid import UUID
 
 from prefect_htcdask.condor.submit_description import FlowRunTag
-from prefect_htcdask.supervisor.report.events import EventShape, flow_run_resource
+from prefect_htcdask.supervisor.report.events import EventSpec, flow_run_resource
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ async def flow_run_ended(flow_run_id: str, environment: Mapping[str, str]) -> st
             await asyncio.sleep(_INTERVAL)
 
 
-async def tell_of_cleanup(event: EventShape, flow_run: FlowRunTag, environment: Mapping[str, str]) -> bool:
+async def tell_of_cleanup(event: EventSpec, flow_run: FlowRunTag, environment: Mapping[str, str]) -> bool:
     """Send the event of a cleanup, where nobody else is left to send it; returns whether it was sent.
 
     Args:
@@ -74,7 +74,7 @@ async def tell_of_cleanup(event: EventShape, flow_run: FlowRunTag, environment: 
     return True
 
 
-async def _send(event: EventShape, flow_run: FlowRunTag) -> None:
+async def _send(event: EventSpec, flow_run: FlowRunTag) -> None:
     clients, schemas = await asyncio.to_thread(_import_events)
     async with clients.get_events_client() as client:
         await client.emit(

@@ -17,15 +17,15 @@ from prefect_htcdask.condor.diagnosis import (
 from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.supervisor.job_message import job_message
-from prefect_htcdask.supervisor.worker_group import Group
-from prefect_htcdask.supervisor.worker_table import HELD_BY_USER, Fleet
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
+from prefect_htcdask.supervisor.worker_table import HELD_BY_USER, WorkerTable
 
 
-class JobNews:
+class JobEventHandler:
     """Takes in what happens to the jobs, and says it.
 
     Args:
-        fleet: the jobs and workers.
+        worker_table: the jobs and workers.
         groups: the worker groups, which learn from it.
         directory: where the workers' stderr comes back to.
         say: sends a message to the flow's process.
@@ -33,12 +33,12 @@ class JobNews:
 
     def __init__(
         self,
-        fleet: Fleet,
-        groups: Mapping[str, Group],
+        worker_table: WorkerTable,
+        groups: Mapping[str, WorkerGroup],
         directory: RunDirectory,
         say: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._fleet = fleet
+        self._worker_table = worker_table
         self._groups = groups
         self._directory = directory
         self._say = say
@@ -51,7 +51,7 @@ class JobNews:
             fate = self._take_one(change)
             if fate is not None:
                 fates.setdefault(fate, []).append(change.job_id)
-            if change.what == "held" and self._fleet.table.records[change.job_id].hold_code != HELD_BY_USER:
+            if change.what == "held" and self._worker_table.table.records[change.job_id].hold_code != HELD_BY_USER:
                 held.append(change.job_id)
         for (level, text), job_ids in fates.items():
             jobs = ", ".join(job_ids[:3]) + (f" and {len(job_ids) - 3} more" if len(job_ids) > 3 else "")
@@ -60,14 +60,14 @@ class JobNews:
 
     def _take_one(self, change: JobChange) -> tuple[str, str] | None:
         """Take in one job's change; returns level and words for the flow run's log, or `None` for nothing to say."""
-        failed_start = self._fleet.saw_change(change)
-        record = self._fleet.table.records[change.job_id]
+        failed_start = self._worker_table.saw_change(change)
+        record = self._worker_table.table.records[change.job_id]
         died = change.what == "exited" and bool(record.exit_code or record.exit_signal is not None or failed_start)
         ended = died or change.what in ("held", "evicted", "removed")
         # HTCondor tells of a removal of ours as of an eviction first.
-        asked_for = change.job_id in self._fleet.leaving and change.what in ("evicted", "removed")
+        asked_for = change.job_id in self._worker_table.leaving and change.what in ("evicted", "removed")
         diagnosis = self._diagnose_change(change, record) if ended and not asked_for else None
-        group = self._groups[self._fleet.group_of(record)]
+        group = self._groups[self._worker_table.group_of(record)]
         message = job_message(change.what, record, group.name, group.spec, diagnosis, change.reason, asked_for)
         self._say(message)
         if died or change.what == "held":
@@ -78,7 +78,7 @@ class JobNews:
             group.failed(record, time.monotonic())
         if change.what == "held":
             return "error", f"held: {diagnosis}"
-        if change.job_id in self._fleet.leaving or diagnosis is None:
+        if change.job_id in self._worker_table.leaving or diagnosis is None:
             return None
         if change.what == "exited":
             return "warning", f"ended on {record.host}: {diagnosis}"
@@ -88,7 +88,7 @@ class JobNews:
 
     def joined(self, record: JobRecord) -> None:
         """Say that a job's worker is at the scheduler."""
-        group = self._groups[self._fleet.group_of(record)]
+        group = self._groups[self._worker_table.group_of(record)]
         self._say(job_message("joined", record, group.name, group.spec))
 
     def _diagnose_change(self, change: JobChange, record: JobRecord) -> Diagnosis:
@@ -106,12 +106,12 @@ class JobNews:
             record.exit_code,
             record.exit_signal,
             self._directory.stderr_tail(record.job_id),
-            joined=record.job_id in self._fleet.ever_joined,
+            joined=record.job_id in self._worker_table.ever_joined,
             settings=self._settings(record),
         )
 
     def _settings(self, record: JobRecord) -> str:
-        return self._groups[self._fleet.group_of(record)].settings
+        return self._groups[self._worker_table.group_of(record)].settings
 
     def why_it_ended(self, record: JobRecord) -> str:
         """Why a job is held or no more, in words."""
@@ -122,7 +122,7 @@ class JobNews:
         return str(self._diagnose_exit(record))
 
 
-def unmatched(wish: str, count: int, groups: Iterable[Group]) -> str:
+def unmatched(wish: str, count: int, groups: Iterable[WorkerGroup]) -> str:
     """That tasks ask for what no worker of any group offers, as `kinds.Kinds.unserved` puts it."""
     tasks = f"{count} waiting task{'s'[: count > 1]}"
     name, _, address = wish.partition("=")

@@ -22,15 +22,15 @@ from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 from prefect_htcdask.supervisor.actions import Actions
 from prefect_htcdask.supervisor.disk_watch import DiskWatch
-from prefect_htcdask.supervisor.job_log import JobNews, unmatched
-from prefect_htcdask.supervisor.notifier import Voice
-from prefect_htcdask.supervisor.pending_jobs import Waiting
+from prefect_htcdask.supervisor.job_log import JobEventHandler, unmatched
+from prefect_htcdask.supervisor.notifier import Notifier
+from prefect_htcdask.supervisor.pending_jobs import PendingJobsDiagnoser
 from prefect_htcdask.supervisor.policy import Decision, Target, decide
-from prefect_htcdask.supervisor.protocol import HandOff, group_of, target_of
+from prefect_htcdask.supervisor.protocol import SupervisorConfig, group_of, target_of
 from prefect_htcdask.supervisor.report.progress import Progress
 from prefect_htcdask.supervisor.rpc import GatewayLink, SchedulerLink
-from prefect_htcdask.supervisor.worker_group import Group, idle_job_caps
-from prefect_htcdask.supervisor.worker_table import HELD_BY_USER, Fleet
+from prefect_htcdask.supervisor.worker_group import WorkerGroup, idle_job_caps
+from prefect_htcdask.supervisor.worker_table import HELD_BY_USER, WorkerTable
 
 logger = logging.getLogger(__name__)
 
@@ -54,27 +54,27 @@ class Supervisor:
         say: sends a message to the flow's process.
     """
 
-    def __init__(self, plan: HandOff, schedd: ScheddClient, say: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, plan: SupervisorConfig, schedd: ScheddClient, say: Callable[[dict[str, Any]], None]) -> None:
         self.plan = plan
         self.schedd = schedd
         self.say = say
         self.directory = RunDirectory(Path(plan.run_directory))
         digest = cluster_digest(plan.access.cluster_name)
         self.constraint = cluster_constraint(digest)
-        self.fleet = Fleet(tuple(plan.groups))
+        self.worker_table = WorkerTable(tuple(plan.groups))
         self.groups = {
-            name: Group(name, group, "workers" if len(plan.groups) == 1 else name, group.target)
+            name: WorkerGroup(name, group, "workers" if len(plan.groups) == 1 else name, group.target)
             for name, group in plan.groups.items()
         }
-        self.news = JobNews(self.fleet, self.groups, self.directory, say)
-        self.progress = Progress(self.fleet, self.groups, plan.report, say)
-        self.voice = Voice(say, self.news.why_it_ended, several=len(plan.groups) > 1)
-        self.waiting = Waiting(digest, self.fleet, IdleJobs(schedd), self.condor, say)
+        self.news = JobEventHandler(self.worker_table, self.groups, self.directory, say)
+        self.progress = Progress(self.worker_table, self.groups, plan.report, say)
+        self.notifier = Notifier(say, self.news.why_it_ended, several=len(plan.groups) > 1)
+        self.waiting = PendingJobsDiagnoser(digest, self.worker_table, IdleJobs(schedd), self.condor, say)
         self.scheduler = SchedulerLink(
             plan.access, plan.owner, {name: group.spec.resources for name, group in plan.groups.items()}
         )
         self.gateway = GatewayLink(plan.access)
-        self.actions = Actions(plan, schedd, self.condor, self.fleet, self.scheduler, self.voice)
+        self.actions = Actions(plan, schedd, self.condor, self.worker_table, self.scheduler, self.notifier)
         self.disk = DiskWatch(
             self.directory.path,
             self.condor,
@@ -150,18 +150,18 @@ class Supervisor:
             f"the job event log {self.directory.event_log} {what}: from now on the schedd's queue is asked as well, "
             "once a minute. Leave the files in condor.directory alone while a flow runs, and see that its disk has room"
         )
-        self.voice.tell_once("warning", text, key="the event log cannot be relied on")
+        self.notifier.tell_once("warning", text, key="the event log cannot be relied on")
 
     async def take_over(self, queue: QueueReader) -> None:
         """Find the jobs that a predecessor submitted. What became of them was told by that one."""
         assert self._reader is not None
         self._taken_over_at = time.time()
-        await self.condor(self._reader.read, self.fleet.table)
+        await self.condor(self._reader.read, self.worker_table.table)
         # The log may not tell of all of them, it may have been on another host; and only the ads tell the groups.
-        await self.condor(queue.read, self.fleet.table)
-        for record in self.fleet.table.in_state(JobState.RUNNING):
-            self.groups[self.fleet.group_of(record)].started(record)
-        held = self.fleet.table.in_state(JobState.HELD)
+        await self.condor(queue.read, self.worker_table.table)
+        for record in self.worker_table.table.in_state(JobState.RUNNING):
+            self.groups[self.worker_table.group_of(record)].started(record)
+        held = self.worker_table.table.in_state(JobState.HELD)
         self._held.update(record.job_id for record in held if record.hold_code != HELD_BY_USER)
 
     # The loop
@@ -181,7 +181,7 @@ class Supervisor:
             except asyncio.CancelledError:
                 continue
             except Exception as exc:
-                self.voice.tell_failure(exc)
+                self.notifier.tell_failure(exc)
             woken = asyncio.ensure_future(self.wake.wait())
             pause = max(0.05, round_ends - time.monotonic())
             await asyncio.wait([woken, over], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
@@ -190,7 +190,7 @@ class Supervisor:
 
     def interval(self, now: float) -> float:
         """Seconds that a round takes at least."""
-        if self.fleet.table.records or now > self._began + _FIRST_TIME:
+        if self.worker_table.table.records or now > self._began + _FIRST_TIME:
             return self.plan.interval
         # The first tasks are about to come, and nothing else is going on: they are not kept waiting.
         return min(_FIRST_INTERVAL, self.plan.interval)
@@ -201,11 +201,11 @@ class Supervisor:
             await self.read_jobs()
         except Exception as exc:
             # The scheduler's lease is renewed by the question for demand, schedd or no schedd.
-            self.voice.tell_failure(exc)
+            self.notifier.tell_failure(exc)
         try:
             await self.follow_demand()
         except Exception as exc:
-            self.voice.tell_failure(exc)
+            self.notifier.tell_failure(exc)
         if self.over.is_set():
             return
         await self.renew()
@@ -213,7 +213,7 @@ class Supervisor:
         self.progress.tell(time.monotonic())
         for group in self.groups.values():
             if group.overdue(time.monotonic()):
-                self.voice.give_up_waiting(group, group.not_taken or await self.waiting.why(group))
+                self.notifier.give_up_waiting(group, group.not_taken or await self.waiting.why(group))
             else:
                 await self.waiting.look(group, time.time())
 
@@ -227,9 +227,9 @@ class Supervisor:
             if suspects := group.suspects():
                 await self.actions.avoid(group, suspects)
         now = time.monotonic()
-        supplies = self.fleet.supplies(answer if known else None, now)
+        supplies = self.worker_table.supplies(answer if known else None, now)
         self.progress.saw(answer if known else None, supplies, time.time())
-        demands = self.fleet.demands(answer) if answer and known else {}
+        demands = self.worker_table.demands(answer) if answer and known else {}
         unstarted = {name: supply.unstarted for name, supply in supplies.items()}
         for name, group in self.groups.items():
             cap = idle_job_caps(unstarted, self.plan.max_idle_jobs)[name]
@@ -240,7 +240,7 @@ class Supervisor:
             try:
                 unstarted[name] += await self.act(group, decision)
             except Exception as exc:  # the other groups have nothing to do with it
-                self.voice.tell_failure(exc)
+                self.notifier.tell_failure(exc)
 
     async def ask_scheduler(self) -> dict[str, Any] | None:
         """The scheduler's answer; none at once where the gateway says that its cluster is over."""
@@ -264,28 +264,28 @@ class Supervisor:
                     {"kind": "failed", "text": f"gateway cluster {name} is gone: its scheduler was stopped or lost"}
                 )
                 self.end("the gateway cluster is gone")
-            self.voice.unheard(silence, self.plan.scheduler_lease)
+            self.notifier.scheduler_silent(silence, self.plan.scheduler_lease)
             return False
-        self.voice.heard()
+        self.notifier.heard()
         self._answered, self._unanswered = time.monotonic(), 0
         if answer["status"] == "superseded":
             # Another supervisor owns the workers now: leave them alone.
             text = f"another supervisor ({answer['owner']}) took over the workers of this cluster"
-            self.voice.tell_once("warning", text)
+            self.notifier.tell_once("warning", text)
             self.stop_cluster = False
-            self.fleet.leaving.clear()
+            self.worker_table.leaving.clear()
             self.end(SUPERSEDED)
             return False
         joined_at = time.time()
-        for job_id in self.fleet.saw_workers(answer["joined"]):
-            record = self.fleet.table.get(job_id)
+        for job_id in self.worker_table.saw_workers(answer["joined"]):
+            record = self.worker_table.table.get(job_id)
             # When a predecessor's workers joined, nobody knows.
             known = self._taken_over_at is None or (record.started or 0.0) > self._taken_over_at
-            self.groups[self.fleet.group_of(record)].joined(record, joined_at if known else None)
+            self.groups[self.worker_table.group_of(record)].joined(record, joined_at if known else None)
             self.news.joined(record)
         for wish, count in answer.get("unmatched", {}).items():
             text = unmatched(wish, count, self.groups.values())
-            self.voice.tell_once("warning", text, key=f"unmatched {wish}")
+            self.notifier.tell_once("warning", text, key=f"unmatched {wish}")
         for request in answer.get("requests", ()):
             if request["number"] > self._request_seen:
                 self._request_seen = request["number"]
@@ -303,7 +303,7 @@ class Supervisor:
             request = {"op": "scale", "n": group.target.fixed, "number": request["number"]}
         self.say({**request, "kind": "target", "group": group.name})
 
-    def set_target(self, request: Mapping[str, Any]) -> Group:
+    def set_target(self, request: Mapping[str, Any]) -> WorkerGroup:
         """Take a wish to scale or adapt; returns the group that it is for.
 
         Raises:
@@ -313,14 +313,14 @@ class Supervisor:
             raise ValueError(f"cluster {self.plan.access.cluster_name} is over: {self.ended_because}")
         group = self.groups[group_of(request, self.groups)]
         if request["op"] == "hold":
-            supply = self.fleet.supplies(None, time.monotonic())[group.name]
+            supply = self.worker_table.supplies(None, time.monotonic())[group.name]
             group.wants(Target(fixed=supply.total))
         else:
             group.wants(target_of(request))
         self.wake.set()
         return group
 
-    async def act(self, group: Group, decision: Decision) -> int:
+    async def act(self, group: WorkerGroup, decision: Decision) -> int:
         """Carry a decision out; returns how many jobs were submitted."""
         return await self.actions.carry_out(group, decision)
 
@@ -330,22 +330,22 @@ class Supervisor:
         if now < self._renew_at:
             return
         self.directory.touch()
-        if self.fleet.queued_jobs():
+        if self.worker_table.queued_jobs():
             await self.condor(self.schedd.renew, self.constraint, self.plan.lease)
-            self.voice.saw_clock(self.schedd.clock_ahead)
+            self.notifier.saw_clock(self.schedd.clock_ahead)
         self._renew_at = now + min(self.plan.lease / 3, _MAX_RENEWAL_INTERVAL)
 
     async def read_jobs(self) -> None:
         """Take in what happened to the jobs, and have held ones make room for others."""
         assert self._reader is not None
-        changes = await self.condor(self._reader.read, self.fleet.table)
+        changes = await self.condor(self._reader.read, self.worker_table.table)
         self._held.update(self.news.take(changes))
         self.progress.took(changes)
-        if lost := self.fleet.taken_away(changes):
+        if lost := self.worker_table.evicted(changes):
             self.actions.spawn(self.scheduler.pardon(lost))
         if self._held:
             # They would stay in the queue for ever; fresh ones may land on better hosts.
-            self.fleet.leaving.update(self._held)
+            self.worker_table.leaving.update(self._held)
             await self.condor(self.schedd.remove, sorted(self._held), "prefect_htcdask: held workers are replaced")
             self._held.clear()
 
@@ -357,7 +357,7 @@ class Supervisor:
             answer = await asyncio.wait_for(self.scheduler.demand(), _LAST_ANSWER)
             if answer is not None and answer["status"] == "ok":
                 now = time.monotonic()
-                self.progress.saw(answer, self.fleet.supplies(answer, now), time.time())
+                self.progress.saw(answer, self.worker_table.supplies(answer, now), time.time())
 
     def end(self, why: str) -> None:
         """Leave the loop; the cleanup follows."""

@@ -13,7 +13,7 @@ from typing import Any
 from prefect_htcdask.condor.job_events import JobRecord
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.supervisor.policy import Decision
-from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
 
 UNHEARD = 20.0
 """Seconds without an answer of the scheduler after which the user is told."""
@@ -30,7 +30,7 @@ _CLOCKS = "the clocks are apart"
 logger = logging.getLogger(__name__)
 
 
-class Voice:
+class Notifier:
     """Says what the user should know.
 
     Args:
@@ -46,7 +46,7 @@ class Voice:
         self._told: set[str] = set()
         self._again: dict[str, tuple[float, float]] = {}
 
-    def decided(self, group: Group, decision: Decision, submitted: int) -> None:
+    def decided(self, group: WorkerGroup, decision: Decision, submitted: int) -> None:
         """Say what was decided for a group, if it changes anything: the schedd may have taken no jobs."""
         removed = len(decision.remove_pending) + len(decision.retire)
         if submitted or removed:
@@ -90,7 +90,7 @@ class Voice:
         what = f"{type(exc).__name__}: {exc}"
         self.tell_once("error", f"the supervisor failed to look after the workers, and tries again: {what}", key=what)
 
-    def unheard(self, silence: float, limit: float) -> None:
+    def scheduler_silent(self, silence: float, limit: float) -> None:
         """Say that the scheduler has not answered for a while, once for each time that it falls silent.
 
         Args:
@@ -122,36 +122,36 @@ class Voice:
                 key=_CLOCKS,
             )
 
-    def fail(self, group: Group, text: str) -> None:
+    def fail(self, group: WorkerGroup, text: str) -> None:
         """Say that workers of a group cannot be had: the flow must fail rather than wait for ever."""
         if not group.gave_up:
             group.gave_up = True
             self._say({"kind": "failed", "text": self._named(group, text)})
 
-    def give_up(self, group: Group, why: str) -> None:
+    def give_up(self, group: WorkerGroup, why: str) -> None:
         """The failure budget is spent: say so, with what became of the last."""
         if not group.gave_up:
             self.fail(group, self._with_the_last(group, why))
 
-    def give_up_waiting(self, group: Group, why: str) -> None:
+    def give_up_waiting(self, group: WorkerGroup, why: str) -> None:
         """No worker of a group came within its start timeout."""
         setting = f"{group.settings}.start_timeout = {group.plan.start_timeout:g} s"
         self.fail(group, f"no worker started within {setting}: {why}")
 
-    def go_on(self, group: Group, why: str) -> None:
+    def warn_degraded(self, group: WorkerGroup, why: str) -> None:
         """The failure budget is spent, but workers that have joined go on: say so once for the last failure."""
         key = f"{group.name} goes on after {group.last_failure}"
         if key not in self._told:
             self.tell_once("warning", self._named(group, self._with_the_last(group, why)), key)
 
-    def _with_the_last(self, group: Group, text: str) -> str:
+    def _with_the_last(self, group: WorkerGroup, text: str) -> str:
         record = group.last_failed
         if record is None:
             return text
         where = f" on {record.host}" if record.host else ""
         return f"{text}. The last, HTCondor job {record.job_id}{where}: {self._why_it_ended(record)}"
 
-    def _named(self, group: Group, text: str) -> str:
+    def _named(self, group: WorkerGroup, text: str) -> str:
         return f"worker group {group.name}: {text}" if self._several else text
 
 

@@ -12,8 +12,8 @@ from prefect_htcdask.condor.diagnosis import Category, Diagnosis, diagnose_never
 from prefect_htcdask.condor.job_events import JobRecord, JobState
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.submit_description import group_constraint
-from prefect_htcdask.supervisor.worker_group import Group
-from prefect_htcdask.supervisor.worker_table import Fleet
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
+from prefect_htcdask.supervisor.worker_table import WorkerTable
 
 FIRST_LOOK = 60.0
 """Seconds that jobs wait, or run without joining twice as long, before it is asked why."""
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Looks:
+class _Schedule:
     """When to look next at the jobs of a group (Unix time), after what pause, and what was told of the last look."""
 
     at: float = 0.0
@@ -36,12 +36,12 @@ class _Looks:
     told: Category | None = None
 
 
-class Waiting:
+class PendingJobsDiagnoser:
     """Explains the jobs of a cluster whose workers do not come, seldom: each look asks schedd and collector.
 
     Args:
         cluster: digest of the gateway cluster's name (`cluster_digest`).
-        fleet: jobs and workers.
+        worker_table: jobs and workers.
         idle_jobs: asks HTCondor.
         condor: calls a function in the bindings' own thread.
         say: sends a message to the flow's process.
@@ -50,28 +50,28 @@ class Waiting:
     def __init__(
         self,
         cluster: str,
-        fleet: Fleet,
+        worker_table: WorkerTable,
         idle_jobs: IdleJobs,
         condor: Callable[..., Awaitable[Any]],
         say: Callable[[dict[str, Any]], None],
     ) -> None:
         self._cluster = cluster
-        self._fleet = fleet
+        self._worker_table = worker_table
         self._idle_jobs = idle_jobs
         self._condor = condor
         self._say = say
-        self._looks: dict[str, _Looks] = {}
+        self._looks: dict[str, _Schedule] = {}
 
-    async def look(self, group: Group, now: float) -> None:
+    async def look(self, group: WorkerGroup, now: float) -> None:
         """Tell why workers of a group do not come, where they have not for a while and the reason is a new one.
 
         Args:
             group: the group.
             now: Unix time in seconds.
         """
-        looks = self._looks.setdefault(group.name, _Looks())
+        looks = self._looks.setdefault(group.name, _Schedule())
         if not self._is_late(group, now):
-            self._looks[group.name] = _Looks()
+            self._looks[group.name] = _Schedule()
             return
         if now < looks.at:
             return
@@ -96,14 +96,14 @@ class Waiting:
             }
         )
 
-    async def why(self, group: Group) -> str:
+    async def why(self, group: WorkerGroup) -> str:
         """Why workers of a group do not come, in words, as far as the pool tells."""
         try:
             return str(await self.explain(group) or "none of its jobs waits in the queue")
         except ScheddError as exc:
             return str(exc)
 
-    async def explain(self, group: Group) -> Diagnosis | None:
+    async def explain(self, group: WorkerGroup) -> Diagnosis | None:
         """Why workers of a group do not come; `None` where no job is there to be asked about.
 
         Raises:
@@ -116,29 +116,31 @@ class Waiting:
         found: Diagnosis | None = await self._condor(self._idle_jobs.explain, constraint, len(idle), group.settings)
         return found
 
-    def _absent(self, group: Group) -> tuple[list[JobRecord], list[JobRecord]]:
+    def _absent(self, group: WorkerGroup) -> tuple[list[JobRecord], list[JobRecord]]:
         """The group's idle jobs, and those that run without their worker having joined."""
-        fleet = self._fleet
+        worker_table = self._worker_table
         mine = [
             record
-            for record in fleet.table.in_state(JobState.IDLE, JobState.RUNNING)
-            if fleet.group_of(record) == group.name and record.job_id not in fleet.leaving
+            for record in worker_table.table.in_state(JobState.IDLE, JobState.RUNNING)
+            if worker_table.group_of(record) == group.name and record.job_id not in worker_table.leaving
         ]
         idle = [record for record in mine if record.state is JobState.IDLE]
         running = [
             record
             for record in mine
-            if record.state is JobState.RUNNING and record.job_id not in fleet.joined and not fleet.has_left(record)
+            if record.state is JobState.RUNNING
+            and record.job_id not in worker_table.joined
+            and not worker_table.deregistered(record)
         ]
         return idle, running
 
-    def _is_late(self, group: Group, now: float) -> bool:
+    def _is_late(self, group: WorkerGroup, now: float) -> bool:
         """Whether the group's jobs have waited for long, and none has started since."""
         idle, running = self._absent(group)
         waits = min((record.submitted or now for record in idle), default=now)
         runs = min((record.started or now for record in running), default=now)
         if now - waits < FIRST_LOOK and now - runs < 2 * FIRST_LOOK:
             return False
-        records = self._fleet.table.records.values()
-        starts = (record.last_start or 0.0 for record in records if self._fleet.group_of(record) == group.name)
+        records = self._worker_table.table.records.values()
+        starts = (record.last_start or 0.0 for record in records if self._worker_table.group_of(record) == group.name)
         return now - max(min(waits, runs), *starts) >= FIRST_LOOK

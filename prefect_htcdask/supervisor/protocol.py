@@ -74,7 +74,7 @@ class ReportPlan:
 
 
 @dataclass(frozen=True)
-class HandOff:
+class SupervisorConfig:
     """All that a supervisor needs. Times in seconds.
 
     Attributes:
@@ -120,7 +120,7 @@ class HandOff:
             "vacate_time": spec.vacate_time,
         }
 
-    def with_target(self, group: str, target: Target) -> HandOff:
+    def with_target(self, group: str, target: Target) -> SupervisorConfig:
         """The same with another number of workers wanted in a group."""
         return replace(self, groups={**self.groups, group: replace(self.groups[group], target=target)})
 

@@ -42,12 +42,12 @@ async def remove_jobs(supervisor: Supervisor) -> bool:
         try:
             count = await supervisor.condor(supervisor.schedd.remove, supervisor.constraint, reason)
         except ScheddError as exc:
-            supervisor.voice.tell_once("warning", f"{exc}; asking again until the lease ends")
+            supervisor.notifier.tell_once("warning", f"{exc}; asking again until the lease ends")
             return False
         logger.info("asked the schedd to remove %d jobs", count)
         return True
 
-    supervisor.fleet.leaving.update(record.job_id for record in supervisor.fleet.queued_jobs())
+    supervisor.worker_table.leaving.update(record.job_id for record in supervisor.worker_table.queued_jobs())
     return await insist(time.monotonic() + supervisor.plan.lease, attempt)
 
 
@@ -62,7 +62,7 @@ async def wait_until_gone(supervisor: Supervisor, timeout: float) -> bool:
             # A log costs the schedd nothing; the queue is asked where the log tells of no job, where there is none, and
             # now and then, should it have fallen silent. The queue has the last word: a job may have been submitted
             # that the log has not told of.
-            told = supervisor.schedd.address.is_local and supervisor.fleet.queued_jobs()
+            told = supervisor.schedd.address.is_local and supervisor.worker_table.queued_jobs()
             if not told or time.monotonic() >= ask_at:
                 ask_at = time.monotonic() + _LOG_PATIENCE
                 left = await supervisor.condor(supervisor.schedd.query, supervisor.constraint, ["JobStatus"], 1)
@@ -97,7 +97,7 @@ class Cleanup:
     async def close(self) -> dict[str, Any]:
         """Have jobs and cluster go, give them a moment for it, and return the summary."""
         supervisor = self.supervisor
-        self.found = len(supervisor.fleet.queued_jobs())
+        self.found = len(supervisor.worker_table.queued_jobs())
         await supervisor.last_look()
         if supervisor.stop_cluster:
             # A gateway that stays away is asked until the scheduler ends by itself.
@@ -107,7 +107,7 @@ class Cleanup:
             await wait_until_gone(supervisor, _SETTLE_TIME)
         if self._stopping is not None:
             await asyncio.wait([self._stopping], timeout=_SETTLE_TIME)
-        return {**supervisor.fleet.summary(time.time()), **supervisor.progress.report(supervisor.ended_because)}
+        return {**supervisor.worker_table.summary(time.time()), **supervisor.progress.report(supervisor.ended_because)}
 
     async def finish(self) -> None:
         """Wait for the last job, delete what the jobs took with them, and let go of everything."""
@@ -117,7 +117,7 @@ class Cleanup:
             if not await wait_until_gone(supervisor, patience):
                 await self._forget_stuck_jobs()
             if not await wait_until_gone(supervisor, _GONE_TIMEOUT):
-                left = len(supervisor.fleet.queued_jobs())
+                left = len(supervisor.worker_table.queued_jobs())
                 self._failed(f"{left} jobs are still in the queue; the lease is on them")
             supervisor.directory.clear_staging()
         if self._stopping is not None and not await self._stopping:

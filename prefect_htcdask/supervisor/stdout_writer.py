@@ -16,7 +16,7 @@ from prefect_htcdask.supervisor.protocol import to_line
 _LIMIT = 2**24
 
 
-class Outbox:
+class StdoutWriter:
     """Writes messages to stdout without waiting. `open` it in the event loop before the first message."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ _MAX_BACKOFF = 60.0
 
 
 @dataclass
-class Group:
+class WorkerGroup:
     """One worker group. Times are seconds of the monotonic clock, durations seconds.
 
     Attributes:

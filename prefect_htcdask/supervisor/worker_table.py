@@ -25,7 +25,7 @@ _LONGEST_STAY = 60.0
 
 
 @dataclass
-class Fleet:
+class WorkerTable:
     """Jobs and workers of one cluster.
 
     Attributes:
@@ -94,14 +94,14 @@ class Fleet:
             self.peaks.update({group: max(count, self.peaks.get(group, 0)) for group, count in counts.items()})
         return new
 
-    def told_to_leave(self, names: Iterable[str]) -> dict[str, str]:
+    def mark_retiring(self, names: Iterable[str]) -> dict[str, str]:
         """Workers are being retired; returns their jobs by their names, as far as they are known."""
         chosen = set(names)
         jobs = {name: job_id for job_id, name in self.joined.items() if name in chosen}
         self.leaving.update(jobs.values())
         return jobs
 
-    def could_not_leave(self, jobs: Mapping[str, str], now: float) -> None:
+    def retire_failed(self, jobs: Mapping[str, str], now: float) -> None:
         """Workers, given with their jobs, could not be retired: they are asked again ever later.
 
         A worker that got a task stays for that; one whose results find no place would else be told to go each round.
@@ -128,11 +128,11 @@ class Fleet:
             and (change.what in ("exited", "removed") or (change.what == "held" and record.hold_code != HELD_BY_USER))
         )
 
-    def has_left(self, record: JobRecord) -> bool:
+    def deregistered(self, record: JobRecord) -> bool:
         """Whether a job's worker was at the scheduler since the job's last start: its process is about to end."""
         return self.joined_start.get(record.job_id) == record.starts
 
-    def taken_away(self, changes: Iterable[JobChange]) -> list[str]:
+    def evicted(self, changes: Iterable[JobChange]) -> list[str]:
         """Names of workers whose jobs were evicted, removed or held, but for those held for their memory."""
         return [
             worker_name(change.job_id, record.starts)
@@ -193,7 +193,7 @@ class Fleet:
             if record.job_id in self.leaving or name in closing:
                 # Gone, as far as the policy is concerned: where there is demand, another one is asked for.
                 retiring[group].append(name or record.job_id)
-            elif name is None and record.state is JobState.RUNNING and self.has_left(record):
+            elif name is None and record.state is JobState.RUNNING and self.deregistered(record):
                 retiring[group].append(record.job_id)
             elif name is None:
                 pending[group].append(record)

@@ -20,7 +20,7 @@ import cloudpickle
 
 from prefect_htcdask.utils.prefect_client import send_again_where_kept
 from prefect_htcdask.worker.flow_logging import FlowLogging, logging_as, take_on
-from prefect_htcdask.worker.metadata_cache import Place, blobs
+from prefect_htcdask.worker.metadata_cache import MetadataKey, blobs
 
 if TYPE_CHECKING:
     from prefect_htcdask.worker.call import Call
@@ -47,7 +47,7 @@ class Prototypes:
     settings: Any | None
     flow_run: Any | None
     parent: Any | None
-    parameters: bytes | Place | None
+    parameters: bytes | MetadataKey | None
     deployment_id: UUID | None
     deployment_parameters: dict[str, Any] | None
     client_key: str
@@ -156,7 +156,7 @@ def task_context(prototypes: Prototypes, call: Call) -> Iterator[None]:
         yield
 
 
-def _loaded(parameters: bytes | Place | None) -> Any:
+def _loaded(parameters: bytes | MetadataKey | None) -> Any:
     if parameters is None:
         return None
     return cloudpickle.loads(parameters if isinstance(parameters, bytes) else blobs.get(tuple(parameters)))

@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 
 from prefect_htcdask.worker.context import Prototypes, hydrate
-from prefect_htcdask.worker.metadata_cache import Fetched, Place
+from prefect_htcdask.worker.metadata_cache import MetadataCache, MetadataKey
 
 MAX_ENVELOPES = 128
 MAX_CONTEXTS = 16
@@ -27,7 +27,7 @@ class Envelope:
     """A task, and where its context is."""
 
     task: Any
-    context: Place
+    context: MetadataKey
 
 
 def _open(blob: bytes) -> Envelope:
@@ -35,5 +35,5 @@ def _open(blob: bytes) -> Envelope:
     return Envelope(content["task"], content["context"])
 
 
-envelopes: Fetched[Envelope] = Fetched(_open, MAX_ENVELOPES, MAX_BYTES)
-contexts: Fetched[Prototypes] = Fetched(hydrate, MAX_CONTEXTS, MAX_BYTES)
+envelopes: MetadataCache[Envelope] = MetadataCache(_open, MAX_ENVELOPES, MAX_BYTES)
+contexts: MetadataCache[Prototypes] = MetadataCache(hydrate, MAX_CONTEXTS, MAX_BYTES)

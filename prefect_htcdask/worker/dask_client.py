@@ -18,7 +18,7 @@ from dask.utils import parse_timedelta
 from distributed import Client, Future, Worker
 from distributed.utils import in_async_call
 
-from prefect_htcdask.worker.secede import worker_slot_freed
+from prefect_htcdask.worker.secede import seceded
 
 _WAITS = frozenset({"_gather", "_result", "_exception", "_traceback", "_wait", "_as_completed"})
 """What `Client.sync` runs where somebody waits for futures (distributed, `client.py`)."""
@@ -36,7 +36,7 @@ class WorkerClient(Client):
         asynchronous = kwargs.get("asynchronous")
         blocks = func.__name__ in _WAITS and not (self.asynchronous if asynchronous is None else asynchronous)
         future = getattr(func, "__self__", None)
-        with worker_slot_freed(blocks and not (isinstance(future, Future) and future.done())):
+        with seceded(blocks and not (isinstance(future, Future) and future.done())):
             return super().sync(func, *args, **kwargs)
 
 

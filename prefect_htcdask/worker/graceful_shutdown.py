@@ -27,7 +27,7 @@ from prefect_htcdask.scheduler.plugin import DRAIN as DRAIN
 from prefect_htcdask.scheduler.plugin import QUIET as QUIET
 from prefect_htcdask.worker.dask_worker import ProfiledWorker
 
-HANDED_BACK = "htcdask-handed-back"
+RESCHEDULED = "htcdask-handed-back"
 """Topic of the scheduler's events that tells of each task taken from a worker before it was done."""
 
 WARN_AFTER = 3
@@ -48,7 +48,7 @@ _CLOSED = 0.8
 Say = Callable[[str], None]
 
 
-class LeavingWorker(ProfiledWorker):
+class HTCondorWorker(ProfiledWorker):
     """A Dask worker that does not wait for the threads of its tasks when it closes: its process ends anyway.
 
     Attributes:
@@ -270,10 +270,10 @@ async def _tell_of(worker: Worker, say: Say) -> None:
     if not running:
         return
     say(f"the worker was told to leave; handed back: {_described(running)}")
-    earlier = await worker.scheduler.events(topic=HANDED_BACK)
+    earlier = await worker.scheduler.events(topic=RESCHEDULED)
     for key, seconds in running.items():
         times = 1 + sum(1 for _, event in earlier if event.get("key") == key)
-        worker.log_event(HANDED_BACK, {"key": key, "seconds": seconds, "times": times, "worker": str(worker.name)})
+        worker.log_event(RESCHEDULED, {"key": key, "seconds": seconds, "times": times, "worker": str(worker.name)})
         if times >= WARN_AFTER:
             # Dask's clients show events of this topic as warnings (distributed, `worker.warn`).
             worker.log_event("warn", {"message": pickle.dumps(warning(key, seconds, times))})

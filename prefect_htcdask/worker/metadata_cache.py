@@ -17,13 +17,13 @@ from distributed.utils import sync
 METADATA_ROOT = "prefect_htcdask"
 """Under which the metadata has it all: ``[METADATA_ROOT, live run, name]``."""
 
-Place: TypeAlias = "tuple[str, ...]"
+MetadataKey: TypeAlias = "tuple[str, ...]"
 """Where something is, below `METADATA_ROOT`."""
 
 T = TypeVar("T")
 
 
-def fetch(place: Place) -> bytes:
+def fetch(place: MetadataKey) -> bytes:
     """Get what was left at `place`; to be called in the thread of a Dask task.
 
     Raises:
@@ -41,7 +41,7 @@ def fetch(place: Place) -> bytes:
     return bytes(blob)
 
 
-class Fetched(Generic[T]):
+class MetadataCache(Generic[T]):
     """What this worker process has fetched; each once, however many threads ask at the same time.
 
     The least recently used is dropped, and is fetched again when it is needed; the last one always stays.
@@ -57,13 +57,13 @@ class Fetched(Generic[T]):
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._entries: OrderedDict[Place, tuple[T, int]] = OrderedDict()
-        self._locks: dict[Place, threading.Lock] = {}
+        self._entries: OrderedDict[MetadataKey, tuple[T, int]] = OrderedDict()
+        self._locks: dict[MetadataKey, threading.Lock] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, place: Place) -> T:
+    def get(self, place: MetadataKey) -> T:
         """What was made of the bytes at `place`.
 
         Raises:
@@ -88,7 +88,7 @@ class Fetched(Generic[T]):
             with self._lock:
                 self._locks.pop(place, None)
 
-    def _keep(self, place: Place, made: T, size: int) -> None:
+    def _keep(self, place: MetadataKey, made: T, size: int) -> None:
         self._entries[place] = made, size
         while len(self._entries) > 1 and (
             len(self._entries) > self._max_entries or sum(size for _, size in self._entries.values()) > self._max_bytes
@@ -96,5 +96,5 @@ class Fetched(Generic[T]):
             self._entries.popitem(last=False)
 
 
-blobs: Fetched[bytes] = Fetched(lambda blob: blob, 256, 64 * 1024**2)
+blobs: MetadataCache[bytes] = MetadataCache(lambda blob: blob, 256, 64 * 1024**2)
 """What stays pickled, since each task run gets a copy of its own."""

@@ -19,7 +19,7 @@ import cloudpickle
 from distributed import get_worker
 from distributed.utils import sync
 
-from prefect_htcdask.scheduler.lost_tasks import MARK
+from prefect_htcdask.scheduler.lost_tasks import LOST_ANNOTATION
 
 TOPIC = "htcdask-recall"
 """Start of the name of the scheduler's topic for a live run's questions; the run's id follows."""
@@ -39,10 +39,12 @@ def loss_of_this_task() -> Mapping[str, Any] | None:
     """The mark that `lost_work.LostWork` left on the Dask task that this thread runs, if it did."""
     worker = get_worker()
     task = worker.state.tasks.get(worker.get_current_task())
-    return (task.annotations or {}).get(MARK) if task is not None else None
+    return (task.annotations or {}).get(LOST_ANNOTATION) if task is not None else None
 
 
-def take_up(arguments: Mapping[str, Any], loss: Mapping[str, Any], run_key: str, metadata_root: str) -> Any | None:
+def resume_task_run(
+    arguments: Mapping[str, Any], loss: Mapping[str, Any], run_key: str, metadata_root: str
+) -> Any | None:
     """Take up a task run of which workers were lost. To be called in the task run's context.
 
     Args:

@@ -126,7 +126,7 @@ def _run_call(
     with task_context(context, call):
         try:
             if loss is not None:
-                found = rerun.take_up(arguments, loss, scope.envelope_key[0], METADATA_ROOT)
+                found = rerun.resume_task_run(arguments, loss, scope.envelope_key[0], METADATA_ROOT)
                 if isinstance(found, State):
                     return found
                 arguments["task_run"] = found

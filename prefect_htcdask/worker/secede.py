@@ -14,7 +14,7 @@ from prefect_htcdask.scheduler.worker_groups import GROUP_RESOURCE
 _seceded = threading.local()
 
 
-def free_worker_slot() -> bool:
+def secede() -> bool:
     """Give the slot of the Dask task that runs in this thread to another; False where none does, or it did already."""
     try:
         worker = distributed.get_worker()
@@ -50,9 +50,9 @@ def _leave_group(worker: Any, key: Any) -> None:
 
 
 @contextmanager
-def worker_slot_freed(blocks: bool) -> Iterator[None]:
+def seceded(blocks: bool) -> Iterator[None]:
     """While a task waits for others that it has submitted, its slot on the worker is free for those."""
-    freed = blocks and free_worker_slot()
+    freed = blocks and secede()
     try:
         yield
     finally:

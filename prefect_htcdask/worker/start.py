@@ -64,7 +64,7 @@ def main() -> int:
     Returns the exit status of the job.
     """
     sandbox = Path(os.environ.get("_CONDOR_SCRATCH_DIR", "."))
-    roles = {"--worker": run_worker, "--voice": speak_for, "--farewell": say_farewell}
+    roles = {"--worker": run_worker, "--voice": send_heartbeats, "--farewell": deregister}
     role = next((roles[word] for word in sys.argv[1:] if word in roles), None)
     if role is not None:
         return role(sandbox)
@@ -424,7 +424,7 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     process.collect_seldom()
     process.tick_seldom()
     job_id, starts = job_identity()
-    worker = graceful_shutdown.LeavingWorker(
+    worker = graceful_shutdown.HTCondorWorker(
         config["scheduler_address"],
         protocol="tls",
         name=names.worker_name(job_id, starts),
@@ -517,7 +517,7 @@ async def _drain(worker: Any, due: Any, until: float | None) -> None:
             await asyncio.sleep(1.0)
 
 
-def speak_for(sandbox: Path) -> int:
+def send_heartbeats(sandbox: Path) -> int:
     """Tell the scheduler that this job's worker lives, until it can say so itself. Returns the exit status."""
     import asyncio
 
@@ -543,7 +543,7 @@ def _scheduler(sandbox: Path) -> Any:
     return rpc(read_config(sandbox)["scheduler_address"], connection_args=Security().get_connection_args("worker"))
 
 
-def say_farewell(sandbox: Path) -> int:
+def deregister(sandbox: Path) -> int:
     """Have the scheduler take the tasks of this job's worker back, which cannot listen. Returns the exit status."""
     import asyncio
 

@@ -21,8 +21,8 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Completed, Crashed, Running, State
 
 from prefect_htcdask.cleanup.jobs import WorkerJob, worker_jobs
-from prefect_htcdask.cleanup.orphans import find_leftovers
-from prefect_htcdask.cleanup.ownership import SignsOfLife
+from prefect_htcdask.cleanup.orphans import find_orphans
+from prefect_htcdask.cleanup.ownership import Liveness
 from prefect_htcdask.cleanup.sweep import sweep
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
@@ -53,20 +53,20 @@ def record_of(cluster: str, flow_run_id: str, attempt: int = 1, **more: Any) -> 
 
 
 def test_jobs_of_a_running_flow_run_are_kept() -> None:
-    assert find_leftovers([job("1.0", "a")], {"a": flow_run(Running())}) == []
+    assert find_orphans([job("1.0", "a")], {"a": flow_run(Running())}) == []
 
 
 def test_jobs_of_a_flow_run_that_is_over_are_left_over() -> None:
-    (leftover,) = find_leftovers([job("1.0", "a"), job("1.1", "a")], {"a": flow_run(Completed())})
+    (leftover,) = find_orphans([job("1.0", "a"), job("1.1", "a")], {"a": flow_run(Completed())})
     assert leftover.job_ids == ("1.0", "1.1")
     assert "Completed" in leftover.why
     assert leftover.before_attempt is None
 
 
 def test_jobs_of_an_unknown_flow_run_are_left_over() -> None:
-    (leftover,) = find_leftovers([job("1.0", "a")], {})
+    (leftover,) = find_orphans([job("1.0", "a")], {})
     assert "does not know" in leftover.why
-    assert find_leftovers([job("1.0", "a")], {}, kept=["a"]) == []
+    assert find_orphans([job("1.0", "a")], {}, kept=["a"]) == []
 
 
 def test_a_job_s_word_on_its_cluster_is_not_taken_against_the_cluster_s_record() -> None:
@@ -74,14 +74,14 @@ def test_a_job_s_word_on_its_cluster_is_not_taken_against_the_cluster_s_record()
     runs = {"over": flow_run(Completed()), "runs": flow_run(Running(), run_count=2)}
     theirs, other = record_of("cluster-1", "runs", 2), record_of("cluster-2", "over", 2)
     jobs = [job("1.0", "over", attempt=1), job("1.1", "over", attempt=2), job("1.2", "over", attempt=3)]
-    (leftover,) = find_leftovers(jobs, runs, records=[theirs, other])
+    (leftover,) = find_orphans(jobs, runs, records=[theirs, other])
     assert leftover.clusters == ("cluster-2", "cluster-3"), "of the third no record tells"
     assert leftover.job_ids == ("1.0", "1.1", "1.2")
 
 
 def test_only_earlier_attempts_of_a_retried_flow_run_are_left_over() -> None:
     jobs = [job("1.0", "a", attempt=1), job("2.0", "a", attempt=2)]
-    (leftover,) = find_leftovers(jobs, {"a": flow_run(Running(), run_count=2)})
+    (leftover,) = find_orphans(jobs, {"a": flow_run(Running(), run_count=2)})
     assert leftover.job_ids == ("1.0",)
     assert leftover.before_attempt == 2
     assert leftover.clusters == ("cluster-1",)
@@ -90,22 +90,22 @@ def test_only_earlier_attempts_of_a_retried_flow_run_are_left_over() -> None:
 def test_gateway_clusters_without_a_job_are_left_over_too() -> None:
     clusters = [record_of("x", "a", 1), record_of("y", "a", 2), record_of("z", "b")]
     runs = {"a": flow_run(Running(), run_count=2), "b": flow_run(Crashed())}
-    first, second = find_leftovers([], runs, clusters)
+    first, second = find_orphans([], runs, clusters)
     assert (first.flow_run_id, first.clusters, first.job_ids) == ("a", ("x",), ())
     assert (second.flow_run_id, second.clusters, second.before_attempt) == ("b", ("z",), None)
 
 
 def test_an_abandoned_flow_run_s_are_left_over() -> None:
     runs = {"a": flow_run(Running())}
-    (leftover,) = find_leftovers([job("1.0", "a")], runs, abandoned=["a"])
+    (leftover,) = find_orphans([job("1.0", "a")], runs, abandoned=["a"])
     assert leftover.job_ids == ("1.0",) and "process" in leftover.why and leftover.before_attempt is None
 
 
 def test_signs_of_life() -> None:
     now = time.time()
     jobs = [job("1.0", "leased", lease_expires=now + 10), job("2.0", "lapsed", lease_expires=now - 1)]
-    signs = SignsOfLife(jobs, [record_of("x", "b", api_url="http://other/api")], {}, lease=100, now=now)
-    assert signs.may_live("leased") and not signs.may_live("lapsed") and not signs.may_live("unheard of")
+    signs = Liveness(jobs, [record_of("x", "b", api_url="http://other/api")], {}, lease=100, now=now)
+    assert signs.lease_valid("leased") and not signs.lease_valid("lapsed") and not signs.lease_valid("unheard of")
     assert not signs.process_is_dead("leased") and not signs.process_is_dead("b"), "of another host nothing is known"
     assert signs.other_api("b", "http://ours/api") == "http://other/api"
     assert signs.other_api("b", "http://other/api") == signs.other_api("leased", "http://ours/api") == ""
@@ -137,7 +137,7 @@ def test_a_cluster_s_record(tmp_path: Path) -> None:
     assert dead is not None and (dead.flow_run_id, dead.attempt, dead.api_url) == ("a", 2, "http://x/api")
     assert dead.process_lives() is False, "its process has ended"
     assert alive is not None and alive.process_lives() is True
-    signs = SignsOfLife([], [dead, alive], {}, 100, time.time())
+    signs = Liveness([], [dead, alive], {}, 100, time.time())
     assert signs.process_is_dead("a") and signs.process_is_dead("a", 2) and not signs.process_is_dead("b")
     assert not signs.process_is_dead("a", 3), "of a later attempt nothing is known"
     # What somebody copied elsewhere says nothing of this directory.

@@ -20,9 +20,9 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled, State
 
 from prefect_htcdask.cleanup import zombies
-from prefect_htcdask.cleanup.ownership import SignsOfLife
+from prefect_htcdask.cleanup.ownership import Liveness
 from prefect_htcdask.cleanup.sweep import sweep
-from prefect_htcdask.cleanup.zombies import GRACE, Abandoned, why_abandoned, why_abandoned_with
+from prefect_htcdask.cleanup.zombies import GRACE, ZombieFlowRun, zombie_reason, zombie_reason_with
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway.run_directory import (
     ClusterRecord,
@@ -59,10 +59,10 @@ def record_of(flow_run: FlowRun, process: str) -> ClusterRecord:
     return ClusterRecord(name, str(flow_run.id), "run", 1, "", 180.0, host, os.getpid(), started)
 
 
-def signs_of(*pairs: tuple[FlowRun, str], renewed: float = LONG_AGO) -> SignsOfLife:
+def signs_of(*pairs: tuple[FlowRun, str], renewed: float = LONG_AGO) -> Liveness:
     records = [record_of(*pair) for pair in pairs]
     traces = {record.cluster: ClusterTrace(record.cluster, renewed, record) for record in records}
-    return SignsOfLife([], records, traces, 180.0, NOW)
+    return Liveness([], records, traces, 180.0, NOW)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_which_flow_runs_are_abandoned(
     state: State[Any], since: str, process: str, renewed: str, is_abandoned: bool
 ) -> None:
     flow_run = run_of(state, WHEN[since])
-    assert bool(why_abandoned(flow_run, signs_of((flow_run, process), renewed=WHEN[renewed]), NOW)) is is_abandoned
+    assert bool(zombie_reason(flow_run, signs_of((flow_run, process), renewed=WHEN[renewed]), NOW)) is is_abandoned
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_which_subflow_runs_went_with_their_parent(
     parent: State[Any], since: str, process: str, is_abandoned: bool, state: State[Any]
 ) -> None:
     whole, part = run_of(parent, WHEN[since]), subflow_run(state)
-    assert bool(why_abandoned_with(whole, None, part, signs_of((whole, process)), NOW)) is is_abandoned
+    assert bool(zombie_reason_with(whole, None, part, signs_of((whole, process)), NOW)) is is_abandoned
     # Whatever becomes of its parent, one whose own process lives does.
-    assert not why_abandoned_with(whole, None, part, signs_of((whole, process), (part, "alive")), NOW)
+    assert not zombie_reason_with(whole, None, part, signs_of((whole, process), (part, "alive")), NOW)
 
 
 @pytest.mark.parametrize(
@@ -118,20 +118,22 @@ def test_which_subflow_runs_went_with_their_parent(
 def test_a_run_of_a_deployment_outlives_its_parent(more: dict[str, Any]) -> None:
     whole = run_of(Crashed())
     signs = signs_of((whole, "dead"))
-    assert not why_abandoned_with(whole, None, subflow_run(Running(), **more), signs, NOW)
-    assert why_abandoned_with(whole, None, subflow_run(Running()), signs, NOW)
-    assert not why_abandoned_with(whole, None, run_of(Running()), signs, NOW), "it is no subflow run"
+    assert not zombie_reason_with(whole, None, subflow_run(Running(), **more), signs, NOW)
+    assert zombie_reason_with(whole, None, subflow_run(Running()), signs, NOW)
+    assert not zombie_reason_with(whole, None, run_of(Running()), signs, NOW), "it is no subflow run"
 
 
 def test_a_lease_that_runs_is_a_sign_of_life() -> None:
     whole, part = run_of(Crashed()), subflow_run(Running())
-    assert not why_abandoned_with(whole, None, part, signs_of((whole, "elsewhere"), renewed=NOW), NOW)
+    assert not zombie_reason_with(whole, None, part, signs_of((whole, "elsewhere"), renewed=NOW), NOW)
 
 
 def test_subflow_runs_of_an_abandoned_one_go_with_it() -> None:
     whole, part = run_of(Running()), subflow_run(Running())
     signs = signs_of((whole, "dead"))
-    assert "its process is gone" in why_abandoned_with(whole, Abandoned(whole, "its process is gone"), part, signs, NOW)
+    assert "its process is gone" in zombie_reason_with(
+        whole, ZombieFlowRun(whole, "its process is gone"), part, signs, NOW
+    )
 
 
 # On a real Prefect server

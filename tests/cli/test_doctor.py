@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from prefect_htcdask.cli.doctor.checks import Broken, Finding, Link, NotTried, try_links
+from prefect_htcdask.cli.doctor.checks import Check, CheckFailed, CheckSkipped, Finding, run_checks
 from prefect_htcdask.cli.doctor.command import examine
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
@@ -55,25 +55,25 @@ def not_tried(findings: dict[str, Finding]) -> set[str]:
 
 def test_links_that_hang_on_a_broken_one_are_not_tried_and_the_others_are() -> None:
     def breaks() -> str:
-        raise Broken("seen", "do this")
+        raise CheckFailed("seen", "do this")
 
     def cannot() -> str:
-        raise NotTried("no room")
+        raise CheckSkipped("no room")
 
     def raises() -> str:
         raise OSError()
 
     tried: list[str] = []
     found = list(
-        try_links(
+        run_checks(
             [
-                Link("a", breaks, "do that"),
-                Link("b", lambda: "well", "-", ("a",)),
-                Link("c", lambda: "well", "-"),
-                Link("d", lambda: "well", "-", ("c", "b")),
-                Link("e", raises, "do that", ("c",)),
-                Link("f", cannot, "make room", ("c",)),
-                Link("g", lambda: "well", "-", ("f",)),
+                Check("a", breaks, "do that"),
+                Check("b", lambda: "well", "-", ("a",)),
+                Check("c", lambda: "well", "-"),
+                Check("d", lambda: "well", "-", ("c", "b")),
+                Check("e", raises, "do that", ("c",)),
+                Check("f", cannot, "make room", ("c",)),
+                Check("g", lambda: "well", "-", ("f",)),
             ],
             tried.append,
         )

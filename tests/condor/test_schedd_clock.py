@@ -14,7 +14,7 @@ from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.event_times import by_our_clock
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.supervisor import oneshot
-from prefect_htcdask.supervisor.notifier import Voice
+from prefect_htcdask.supervisor.notifier import Notifier
 from tests.support.cluster_fixtures import texts
 
 
@@ -80,12 +80,12 @@ def test_what_may_be_the_answer_s_own_time_is_no_difference(ahead: float, slow: 
 @pytest.mark.parametrize(("ahead", "word"), [(31.0, "31 s ahead of"), (-300.0, "300 s behind")])
 def test_clocks_that_are_apart_are_told_of_once(ahead: float, word: str) -> None:
     messages: list[dict[str, Any]] = []
-    voice = Voice(messages.append, lambda record: "", several=False)
+    notifier = Notifier(messages.append, lambda record: "", several=False)
     for moment in (0.0, 29.0, -29.0):
-        voice.saw_clock(moment)
+        notifier.saw_clock(moment)
     assert messages == []
     for moment in (ahead, ahead + 1, ahead):
-        voice.saw_clock(moment)
+        notifier.saw_clock(moment)
     text = texts(messages, "log")
     assert text.count("clock of the schedd's host") == 1 and word in text
     assert "there 20" in text and "here 20" in text, "both clocks are named"

@@ -17,7 +17,7 @@ from prefect_htcdask.embedded import EmbeddedEndpoint, EmbeddedError, ensure_run
 from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.listeners import ForeignListenerError, listeners
 from prefect_htcdask.embedded.state import StateDirectory
-from prefect_htcdask.gateway.endpoints import Parts
+from prefect_htcdask.gateway.endpoints import Endpoints
 from prefect_htcdask.settings import EmbeddedSettings
 from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth
 from tests.embedded.test_embedded import COUNT_JOBS, in_pool, keeper_with, own, start_cluster, until
@@ -76,7 +76,9 @@ def client(endpoint: EmbeddedEndpoint) -> HTCGateway:
     """A client that has kept address and login."""
     login = EmbeddedAuth(endpoint.username, endpoint.password)
     schedd = ScheddAddress(config_file=str(endpoint.condor_config))
-    return HTCGateway(parts=Parts(endpoint.gateway_address, endpoint.proxy_address, None, login, schedd, embedded=True))
+    return HTCGateway(
+        parts=Endpoints(endpoint.gateway_address, endpoint.proxy_address, None, login, schedd, embedded=True)
+    )
 
 
 def test_the_port_of_a_dead_gateway_in_another_s_hands_gets_no_password(own: EmbeddedSettings) -> None:

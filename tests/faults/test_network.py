@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from prefect_htcdask.scheduler.heartbeats import LOST_AFTER
+from prefect_htcdask.scheduler.heartbeats import WORKER_TTL
 from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults import network
 from tests.faults.arena import Arena
@@ -61,7 +61,7 @@ def test_network_cut(for_good: bool, arena: Arena, row: Row, new_flow: NewFlow) 
             flow.runs(away[0], 2, timeout=200)
             after = time.time() - since
             row.note = f"its task ran again {after:.0f} s after the cut"
-            row.expect(after < LOST_AFTER + 30, "it took too long")
+            row.expect(after < WORKER_TTL + 30, "it took too long")
         else:
             time.sleep(CUT)  # the fault itself
             network.mend(wire)

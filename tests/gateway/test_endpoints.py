@@ -10,7 +10,7 @@ import dask
 import pytest
 from dask_gateway.auth import BasicAuth, JupyterHubAuth
 
-from prefect_htcdask.gateway.endpoints import gateway_auth, resolve_parts, worker_offers, worker_spec, worker_specs
+from prefect_htcdask.gateway.endpoints import gateway_auth, resolve_endpoints, worker_offers, worker_spec, worker_specs
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 
 
@@ -26,13 +26,13 @@ def configured(**groups: Any) -> HTCDaskSettings:
 def test_an_argument_wins_over_a_setting_and_a_setting_over_dask() -> None:
     with dask.config.set({"gateway.address": "http://dask"}):
         both = configured(gateway={"address": "http://setting"})
-        assert resolve_parts(both, address="http://argument").address == "http://argument"
-        assert resolve_parts(both).address == "http://setting"
-        assert resolve_parts(configured()).address == "http://dask"
+        assert resolve_endpoints(both, address="http://argument").address == "http://argument"
+        assert resolve_endpoints(both).address == "http://setting"
+        assert resolve_endpoints(configured()).address == "http://dask"
 
 
 def test_the_schedd_is_the_settings() -> None:
-    parts = resolve_parts(
+    parts = resolve_endpoints(
         configured(gateway={"address": "http://g"}, condor={"collector": "c", "schedd": "s", "spool": True})
     )
     assert (parts.schedd.collector, parts.schedd.schedd, parts.schedd.spool) == ("c", "s", True)
@@ -49,7 +49,7 @@ def test_the_schedd_is_the_settings() -> None:
 )
 def test_what_is_missing_or_wrong_is_named(groups: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(SettingsError) as caught:
-        resolve_parts(configured(**groups))
+        resolve_endpoints(configured(**groups))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
@@ -134,7 +134,7 @@ def test_dask_s_configuration_is_filled_in_from_the_environment(monkeypatch: pyt
         "gateway.auth.kwargs": {"username": "{HUB_USER}", "password": "p"},
     }
     with dask.config.set(written):
-        parts = resolve_parts(configured())
+        parts = resolve_endpoints(configured())
         assert parts.address == "https://hub.example.org/services/dask-gateway"
         assert parts.proxy_address == "gateway://hub.example.org:8786"
         assert parts.public_address == "https://hub.example.org/user/anna"
@@ -154,10 +154,10 @@ def test_a_variable_that_is_not_set_is_named(name: str) -> None:
         f"gateway.{name}": {"username": value} if name == "auth.kwargs" else value,
     }
     with dask.config.set(written), pytest.raises(SettingsError) as caught:
-        resolve_parts(configured())
+        resolve_endpoints(configured())
     assert f"gateway.{name}" in str(caught.value) and "NO_SUCH_VARIABLE" in str(caught.value)
 
 
 def test_a_proxy_that_is_a_port_is_on_the_gateway_s_host() -> None:
     for address, local in (("http://127.0.0.1:8000", True), ("http://gateway.example.org", False)):
-        assert resolve_parts(configured(), address=address, proxy_address=8786).workers_are_local is local
+        assert resolve_endpoints(configured(), address=address, proxy_address=8786).workers_are_local is local

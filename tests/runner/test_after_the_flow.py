@@ -14,7 +14,7 @@ from prefect.futures import as_completed
 from prefect.runtime import flow_run
 
 from prefect_htcdask import HTCDaskError, HTCDaskTaskRunner
-from prefect_htcdask.runner import flow_run as live
+from prefect_htcdask.runner import flow_run as sessions
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -82,7 +82,7 @@ def test_a_failed_cluster_is_the_reason_afterwards_too(local_pool: distributed.L
     @flow(task_runner=HTCDaskTaskRunner(cluster=local_pool))
     def failing() -> None:
         futures.append(nap.submit(60))
-        run = live.find(str(flow_run.id))
+        run = sessions.find(str(flow_run.id))
         assert run is not None
         run.on_message({"kind": "failed", "text": "300 jobs wait, none starts"})
 

@@ -58,9 +58,9 @@ class Reporter(StateReporter):
         self.api = api
         self.emitted: list[UUID] = []
 
-    def confirm(self, *args: Any, **kwargs: Any) -> int:
+    def ensure_final_states(self, *args: Any, **kwargs: Any) -> int:
         with mock.patch.object(task_run_states, "open_client", lambda *_: nullcontext(self.api)):
-            return super().confirm(*args, **kwargs)
+            return super().ensure_final_states(*args, **kwargs)
 
     def _look(self, client: Any, missing: dict[UUID, Any], unchanged: int = 10**9) -> None:
         self.api.arrive()
@@ -89,7 +89,7 @@ def test_a_backlog_is_waited_for_with_a_few_pages_at_a_time() -> None:
     ids = in_order(5_000)
     api = Behind(ids, each=100)
     reporter = Reporter(api)
-    assert reporter.confirm(ended(reversed(ids))) == 0
+    assert reporter.ensure_final_states(ended(reversed(ids))) == 0
     assert (reporter.emitted, api.told) == ([], [])
     # All of them each time would be about 25 pages at 50 looks.
     assert api.looks <= 52 and api.pages <= 3 * api.looks
@@ -101,7 +101,7 @@ def test_lost_ones_at_the_head_of_a_backlog_hide_none_of_it_and_are_told_of() ->
     lost, late = ids[: 3 * PAGE], ids[3 * PAGE :]
     api = Behind(late, each=200)
     reporter = Reporter(api)
-    assert reporter.confirm(ended(ids), settle=0.05) == len(lost)
+    assert reporter.ensure_final_states(ended(ids), settle=0.05) == len(lost)
     assert reporter.emitted == api.told == lost
 
 
@@ -118,7 +118,7 @@ def test_a_backlog_that_outlasts_all_patience(
     ids = in_order(10_000)
     api = Behind(ids, each=1)
     reporter = Reporter(api)
-    count = reporter.confirm(ended(ids[:50]), events=events, workers_gone=workers_gone)
+    count = reporter.ensure_final_states(ended(ids[:50]), events=events, workers_gone=workers_gone)
     left = [one for one in ids[:50] if one not in api.arrived]
     assert left, "the test's backlog was too short"
     assert count == (len(left) if workers_gone else 0)

@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import State, StateDetails, StateType
 from prefect.serializers import PickleSerializer
 from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Running
 
-from prefect_htcdask.runner.futures.compact_state import PackedState
+from prefect_htcdask.runner.futures.compact_state import CompactState
 from prefect_htcdask.runner.futures.futures import HTCDaskFuture
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 
@@ -54,7 +54,7 @@ def test_a_state_comes_out_as_it_went_in(result: Any, wrapped: bool) -> None:
         data=record(result) if wrapped else result,
         state_details=StateDetails(task_run_id=uuid4(), cache_key="k", untrackable_result=False),
     )
-    packed = PackedState(state)
+    packed = CompactState(state)
     other = packed.state
     assert other is not state and other == state and type(other) is type(state)
     assert (other.id, other.timestamp, other.name, other.message) == (state.id, state.timestamp, "Done", "all of it")
@@ -67,12 +67,12 @@ def test_a_state_comes_out_as_it_went_in(result: Any, wrapped: bool) -> None:
 def test_what_is_private_in_a_record_is_kept() -> None:
     persisted = record(3)
     persisted.mark_persisted()
-    unpacked = PackedState(Completed(data=persisted)).state
-    assert unpacked.data.is_persisted and not PackedState(Completed(data=record(3))).state.data.is_persisted
+    unpacked = CompactState(Completed(data=persisted)).state
+    assert unpacked.data.is_persisted and not CompactState(Completed(data=record(3))).state.data.is_persisted
 
 
 def test_it_is_the_same_object_while_somebody_holds_it() -> None:
-    packed = PackedState(Completed(data=record([1])))
+    packed = CompactState(Completed(data=record([1])))
     first = packed.state
     assert packed.state is first
     gone = weakref.ref(first)
@@ -84,7 +84,7 @@ def test_it_is_the_same_object_while_somebody_holds_it() -> None:
 
 def test_threads_that_unpack_at_the_same_time_get_one_object() -> None:
     for _ in range(50):
-        packed, start, found = PackedState(Completed(data=record(1))), threading.Barrier(4), []
+        packed, start, found = CompactState(Completed(data=record(1))), threading.Barrier(4), []
 
         def look(packed: Any = packed, start: Any = start, found: Any = found) -> None:
             start.wait()
@@ -101,7 +101,7 @@ def test_threads_that_unpack_at_the_same_time_get_one_object() -> None:
 @pytest.mark.parametrize("result", [[1], Unlike()], ids=["list", "unlike"])
 def test_without_data_it_lets_go_of_the_result(result: Any) -> None:
     state = Completed(data=record(result), message="here")
-    light = PackedState(state).without_data()
+    light = CompactState(state).without_data()
     assert light.data is None and not light.has_result
     assert (light.state.id, light.state.message, light.state.timestamp) == (state.id, "here", state.timestamp)
     assert light.state.data.result is None
@@ -109,7 +109,7 @@ def test_without_data_it_lets_go_of_the_result(result: Any) -> None:
 
 def test_what_pickle_does_not_take_is_kept_as_it_is() -> None:
     state = Completed(message="here", data=record([1], serializer=UnlikelySerializer()))
-    packed = PackedState(state)
+    packed = CompactState(state)
     assert packed.state is state and packed.has_result and packed.data == [1]
     light = packed.without_data()
     assert (light.state.id, light.state.message, light.state.data) == (state.id, "here", None)
@@ -128,7 +128,7 @@ def test_it_takes_a_fraction_of_the_memory() -> None:
         return size / len(kept)
 
     # What other threads of this process take meanwhile comes on top.
-    whole, packed = (min(taken(keep) for _ in range(5)) for keep in (lambda state: state, PackedState))
+    whole, packed = (min(taken(keep) for _ in range(5)) for keep in (lambda state: state, CompactState))
     print(f"{whole:.0f} bytes a state, {packed:.0f} packed", file=sys.stderr)
     assert packed < 2000 and packed < whole / 3
 
@@ -168,7 +168,7 @@ def test_the_result_of_a_future_is_that_of_its_state(
 ) -> None:
     monkeypatch.setattr("prefect.states.RESULT_READ_MAXIMUM_ATTEMPTS", 1)
     result = PendingResult(uuid4(), cast(Any, None))
-    result.packed = PackedState(state)
+    result.packed = CompactState(state)
     future: HTCDaskFuture[Any] = HTCDaskFuture(result)
     how, answer = outcome(lambda: future.result(raise_on_failure=raise_on_failure))
     how_, expected = outcome(lambda: state.result(raise_on_failure=raise_on_failure, _sync=True))  # type: ignore[call-overload]

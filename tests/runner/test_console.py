@@ -17,8 +17,8 @@ from rich.theme import Theme
 
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.progress import Fetched
-from prefect_htcdask.runner.ui.console import FirstWorker, log_console
-from prefect_htcdask.runner.ui.progress_bar import WaitingBar
+from prefect_htcdask.runner.ui.console import StartConsole, log_console
+from prefect_htcdask.runner.ui.progress_bar import ProgressBar
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.terminal import SHOW_CURSOR, python_in_terminal
 from tests.support.waiting import wait_until
@@ -57,7 +57,7 @@ def job(job_id: str, what: str, state: str) -> dict[str, Any]:
 
 def test_the_words_follow_the_jobs_until_the_first_worker_joins() -> None:
     console = terminal()
-    waiting = FirstWorker(console)
+    waiting = StartConsole(console)
     assert waiting.words() == "waiting for the first worker's job"
     for number in range(3):
         waiting.take(job(f"1.{number}", "submitted", "idle"))
@@ -78,14 +78,14 @@ def test_the_words_follow_the_jobs_until_the_first_worker_joins() -> None:
 @pytest.mark.parametrize("kind", ["failed", "flow_run_ended"])
 def test_nothing_is_waited_for_where_no_worker_will_come(kind: str) -> None:
     console = terminal()
-    waiting = FirstWorker(console)
+    waiting = StartConsole(console)
     waiting.take({"kind": kind})
     assert SHOW_CURSOR in shown(console)
 
 
 def test_one_line_in_a_terminal_is_enough() -> None:
     console = terminal()
-    first, second = FirstWorker(console), FirstWorker(console)
+    first, second = StartConsole(console), StartConsole(console)
     second.take(job("2.0", "submitted", "idle"))
     second.close()
     first.take(job("1.0", "submitted", "idle"))
@@ -95,7 +95,7 @@ def test_one_line_in_a_terminal_is_enough() -> None:
 
 def test_a_download_has_a_bar_for_as_long_as_it_lasts() -> None:
     console = terminal()
-    with WaitingBar(console, "looking") as bar:
+    with ProgressBar(console, "looking") as bar:
         bar.take(Fetched("fetching HTCondor", 5_000_000, 20_000_000))
         wait_until(lambda: "5.0/20.0 MB" in shown(console), 10, "the download's bar")
         bar.take("starting the pool")
@@ -106,7 +106,7 @@ def test_a_download_has_a_bar_for_as_long_as_it_lasts() -> None:
 def test_where_the_log_goes_to_no_terminal_nothing_is_shown() -> None:
     assert not sys.stderr.isatty()
     assert log_console() is None, logging.getLogger().handlers
-    FirstWorker(None).take(job("1.0", "submitted", "idle"))
+    StartConsole(None).take(job("1.0", "submitted", "idle"))
 
 
 @pytest.mark.pool

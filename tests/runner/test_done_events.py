@@ -11,7 +11,7 @@ from typing import Any
 import distributed
 import pytest
 
-from prefect_htcdask.runner.futures.done_events import Bell, on_end
+from prefect_htcdask.runner.futures.done_events import CallbackEvent, on_end
 from tests.support.waiting import wait_until
 
 
@@ -85,7 +85,7 @@ def test_who_waits_first_is_not_disturbed(client: distributed.Client) -> None:
 
 async def test_a_bell_is_an_event_that_rings_once() -> None:
     rings: list[int] = []
-    bell = Bell(lambda: rings.append(1))
+    bell = CallbackEvent(lambda: rings.append(1))
     waiting = [asyncio.ensure_future(bell.wait()) for _ in range(2)]
     await asyncio.sleep(0)
     assert not bell.is_set() and rings == []

@@ -31,8 +31,8 @@ from prefect_htcdask.runner.futures.batching import (
     INTERVAL,
     LONGEST_INTERVAL,
     MAX_BATCH,
+    batch_delay,
     batch_size,
-    held_back,
     interval,
 )
 from prefect_htcdask.runner.futures.futures import HTCDaskFuture, _rebuild
@@ -49,17 +49,17 @@ seconds = st.floats(0, 10)
 
 @given(full=st.booleans(), asked=counts, since=seconds)
 def test_nothing_waits_that_somebody_blocks_on(full: bool, asked: int, since: float) -> None:
-    assert held_back(full, asked, True, since) == 0
+    assert batch_delay(full, asked, True, since) == 0
 
 
 @given(full=st.booleans(), asked=st.integers(0, FEW), awaited=st.booleans(), since=seconds)
 def test_few_never_wait(full: bool, asked: int, awaited: bool, since: float) -> None:
-    assert held_back(full, asked, awaited, since) == 0
+    assert batch_delay(full, asked, awaited, since) == 0
 
 
 @given(full=st.booleans(), asked=st.integers(FEW + 1), since=seconds)
 def test_of_many_each_waits_until_the_interval_is_over_or_a_batch_is_full(full: bool, asked: int, since: float) -> None:
-    pause = held_back(full, asked, False, since)
+    pause = batch_delay(full, asked, False, since)
     assert 0 <= pause <= interval(asked)
     assert (pause == 0) == (full or since >= interval(asked))
     assert since + pause >= interval(asked) - 1e-9 or full  # sums of floats are rounded
@@ -89,8 +89,8 @@ def of_size(size: int) -> bytes:
     return bytes(size)
 
 
-def collector_of_this_flow() -> gatherer.Collector:
-    return run_of_this_flow().collector
+def collector_of_this_flow() -> gatherer.Gatherer:
+    return run_of_this_flow().gatherer
 
 
 @contextmanager
@@ -261,9 +261,9 @@ def test_dask_lets_go_of_what_was_collected(runner: HTCDaskTaskRunner) -> None:
     computing()
 
 
-def collector_of_this_flow_of(future: Any) -> gatherer.Collector:
+def collector_of_this_flow_of(future: Any) -> gatherer.Gatherer:
     its = collector_of_this_flow()
-    assert future.collector is its
+    assert future.gatherer is its
     return its
 
 

@@ -118,7 +118,7 @@ def test_an_urgent_task_does_not_wait_for_its_argument(runner: HTCDaskTaskRunner
         plain = [noted.submit(tmp_path, f"plain {number}") for number in range(10 * threads)]
         with dask.annotate(priority=10):
             urgent = noted.submit(tmp_path, "urgent", large)
-        client_of_this_flow().outbox.flush()
+        client_of_this_flow().submit_buffer.flush()
         wait_until(lambda: urgent.wrapped_future.key in tasks, 20, "it is there")
         assert tasks[urgent.wrapped_future.key].priority[0] == -10
         (tmp_path / "go").touch()
@@ -141,7 +141,7 @@ def test_it_goes_to_the_workers_that_its_task_is_for(runner: HTCDaskTaskRunner) 
         client = client_of_this_flow()
         with dask.annotate(resources={"GPU": 1}):
             waits = length.submit(large)
-        client.outbox.flush()
+        client.submit_buffer.flush()
         (key,) = client.held_states
         tasks = scheduler_of_this_flow().tasks
         wait_until(lambda: key in tasks, 20, "it is there")
@@ -219,7 +219,7 @@ def test_nothing_is_held_while_the_connection_is_waited_for(runner: HTCDaskTaskR
         client = client_of_this_flow()
         with futures.ThreadPoolExecutor(1) as pool, client._sending:
             states = run_of_this_flow().submission._in_hand
-            sending = pool.submit(states.bring_back, large.pending_result, None)
+            sending = pool.submit(states.upload, large.pending_result, None)
             wait_until(states._lock.locked, 20, "it is being sent")
             assert not futures.wait([sending], timeout=0.2).done
             assert graph._configuring.acquire(timeout=5), "it waits, and so does everybody else"

@@ -159,7 +159,7 @@ def test_a_large_state_in_hand_is_sent_again(
         wire.swallow()
         second = after.submit(large, tmp_path, "second")
         client = client_of_this_flow()
-        client.outbox.flush()
+        client.submit_buffer.flush()
         (key,) = client.held_states
         wire.cut()
         wait_until(lambda: client.status == "connecting", PATIENCE, "the loss is noticed")

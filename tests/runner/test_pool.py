@@ -63,10 +63,12 @@ def _runner(maximum: int = 2, **more: Any) -> HTCDaskTaskRunner:
 
 def _left() -> tuple[list[Any], list[str]]:
     """Jobs in the queue in any state, and clusters of the gateway."""
-    from prefect_htcdask.gateway.endpoints import resolve_parts
+    from prefect_htcdask.gateway.endpoints import resolve_endpoints
     from prefect_htcdask.supervisor import oneshot
 
-    jobs: list[Any] = oneshot.call(resolve_parts(load_settings()).schedd, "query", "true", ["ClusterId", "JobStatus"])
+    jobs: list[Any] = oneshot.call(
+        resolve_endpoints(load_settings()).schedd, "query", "true", ["ClusterId", "JobStatus"]
+    )
     with HTCGateway() as gateway:
         return jobs, [report.name for report in gateway.list_clusters()]
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.runner.futures.prefetch import IN_TURN, SMALL, WINDOW, ReadAhead
+from prefect_htcdask.runner.futures.prefetch import IN_TURN, SMALL, WINDOW, Prefetcher
 
 
 class Submitted:
@@ -19,8 +19,8 @@ class Submitted:
     following: weakref.ref[Any] | None = None
 
 
-def row(count: int) -> tuple[ReadAhead[Submitted], list[Submitted]]:
-    reader: ReadAhead[Submitted] = ReadAhead()
+def row(count: int) -> tuple[Prefetcher[Submitted], list[Submitted]]:
+    reader: Prefetcher[Submitted] = Prefetcher()
     futures = [Submitted() for _ in range(count)]
     # Single submits, and a map.
     for future in futures[: count // 2]:
@@ -29,7 +29,7 @@ def row(count: int) -> tuple[ReadAhead[Submitted], list[Submitted]]:
     return reader, futures
 
 
-def ahead_of(reader: ReadAhead[Submitted], future: Submitted, size: float = 100) -> list[Submitted]:
+def ahead_of(reader: Prefetcher[Submitted], future: Submitted, size: float = 100) -> list[Submitted]:
     """As a collector asks."""
     return reader.beside(future, size) if reader.take(future) else []
 

@@ -26,17 +26,17 @@ from prefect.utilities.engine import emit_task_run_state_change_event
 
 from prefect_htcdask import HTCDaskTaskRunner
 from prefect_htcdask.embedded.ports import free_port
-from prefect_htcdask.runner.futures.compact_state import PackedState
+from prefect_htcdask.runner.futures.compact_state import CompactState
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.runner.states import cancelling, reconcile
 from prefect_htcdask.runner.states import reporter as task_run_states
-from prefect_htcdask.runner.states.ended_task_runs import REMEMBERED, LastWords
-from prefect_htcdask.runner.states.reconcile import CutShort, FinalAccount
+from prefect_htcdask.runner.states.ended_task_runs import REMEMBERED, EndedTaskRuns
+from prefect_htcdask.runner.states.reconcile import InterruptedTaskRuns, StateReconciler
 from prefect_htcdask.runner.states.reporter import Ended, StateReporter
 from tests.support.waiting import wait_until
 from tools.prefect_server import prefect_server as running_server
 
-NOTHING_CUT = CutShort(frozenset(), StateType.CRASHED, "", interrupted=True)
+NOTHING_CUT = InterruptedTaskRuns(frozenset(), StateType.CRASHED, "", interrupted=True)
 
 
 @task
@@ -118,17 +118,17 @@ def test_a_flow_whose_events_arrive_asks_once(
             asked.append(f"{request.method} {request.url.path}")
         return send(self, request, *args, **kwargs)
 
-    settle = FinalAccount.settle
+    settle = StateReconciler.settle
     ends: Any = None
 
-    def watched(self: FinalAccount, *args: Any, **kwargs: Any) -> None:
+    def watched(self: StateReconciler, *args: Any, **kwargs: Any) -> None:
         nonlocal ends
         ends = threading.current_thread()
         monkeypatch.setattr(PrefectHttpxSyncClient, "send", counted)
         settle(self, *args, **kwargs)
         ends = None
 
-    monkeypatch.setattr(FinalAccount, "settle", watched)
+    monkeypatch.setattr(StateReconciler, "settle", watched)
 
     @flow(task_runner=HTCDaskTaskRunner(cluster=local_pool))
     def computing() -> list[str]:
@@ -148,11 +148,11 @@ def test_an_api_that_is_away_at_the_end_is_told_when_it_is_back(tmp_path: Path) 
             known = [
                 client.create_task_run(unheard, flow_run.id, dynamic_key=str(n), state=Running()) for n in range(3)
             ]
-        reporter, last_words = StateReporter(flow_run.id), LastWords()
-        account = FinalAccount(reporter, last_words, lambda level, text: said.append((level, text)), True)
+        reporter, last_words = StateReporter(flow_run.id), EndedTaskRuns()
+        account = StateReconciler(reporter, last_words, lambda level, text: said.append((level, text)), True)
     last_words.ended([record(known[0].id, Completed(message="done")), record(known[1].id, Failed(message="no luck"))])
     reporter.report(Ended(known[0].id, "one", unheard, Completed(message="done")))
-    account.settle(CutShort(frozenset([known[2].id]), StateType.CANCELLED, "cut short"))
+    account.settle(InterruptedTaskRuns(frozenset([known[2].id]), StateType.CANCELLED, "cut short"))
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "htcdask-account"]
     assert not thread.daemon
     with running_server(tmp_path / "server", port=port) as server, temporary_settings({PREFECT_API_URL: server.url}):
@@ -170,7 +170,7 @@ def test_an_api_that_is_away_at_the_end_is_told_when_it_is_back(tmp_path: Path) 
 def test_an_api_that_stays_away_is_given_up_and_the_log_says_what_helps(caplog: pytest.LogCaptureFixture) -> None:
     said: list[tuple[str, str]] = []
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
-        account = FinalAccount(StateReporter(uuid4()), LastWords(), lambda *words: said.append(words), True)
+        account = StateReconciler(StateReporter(uuid4()), EndedTaskRuns(), lambda *words: said.append(words), True)
         account.settle(NOTHING_CUT)
     for thread in threading.enumerate():
         if thread.name == "htcdask-account":
@@ -191,9 +191,9 @@ def test_an_api_that_does_not_answer_holds_a_cancelled_flow_up_for_seconds_only(
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
         with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{silent.getsockname()[1]}/api"}):
             reporter = StateReporter(flow_run_id)
-            account = FinalAccount(reporter, LastWords(), lambda *words: said.append(words), True)
+            account = StateReconciler(reporter, EndedTaskRuns(), lambda *words: said.append(words), True)
             reporter.report(Ended(uuid4(), "one", unheard, Completed()))
-            cut_short = CutShort(frozenset([uuid4()]), StateType.CANCELLED, "cut short", interrupted=True)
+            cut_short = InterruptedTaskRuns(frozenset([uuid4()]), StateType.CANCELLED, "cut short", interrupted=True)
             since = time.monotonic()
             account.settle(cut_short)
             settled = time.monotonic() - since
@@ -204,20 +204,20 @@ def test_an_api_that_does_not_answer_holds_a_cancelled_flow_up_for_seconds_only(
                 thread.join(60)
         ended = time.monotonic() - since
     print(f"settle returned after {settled:.1f} s, the last thread ended after {ended:.1f} s")
-    assert settled < reconcile.HURRIED
-    assert ended < settled + reconcile.HURRIED + 10
+    assert settled < reconcile.INTERRUPTED_TIMEOUT
+    assert ended < settled + reconcile.INTERRUPTED_TIMEOUT + 10
     assert said == []
 
 
 def record(task_run_id: UUID, state: State[Any] | None) -> PendingResult:
     """The record of a task run that has ended, its final state in hand or not."""
     result = PendingResult(task_run_id, cast(Any, SimpleNamespace(status="finished")), "unheard", unheard)
-    result.packed = PackedState(state) if state is not None else None
+    result.packed = CompactState(state) if state is not None else None
     return result
 
 
 def test_of_task_runs_that_ended_long_ago_the_kind_of_end_is_known_for_a_few_bytes_each() -> None:
-    words, done = LastWords(), Completed()
+    words, done = EndedTaskRuns(), Completed()
     failed = [uuid4() for _ in range(10)]
     unknown = [uuid4() for _ in range(10)]
     late = [uuid4() for _ in range(10)]
@@ -234,7 +234,7 @@ def test_of_task_runs_that_ended_long_ago_the_kind_of_end_is_known_for_a_few_byt
     print(f"{per_task:.1f} bytes a task run")
     assert per_task < 10 and len(words._recent) == REMEMBERED
     stranger = uuid4()
-    found = {one.task_run_id: one.state for one in words.how([*failed, *unknown, *late, stranger])}
+    found = {one.task_run_id: one.state for one in words.lookup([*failed, *unknown, *late, stranger])}
     assert set(found) == {*failed, *unknown, *late}
     assert {found[one].name for one in failed} == {"Failed"}  # type: ignore[union-attr]
     assert {found[one].name for one in late} == {"Completed"}  # type: ignore[union-attr]
@@ -243,11 +243,11 @@ def test_of_task_runs_that_ended_long_ago_the_kind_of_end_is_known_for_a_few_byt
 
 
 def test_what_has_just_ended_is_given_time() -> None:
-    words = LastWords()
+    words = EndedTaskRuns()
     one = uuid4()
     words.ended([record(one, Completed())])
-    assert words.how([one], before=10.0) == []
-    assert [ended.task_run_id for ended in words.how([one])] == [one]
+    assert words.lookup([one], before=10.0) == []
+    assert [ended.task_run_id for ended in words.lookup([one])] == [one]
 
 
 @task

@@ -12,7 +12,7 @@ from prefect import task
 from prefect.context import use_profile
 from prefect.settings import Profile
 
-from prefect_htcdask.runner.submit.serialized_context import INLINE_LIMIT, MAX_DESCRIBED, Descriptions, parts
+from prefect_htcdask.runner.submit.serialized_context import INLINE_LIMIT, MAX_DESCRIBED, ContextPublisher, parts
 from prefect_htcdask.worker.metadata_cache import METADATA_ROOT
 
 factor = 2
@@ -102,7 +102,7 @@ def test_tags_and_hooks_that_are_added_are_seen() -> None:
 def test_other_objects_with_the_same_options_are_described_once(local_pool: Any) -> None:
     """As of ``task.with_options(...).submit()`` in a loop: the scheduler keeps one description, for all rounds."""
     with local_pool.get_client() as client:
-        descriptions = Descriptions(client, f"run-{uuid.uuid4()}", None)
+        descriptions = ContextPublisher(client, f"run-{uuid.uuid4()}", None)
         rounds = [plain.with_options(name="round", retries=2) for _ in range(2 * MAX_DESCRIBED)]
         places = {descriptions.envelope(one, None) for one in rounds}
         assert len(places) == 1
@@ -124,7 +124,7 @@ def test_logins_of_the_flows_host_do_not_travel(local_pool: Any) -> None:
     }
     profile = Profile(name="mine", settings=held, source=None)
     with use_profile(profile, override_environment_variables=True), local_pool.get_client() as client:
-        descriptions = Descriptions(client, f"run-{uuid.uuid4()}", None)
+        descriptions = ContextPublisher(client, f"run-{uuid.uuid4()}", None)
         descriptions.envelope(plain, None)
         blobs = [bytes(client.get_metadata([METADATA_ROOT, *place])) for place in descriptions.places()]
         descriptions.forget()
@@ -137,7 +137,7 @@ def test_who_takes_away_what_he_left_leaves_the_same_bytes_to_others(local_pool:
     blob = bytes(2 * INLINE_LIMIT)
     with local_pool.get_client() as client:
         run = f"run-{uuid.uuid4()}"
-        one, other = Descriptions(client, run, None), Descriptions(client, run, None)
+        one, other = ContextPublisher(client, run, None), ContextPublisher(client, run, None)
         place = one.put(blob)
         assert other.put(blob) != place
         for theirs in other.places():
@@ -154,7 +154,7 @@ def test_what_was_described_is_not_kept_alive_for_long(local_pool: Any) -> None:
         return one
 
     with local_pool.get_client() as client:
-        descriptions = Descriptions(client, f"run-{uuid.uuid4()}", None)
+        descriptions = ContextPublisher(client, f"run-{uuid.uuid4()}", None)
         first = made(0)
         place, function = descriptions.envelope(first, None), weakref.ref(first.fn)
         assert descriptions.envelope(first, None) == place

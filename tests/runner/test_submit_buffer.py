@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from prefect_htcdask import HTCDaskTaskRunner
-from prefect_htcdask.runner import flow_run as live
+from prefect_htcdask.runner import flow_run as sessions
 from prefect_htcdask.runner.client import submit_buffer, task_spec
 from tests.support.this_flow import client_of_this_flow, graphs
 from tests.support.waiting import wait_until
@@ -47,7 +47,7 @@ def held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the next submit but one on nothing leaves the outbox by itself."""
     nothing.submit(0).result(timeout=PATIENCE)
     monkeypatch.setattr(submit_buffer, "INTERVAL", NEVER)
-    client_of_this_flow().outbox._sent_at = time.monotonic()
+    client_of_this_flow().submit_buffer._sent_at = time.monotonic()
 
 
 def test_a_loop_of_submits_needs_few_graphs(runner: HTCDaskTaskRunner) -> None:
@@ -72,7 +72,7 @@ def test_one_submit_alone_waits_for_nothing(runner: HTCDaskTaskRunner, monkeypat
     def computing() -> int:
         nothing.submit(0).wait()
         # As if the last graph had been sent long ago.
-        client_of_this_flow().outbox._sent_at = -math.inf
+        client_of_this_flow().submit_buffer._sent_at = -math.inf
         monkeypatch.setattr(submit_buffer, "INTERVAL", NEVER)
         with graphs() as sizes:
             future = one_more.submit(1)
@@ -124,7 +124,7 @@ def test_annotations_are_those_of_the_submit(runner: HTCDaskTaskRunner, monkeypa
                 nothing.submit(priority)
         # Whoever sends them has annotations of his own.
         with graphs() as sizes, dask.annotate(priority=9, resources={"GPU": 1}):
-            client_of_this_flow().outbox.flush()
+            client_of_this_flow().submit_buffer.flush()
         return list(sizes), sizes.annotations
 
     assert computing() == ([2, 1], [{"priority": 1}, {"priority": 5}])
@@ -161,12 +161,12 @@ def test_what_is_cancelled_before_it_left_never_leaves(
         dependent = marked.submit(tmp_path, "dependent", wait_for=[futures[0]])
         with graphs() as sizes:
             if how == "flow":
-                its_run = live.find(str(flow_run.id))
+                its_run = sessions.find(str(flow_run.id))
                 assert its_run is not None
                 its_run.cancel()
             else:
                 client_of_this_flow().cancel([future.wrapped_future for future in futures])
-            client_of_this_flow().outbox.flush()
+            client_of_this_flow().submit_buffer.flush()
         assert all(future.wrapped_future.cancelled() for future in futures)
         assert sizes == ([] if how == "flow" else [1])
         dependent.wait(timeout=PATIENCE)
@@ -180,20 +180,20 @@ def test_a_flow_that_ends_sends_what_waits_before_it_looks_what_runs(
     runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     waiting: list[int] = []
-    settle = live.settle
+    settle = sessions.settle
 
     def noted(client: Any, *args: Any) -> None:
-        waiting.append(len(client.outbox._waiting))
+        waiting.append(len(client.submit_buffer._waiting))
         settle(client, *args)
 
-    monkeypatch.setattr(live, "settle", noted)
+    monkeypatch.setattr(sessions, "settle", noted)
 
     @flow(task_runner=runner)
     def computing() -> None:
         held_back(monkeypatch)
         for number in range(2):
             marked.submit(tmp_path, f"{number}")
-        waiting.append(len(client_of_this_flow().outbox._waiting))
+        waiting.append(len(client_of_this_flow().submit_buffer._waiting))
 
     computing()
     assert waiting == [2, 0]
@@ -213,7 +213,7 @@ def test_what_waits_as_the_connection_breaks_runs_once(
             wait_until(lambda: client.status == "connecting", PATIENCE, "the loss is noticed")
             wire.mend()
             result = future.result(timeout=PATIENCE)
-            client.outbox.flush()
+            client.submit_buffer.flush()
         assert sizes == [1]
         return result
 
@@ -269,17 +269,17 @@ SPECS = st.lists(st.tuples(st.sets(st.integers(0, 9)), st.booleans()), max_size=
 @given(SPECS, st.sets(st.integers(0, 9)))
 def test_what_needs_a_lost_task_takes_no_other_with_it(drawn: list[tuple[set[int], bool]], lost: set[int]) -> None:
     options = (task_spec.NO_OPTIONS, task_spec.SendOptions({"priority": 1}, None))
-    specs: list[task_spec.Spec] = []
+    specs: list[task_spec.TaskSpec] = []
     for number, (needed, other) in enumerate(drawn):
         upstreams = tuple(specs[one] if one < number else f"elsewhere-{one}" for one in sorted(needed))
-        spec = task_spec.Spec(f"task-{number}", ("run",), b"", None, upstreams)
+        spec = task_spec.TaskSpec(f"task-{number}", ("run",), b"", None, upstreams)
         spec.options = options[other]
         specs.append(spec)
 
     def is_there(key: str) -> bool:
         return not key.startswith("elsewhere") or int(key.rpartition("-")[2]) not in lost
 
-    graphs = list(submit_buffer.parted(specs, is_there))
+    graphs = list(submit_buffer.graph_batches(specs, is_there))
     assert [spec for graph in graphs for spec in graph] == specs
     doomed: set[str] = set()
     for graph in graphs:

@@ -23,7 +23,7 @@ from prefect.runtime import flow_run as flow_run_runtime
 from prefect_htcdask import HTCDaskTaskRunner
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.runner import flow_run
-from prefect_htcdask.runner.futures.crash_reasons import REMEMBERED, JobFates
+from prefect_htcdask.runner.futures.crash_reasons import REMEMBERED, JobOutcomes
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -133,7 +133,7 @@ def test_a_task_run_lost_too_often_names_the_jobs_and_what_became_of_them(named_
 
 
 def test_the_last_word_on_a_job() -> None:
-    fates = JobFates()
+    fates = JobOutcomes()
     fates.take(job("started", "1.0", ""))
     assert not fates.is_known("htcdask-1.0-1")
     assert "not told yet" in fates.describe("htcdask-1.0-1")

@@ -8,34 +8,34 @@ from dask.core import flatten
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.runner.client.task_spec import SendOptions, SharedData, Spec, graphs, needed_again
+from prefect_htcdask.runner.client.task_spec import SendOptions, SharedData, TaskSpec, graphs, tasks_to_resubmit
 
 PLAIN, COLOURED = SendOptions({}, None), SendOptions({"colour": "blue"}, {"GPU": 1.0})
 SHARED = SharedData("shared_parameters-1", b"much")
 
 
 @st.composite
-def submitted(draw: st.DrawFn) -> list[Spec]:
+def submitted(draw: st.DrawFn) -> list[TaskSpec]:
     """Tasks in the order in which they were submitted, each with upstream tasks among the earlier ones."""
-    specs: list[Spec] = []
+    specs: list[TaskSpec] = []
     for number in range(draw(st.integers(1, 12))):
         upstreams = draw(st.lists(st.sampled_from(specs), max_size=3)) if specs else []
         shared = draw(st.sampled_from([None, b"few", SHARED]))
-        spec = Spec(f"task-{number:036}", ("run", "envelope"), b"call", shared, tuple(upstreams))
+        spec = TaskSpec(f"task-{number:036}", ("run", "envelope"), b"call", shared, tuple(upstreams))
         spec.options = draw(st.sampled_from([PLAIN, COLOURED]))
         specs.append(spec)
     return specs
 
 
 @given(submitted(), st.data())
-def test_all_that_a_task_needs_is_there_before_it(specs: list[Spec], data: st.DataObject) -> None:
+def test_all_that_a_task_needs_is_there_before_it(specs: list[TaskSpec], data: st.DataObject) -> None:
     some = st.sets(st.sampled_from([spec.key for spec in specs]))
     chosen = data.draw(some)
     lost = [spec for spec in specs if spec.key in chosen]
     states = dict.fromkeys(data.draw(some) - {spec.key for spec in lost}, "a state")
     known = data.draw(some) - {spec.key for spec in lost}
 
-    again = needed_again(lost, known, states.__contains__)
+    again = tasks_to_resubmit(lost, known, states.__contains__)
     there, sent = set(known), []
     for graph in graphs(again, states, batch=data.draw(st.integers(1, 5))):
         assert set(graph.keys) == set(graph.nodes)

@@ -35,7 +35,7 @@ def test_work_is_kept_for_a_time_only_and_for_those_who_asked(pool: distributed.
         distributed.Client(pool, set_as_default=False) as asked,
         distributed.Client(pool, set_as_default=False) as not_,
     ):
-        install(asked, client_recovery.KeptWork())
+        install(asked, client_recovery.ClientRecoveryPlugin())
         asked.sync(cast(Any, asked).scheduler.htcdask_keep, client=asked.id, seconds=2)
         kept, gone = future_of(asked), future_of(not_)
         since = time.monotonic()
@@ -45,7 +45,7 @@ def test_work_is_kept_for_a_time_only_and_for_those_who_asked(pool: distributed.
         assert kept.key in scheduler.tasks or time.monotonic() - since > 2
         wait_until(lambda: kept.key not in scheduler.tasks, PATIENCE, "nobody keeps that any more")
         assert time.monotonic() - since >= 2
-    assert not scheduler.plugins[client_recovery.KeptWork.name].seconds
+    assert not scheduler.plugins[client_recovery.ClientRecoveryPlugin.name].seconds
     assert nothing_is_kept(scheduler)
 
 
@@ -60,7 +60,7 @@ def test_tasks_are_not_blamed_for_workers_that_were_lost_with_the_client() -> No
     async def losing() -> list[tuple[str, int]]:
         async with dask_cluster() as cluster:
             scheduler: Any = cluster.scheduler
-            await scheduler.register_scheduler_plugin(client_recovery.KeptWork(), idempotent=True)
+            await scheduler.register_scheduler_plugin(client_recovery.ClientRecoveryPlugin(), idempotent=True)
             with closing(Wire(scheduler)) as wire:
                 for number in range(16):
                     cluster.workers.append(
@@ -88,7 +88,7 @@ def test_tasks_are_blamed_for_a_worker_that_is_lost_alone() -> None:
     async def losing() -> list[int]:
         async with dask_cluster() as cluster:
             scheduler: Any = cluster.scheduler
-            await scheduler.register_scheduler_plugin(client_recovery.KeptWork(), idempotent=True)
+            await scheduler.register_scheduler_plugin(client_recovery.ClientRecoveryPlugin(), idempotent=True)
             worker = await cluster.add_worker()
             future = cluster.client.submit(wait_at_gate, 1, key="wait-1")
             await cluster.until(lambda: scheduler.workers[worker.address].processing, "it is at work")

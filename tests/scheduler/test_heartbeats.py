@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.scheduler import heartbeats, plugin
-from prefect_htcdask.scheduler.heartbeats import INTERVAL, Silence
+from prefect_htcdask.scheduler.heartbeats import INTERVAL, Heartbeats
 from tests.scheduler.test_plugin_answers import wait
 from tests.support.cluster_fixtures import texts
 from tests.support.dask_cluster import dask_cluster, gate
@@ -25,7 +25,7 @@ looks = st.lists(st.tuples(st.floats(0.1, 1000), st.booleans()), max_size=40)
 def test_a_worker_is_lost_when_it_was_silent_for_as_long_as_somebody_listened(
     seen: list[tuple[float, bool]], limit: float
 ) -> None:
-    listener, word, silent = Silence(), 0, 0.0
+    listener, word, silent = Heartbeats(), 0, 0.0
     assert listener.lost({"w": word}, 1e6, limit) == [], "it has just come"
     for elapsed, speaks in seen:
         word += speaks

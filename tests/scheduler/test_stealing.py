@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefect_htcdask.scheduler import stealing as spreading
-from prefect_htcdask.scheduler.stealing import spread
+from prefect_htcdask.scheduler.stealing import rebalance
 from tests.support.dask_cluster import Cluster, dask_cluster, gate
 
 CPU = {"htcdask-group-cpu": 1}
@@ -86,11 +86,11 @@ async def test_what_runs_is_left_alone_and_what_is_level_stays() -> None:
         await cluster.add_worker(resources=CPU)
         futures = await submit(cluster, range(1), CPU)
         await cluster.add_worker(resources=CPU)
-        assert spread(cluster.scheduler) == 0, "one task, which one worker runs"
+        assert rebalance(cluster.scheduler) == 0, "one task, which one worker runs"
         futures += await submit(cluster, range(1, 5), CPU)
         await cluster.until(lambda: sorted(load(cluster)) == [2, 3], "as level as five can be")
         await asyncio.sleep(0.1)
-        assert spread(cluster.scheduler) == 0
+        assert rebalance(cluster.scheduler) == 0
         await finish(cluster, futures)
 
 
@@ -105,7 +105,7 @@ async def test_a_far_input_is_not_sent_about_for_a_short_wait() -> None:
         await cluster.until(lambda: load(cluster) == [4], "all on the worker that has the input")
         cluster.scheduler.tasks[data.key].set_nbytes(10**15)
         await cluster.add_worker(resources=CPU)
-        assert spread(cluster.scheduler) == 0
+        assert rebalance(cluster.scheduler) == 0
         cluster.scheduler.tasks[data.key].set_nbytes(1000)
         await cluster.until(lambda: load(cluster) == [2, 2], "half of them each")
         await finish(cluster, futures)

@@ -13,7 +13,7 @@ import pytest
 from distributed import Client, KilledWorker, Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin
 
-from prefect_htcdask.scheduler.suspicious_tasks import Suspicions
+from prefect_htcdask.scheduler.suspicious_tasks import SuspiciousTasks
 
 
 class Plugin(SchedulerPlugin):
@@ -21,7 +21,7 @@ class Plugin(SchedulerPlugin):
 
     name = "suspicion"
 
-    def __init__(self, suspicions: Suspicions) -> None:
+    def __init__(self, suspicions: SuspiciousTasks) -> None:
         self.suspicions = suspicions
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
@@ -34,7 +34,7 @@ class Plugin(SchedulerPlugin):
 class Pool:
     """A scheduler, one worker at a time that offers a GPU, and a way to lose it."""
 
-    def __init__(self, scheduler: Scheduler, client: Client, suspicions: Suspicions) -> None:
+    def __init__(self, scheduler: Scheduler, client: Client, suspicions: SuspiciousTasks) -> None:
         self.scheduler, self.client, self.suspicions = scheduler, client, suspicions
         self.gate = threading.Event()
         self.begun: list[int] = []
@@ -100,7 +100,7 @@ async def pool() -> AsyncIterator[Pool]:
             Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0", dashboard=False)
         )
         client = await stack.enter_async_context(Client(scheduler.address, asynchronous=True))
-        suspicions = Suspicions()
+        suspicions = SuspiciousTasks()
         scheduler.add_plugin(Plugin(suspicions))
         made = Pool(scheduler, client, suspicions)
         try:

@@ -22,7 +22,7 @@ from prefect_htcdask.embedded import EmbeddedEndpoint, find
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.gateway import GatewayUnreachable, HTCGatewayCluster
 from prefect_htcdask.gateway.credentials import condor_token, gateway_login
-from prefect_htcdask.gateway.endpoints import resolve_parts
+from prefect_htcdask.gateway.endpoints import resolve_endpoints
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, load_settings
 from tests.support.cluster_fixtures import SMALL
 from tests.support.prefect_fixtures import PrefectServer
@@ -147,7 +147,7 @@ def test_a_missing_block_is_one_clear_error_before_anything_starts(
     monkeypatch.setenv("CONDOR_CONFIG", "ONLY_ENV")
     settings = settings_of(tmp_path, **{group: {"credentials_block": "no-such"}})
     with pytest.raises(SettingsError) as caught:
-        resolve_parts(settings)
+        resolve_endpoints(settings)
     text = str(caught.value)
     variable = f"PREFECT_INTEGRATIONS_HTCDASK_{group.upper()}_CREDENTIALS_BLOCK"
     words = [f"{group}.credentials_block = 'no-such'", variable, prefect_api.url, kind.__name__, "block register"]
@@ -158,7 +158,7 @@ def test_a_missing_block_is_one_clear_error_before_anything_starts(
 def test_an_api_that_does_not_answer_is_one_clear_error(prefect_api: PrefectServer, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/api"
     with temporary_settings({PREFECT_API_URL: url}), pytest.raises(SettingsError) as caught:
-        resolve_parts(settings_of(tmp_path, gateway={"credentials_block": "mine"}))
+        resolve_endpoints(settings_of(tmp_path, gateway={"credentials_block": "mine"}))
     text = str(caught.value)
     assert all(word in text for word in ("gateway.credentials_block = 'mine'", url, "PREFECT_API_URL")), text
 
@@ -182,7 +182,7 @@ def test_a_token_goes_from_the_block_to_the_schedd_s_access_alone(prefect_api: P
     settings = load_settings(
         gateway={"address": "http://g"}, condor={"collector": "pool:9618", "credentials_block": "pool"}
     )
-    parts = resolve_parts(settings)
+    parts = resolve_endpoints(settings)
     assert parts.schedd.token == TOKEN == condor_token(settings.condor)
     assert TOKEN not in repr(parts) + repr(settings) + repr(settings.stated())
 

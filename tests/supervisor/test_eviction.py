@@ -19,7 +19,7 @@ from distributed import Future
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
-from prefect_htcdask.worker.graceful_shutdown import HANDED_BACK
+from prefect_htcdask.worker.graceful_shutdown import RESCHEDULED
 from prefect_htcdask.worker.names import job_of_worker
 from tests.support.cluster_fixtures import Stopwatch, jobs_of, texts
 from tests.support.waiting import wait_until
@@ -183,7 +183,7 @@ def test_evictions_cost_the_task_in_hand_and_nothing_else(
             took.append(watch())
             kept += [*others]
             assert client.run_on_scheduler(suspicions) == {}
-        events = client.get_events(HANDED_BACK)
+        events = client.get_events(RESCHEDULED)
         assert [event["times"] for _, event in events] == [1, 2, 3, 4, 5]
         marks.let_go("long")
         assert long.result(timeout=30) == "long"

@@ -9,18 +9,18 @@ from typing import Any
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.submit_description import WorkerSpec
-from prefect_htcdask.supervisor.job_log import JobNews, unmatched
+from prefect_htcdask.supervisor.job_log import JobEventHandler, unmatched
 from prefect_htcdask.supervisor.policy import Target
 from prefect_htcdask.supervisor.protocol import GroupPlan, to_line
 from prefect_htcdask.supervisor.report.events import JobEvents
-from prefect_htcdask.supervisor.worker_group import Group
-from prefect_htcdask.supervisor.worker_table import Fleet
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
+from prefect_htcdask.supervisor.worker_table import WorkerTable
 from prefect_htcdask.worker.start import START_LINE
 
 
-def a_group(name: str = "default") -> Group:
+def a_group(name: str = "default") -> WorkerGroup:
     wanted = Target(fixed=2)
-    return Group(name, GroupPlan(WorkerSpec(cpus=2), start_timeout=30.0, target=wanted), "workers", wanted)
+    return WorkerGroup(name, GroupPlan(WorkerSpec(cpus=2), start_timeout=30.0, target=wanted), "workers", wanted)
 
 
 class Told:
@@ -29,13 +29,13 @@ class Told:
     def __init__(self, directory: Path) -> None:
         self.messages: list[dict[str, Any]] = []
         self.groups = {"cpu": a_group("cpu"), "gpu": a_group("gpu")}
-        self.fleet = Fleet(("cpu", "gpu"))
-        self.fleet.submitted_jobs(["1.0", "1.1", "1.2"], "cpu", 10.0)
-        self.fleet.submitted_jobs(["2.0"], "gpu", 10.0)
-        self.news = JobNews(self.fleet, self.groups, RunDirectory(directory), self.messages.append)
+        self.worker_table = WorkerTable(("cpu", "gpu"))
+        self.worker_table.submitted_jobs(["1.0", "1.1", "1.2"], "cpu", 10.0)
+        self.worker_table.submitted_jobs(["2.0"], "gpu", 10.0)
+        self.news = JobEventHandler(self.worker_table, self.groups, RunDirectory(directory), self.messages.append)
 
     def __call__(self, event: str, *jobs: str, when: float = 20.0, **data: Any) -> list[str]:
-        changes = [apply(self.fleet.table, event, job, when, data) for job in jobs]
+        changes = [apply(self.worker_table.table, event, job, when, data) for job in jobs]
         return self.news.take([change for change in changes if change])
 
     def of(self, job_id: str) -> list[dict[str, Any]]:
@@ -52,8 +52,10 @@ def test_jobs_teach_their_own_group(tmp_path: Path) -> None:
     assert (list(told.groups["cpu"].waits), list(told.groups["gpu"].waits)) == ([10.0], [10.0])
     told("JOB_TERMINATED", "2.0", ReturnValue=3)
     assert (told.groups["cpu"].failures, told.groups["gpu"].failures) == (0, 1)
-    assert told.groups["gpu"].last_failed is told.fleet.table.get("2.0")
-    assert told.log == [f"HTCondor job 2.0 ended on slot1@a: {told.news.why_it_ended(told.fleet.table.get('2.0'))}"]
+    assert told.groups["gpu"].last_failed is told.worker_table.table.get("2.0")
+    assert told.log == [
+        f"HTCondor job 2.0 ended on slot1@a: {told.news.why_it_ended(told.worker_table.table.get('2.0'))}"
+    ]
 
 
 def test_jobs_that_share_a_fate_share_a_line(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_an_eviction_for_a_full_disk_of_this_host_is_an_error(tmp_path: Path) ->
 
 def test_changes_of_one_look_have_each_their_own_reason(tmp_path: Path) -> None:
     told = Told(tmp_path)
-    table = told.fleet.table
+    table = told.worker_table.table
     apply(table, "EXECUTE", "1.0", 20.0, {"SlotName": "slot1@a"})
     changes = [
         apply(table, "JOB_EVICTED", "1.0", 30.0, {"Reason": "vacated"}),
@@ -160,7 +162,7 @@ def test_a_removal_that_we_asked_for_is_no_fault(tmp_path: Path) -> None:
     """HTCondor tells of it as of an eviction first."""
     told, events = Told(tmp_path), JobEvents("c1")
     told("EXECUTE", "1.0", "1.1", SlotName="slot1@a")
-    told.fleet.leaving.add("1.0")
+    told.worker_table.leaving.add("1.0")
     for job in ("1.0", "1.1"):
         told("JOB_EVICTED", job, when=30.0, Reason="removed")
         told("JOB_ABORTED", job, when=30.0, Reason="prefect_htcdask: the cluster was closed")
@@ -183,8 +185,8 @@ def test_a_removal_that_we_asked_for_is_no_fault(tmp_path: Path) -> None:
 def test_a_worker_that_joined_and_died_did_not_die_at_its_start(tmp_path: Path) -> None:
     told = Told(tmp_path)
     told("EXECUTE", "1.0", "1.1", SlotName="slot1@a")
-    told.fleet.saw_workers(["htcdask-1.0-1"])
-    told.news.joined(told.fleet.table.get("1.0"))
+    told.worker_table.saw_workers(["htcdask-1.0-1"])
+    told.news.joined(told.worker_table.table.get("1.0"))
     assert told.of("1.0")[-1]["what"] == "joined" and told.of("1.0")[-1]["category"] is None
     told("JOB_TERMINATED", "1.0", "1.1", ReturnValue=3)
     assert [told.of(job)[-1]["category"] for job in ("1.0", "1.1")] == ["died", "died_at_start"]

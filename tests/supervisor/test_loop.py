@@ -17,8 +17,8 @@ from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.submit_description import WorkerSpec
 from prefect_htcdask.supervisor.loop import Supervisor
 from prefect_htcdask.supervisor.policy import Decision, Target
-from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, HandOff
-from prefect_htcdask.supervisor.worker_group import Group
+from prefect_htcdask.supervisor.protocol import GatewayAccess, GroupPlan, SupervisorConfig
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
 
 ANSWER = {"status": "ok", "groups": {}, "in_hand": {}, "joined": [], "idle": {}}
 
@@ -34,7 +34,7 @@ class Rounds(Supervisor):
         self.fails: dict[str, Exception] = {}
         cert, key = (part.decode() for part in new_keypair("c"))
         access = GatewayAccess("http://[::1]:1", "gateway://[::1]:1", "", None, "c", "tls://[::1]:1", cert, key)
-        plan = HandOff(
+        plan = SupervisorConfig(
             owner="o",
             parent_pid=1,
             access=access,
@@ -66,7 +66,7 @@ class Rounds(Supervisor):
         self.step("ask")
         return self.answer
 
-    async def act(self, group: Group, decision: Decision) -> int:
+    async def act(self, group: WorkerGroup, decision: Decision) -> int:
         self.step(group.name)
         return 0
 
@@ -97,7 +97,7 @@ async def test_the_first_tasks_are_looked_for_often_but_not_for_hours(tmp_path: 
     rounds.plan = dataclasses.replace(rounds.plan, interval=3.0)
     now = time.monotonic()
     assert [rounds.interval(now + later) for later in (1.0, 30.0, 100.0)] == [0.2, 0.2, 3.0]
-    rounds.fleet.submitted_jobs(["1.0"], "cpu", 1.0)
+    rounds.worker_table.submitted_jobs(["1.0"], "cpu", 1.0)
     assert rounds.interval(now) == 3.0
 
 
@@ -137,7 +137,7 @@ async def test_held_jobs_go_though_the_schedd_was_away(taken_over: bool, tmp_pat
     for _ in range(3):
         await Supervisor.read_jobs(rounds)
     assert rounds.schedd.removals == [["1.0"]] * 2
-    assert rounds.fleet.leaving == {"1.0"}
+    assert rounds.worker_table.leaving == {"1.0"}
 
 
 async def test_a_scheduler_that_nobody_can_ask_any_more_is_given_up(tmp_path: Path) -> None:

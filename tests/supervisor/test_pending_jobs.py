@@ -13,11 +13,11 @@ from prefect_htcdask.condor.diagnosis import Category, Diagnosis
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.submit_description import WorkerSpec
-from prefect_htcdask.supervisor.pending_jobs import Waiting
+from prefect_htcdask.supervisor.pending_jobs import PendingJobsDiagnoser
 from prefect_htcdask.supervisor.policy import Target
 from prefect_htcdask.supervisor.protocol import GroupPlan
-from prefect_htcdask.supervisor.worker_group import Group
-from prefect_htcdask.supervisor.worker_table import Fleet
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
+from prefect_htcdask.supervisor.worker_table import WorkerTable
 
 FULL = Diagnosis(Category.POOL_FULL, "the pool is full", "wait")
 LARGE = Diagnosis(Category.NO_SLOT_LARGE_ENOUGH, "0 of 2 slots have 64 GiB", "lower it")
@@ -42,9 +42,9 @@ class Cluster:
 
     def __init__(self, *jobs: str) -> None:
         wanted = Target(fixed=2)
-        self.group = Group("gpu", GroupPlan(WorkerSpec(), start_timeout=0.0, target=wanted), "gpu", wanted)
-        self.fleet = Fleet(("cpu", "gpu"))
-        self.fleet.submitted_jobs(jobs, "gpu", 100.0)
+        self.group = WorkerGroup("gpu", GroupPlan(WorkerSpec(), start_timeout=0.0, target=wanted), "gpu", wanted)
+        self.worker_table = WorkerTable(("cpu", "gpu"))
+        self.worker_table.submitted_jobs(jobs, "gpu", 100.0)
         self.asked = Asked()
         self.messages: list[dict[str, Any]] = []
 
@@ -52,14 +52,14 @@ class Cluster:
             return function(*arguments)
 
         idle_jobs: Any = self.asked
-        self.waiting = Waiting("c1", self.fleet, idle_jobs, condor, self.messages.append)
+        self.waiting = PendingJobsDiagnoser("c1", self.worker_table, idle_jobs, condor, self.messages.append)
 
     def look(self, *times: float) -> None:
         for now in times:
             asyncio.run(self.waiting.look(self.group, now))
 
     def event(self, event: str, job: str, when: float) -> None:
-        apply(self.fleet.table, event, job, when, {"SlotName": "slot1@a"})
+        apply(self.worker_table.table, event, job, when, {"SlotName": "slot1@a"})
 
 
 def test_it_asks_seldom_and_tells_what_is_new() -> None:
@@ -95,14 +95,14 @@ def test_a_job_that_starts_ends_the_wait() -> None:
     cluster.event("EXECUTE", "1.0", 170.0)
     cluster.look(171.0, 200.0, 229.0)
     assert len(cluster.asked.questions) == 1
-    cluster.fleet.saw_workers(["htcdask-1.0-1"])
+    cluster.worker_table.saw_workers(["htcdask-1.0-1"])
     cluster.look(231.0)
     assert len(cluster.asked.questions) == 2 and len(cluster.messages) == 2, "the other one waits on"
 
 
 def test_jobs_that_were_told_to_go_are_not_waited_for() -> None:
     cluster = Cluster("1.0")
-    cluster.fleet.leaving.add("1.0")
+    cluster.worker_table.leaving.add("1.0")
     cluster.look(1000.0)
     assert cluster.asked.questions == []
 

@@ -15,10 +15,10 @@ from prefect_htcdask.supervisor.report.markdown import BLOCKS, COLOURS, MOST_POI
 from prefect_htcdask.supervisor.report.plot import MOST_TICKS, WIDTH, _ticks, svg, why_none
 from prefect_htcdask.supervisor.report.recommendations import (
     SMALLEST_REQUEST,
-    advise,
     core_hours,
     efficiency,
     next_size,
+    recommend,
     seconds,
     wasted_core_hours,
 )
@@ -64,7 +64,7 @@ def summary(*groups: dict[str, Any], steps: int = 3) -> dict[str, Any]:
 
 
 def only(**changes: Any) -> list[str]:
-    return advise(account(changes))
+    return recommend(account(changes))
 
 
 def test_a_run_without_trouble_gets_no_advice() -> None:
@@ -117,7 +117,7 @@ def test_each_rule_has_its_case(changes: dict[str, Any], words: str) -> None:
 
 
 def test_of_several_groups_each_is_named() -> None:
-    advice = advise(account({}, {"holds": 1}))
+    advice = recommend(account({}, {"holds": 1}))
     assert advice == ["**g1**: worker jobs were held once: the table of HTCondor jobs says why, and what to do"]
     text = markdown(summary({}, {"holds": 1}), directory="/d")
     assert "## Worker groups" in text and "| g1 | 8 |" in text

@@ -12,7 +12,7 @@ import pytest
 from prefect_htcdask.condor.job_events import apply
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.runner.ui import artifact_contents as contents
-from prefect_htcdask.supervisor.protocol import HandOff, ReportPlan, from_line, to_line
+from prefect_htcdask.supervisor.protocol import ReportPlan, SupervisorConfig, from_line, to_line
 from prefect_htcdask.supervisor.report.files import write_report
 from prefect_htcdask.supervisor.report.markdown import FILES
 from prefect_htcdask.supervisor.report.progress import Progress
@@ -33,26 +33,28 @@ def a_supervisor(directory: Path, report: ReportPlan | None) -> Rounds:
     now = time.time() - 100
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "time", lambda: now)
-        rounds.progress = Progress(rounds.fleet, rounds.groups, report, rounds.messages.append)
-    rounds.fleet.submitted_jobs(["1.0", "1.1"], "cpu", now)
-    rounds.fleet.submitted_jobs(["2.0"], "gpu", now)
+        rounds.progress = Progress(rounds.worker_table, rounds.groups, report, rounds.messages.append)
+    rounds.worker_table.submitted_jobs(["1.0", "1.1"], "cpu", now)
+    rounds.worker_table.submitted_jobs(["2.0"], "gpu", now)
     for event, job, after, data in (
         ("EXECUTE", "1.0", 5.0, {"SlotName": "slot1@a"}),
         ("EXECUTE", "2.0", 9.0, {"SlotName": "slot1@b"}),
         ("IMAGE_SIZE", "1.0", 12.0, {"MemoryUsage": 310}),
         ("JOB_HELD", "2.0", 20.0, {"HoldReasonCode": 34, "HoldReason": "used too much"}),
     ):
-        if change := apply(rounds.fleet.table, event, job, now + after, data):
+        if change := apply(rounds.worker_table.table, event, job, now + after, data):
             rounds.news.take([change])
             rounds.progress.took([change])
     for second in range(100):
-        rounds.progress.saw(ANSWERS, rounds.fleet.supplies({**ANSWERS, "joined": []}, 0.0), now + second)
+        rounds.progress.saw(ANSWERS, rounds.worker_table.supplies({**ANSWERS, "joined": []}, 0.0), now + second)
     return rounds
 
 
 def summary_of(rounds: Rounds) -> dict[str, object]:
     # As it comes to the flow's process.
-    return from_line(to_line({**rounds.fleet.summary(time.time()), **rounds.progress.report(rounds.ended_because)}))
+    return from_line(
+        to_line({**rounds.worker_table.summary(time.time()), **rounds.progress.report(rounds.ended_because)})
+    )
 
 
 def test_numbers_report_and_picture_are_left_for_their_owner_alone(tmp_path: Path) -> None:
@@ -112,11 +114,11 @@ async def test_numbers_that_make_no_sense_end_no_round(tmp_path: Path, caplog: p
     rounds.answer = {**ANSWERS, "groups": {"cpu": {"done": "many"}}}
     await rounds.tick()
     assert rounds.done == ["read", "ask", "cpu", "gpu", "renew"] and "is not known any more" in caplog.text
-    rounds.fleet.table.records["1.0"].memory_mib = "much"  # type: ignore[assignment]
+    rounds.worker_table.table.records["1.0"].memory_mib = "much"  # type: ignore[assignment]
     assert rounds.progress.report("it is over") == {} and "there is no report" in caplog.text
 
 
 def test_a_directory_that_is_gone_is_no_reason_to_fail(tmp_path: Path) -> None:
     rounds = a_supervisor(tmp_path, ReportPlan(5.0, 50, picture=True))
-    plan: HandOff = dataclasses.replace(rounds.plan, run_directory=str(tmp_path / "gone"))
+    plan: SupervisorConfig = dataclasses.replace(rounds.plan, run_directory=str(tmp_path / "gone"))
     write_report(plan, summary_of(rounds))

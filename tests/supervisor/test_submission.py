@@ -22,11 +22,11 @@ from prefect_htcdask.condor.schedd import (
 from prefect_htcdask.condor.submit_description import WorkerSpec
 from prefect_htcdask.supervisor import notifier as voice_module
 from prefect_htcdask.supervisor.actions import Actions
-from prefect_htcdask.supervisor.notifier import Voice
+from prefect_htcdask.supervisor.notifier import Notifier
 from prefect_htcdask.supervisor.policy import Target
 from prefect_htcdask.supervisor.protocol import GroupPlan
-from prefect_htcdask.supervisor.worker_group import Group
-from prefect_htcdask.supervisor.worker_table import Fleet
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
+from prefect_htcdask.supervisor.worker_table import WorkerTable
 from tests.support.cluster_fixtures import texts
 
 # As release 25.14 of the bindings and 23.9 of the schedd say it: measured.
@@ -162,10 +162,10 @@ class Rounds:
     def __init__(self, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
         self.messages: list[dict[str, Any]] = []
         spec = WorkerSpec(extra_submit={"+ProjectName": '"cms"'})
-        self.group = Group("default", GroupPlan(spec, 30.0, Target(fixed=4)), "workers", Target(fixed=4))
+        self.group = WorkerGroup("default", GroupPlan(spec, 30.0, Target(fixed=4)), "workers", Target(fixed=4))
         self.group.files = object()  # type: ignore[assignment]
-        self.voice = Voice(self.messages.append, lambda record: "", several=False)
-        self.fleet = Fleet(("default",))
+        self.notifier = Notifier(self.messages.append, lambda record: "", several=False)
+        self.worker_table = WorkerTable(("default",))
         monkeypatch.setattr("prefect_htcdask.supervisor.actions.submit_description", lambda *args, **named: JOB)
 
         async def condor(function: Any, *args: Any) -> Any:
@@ -173,7 +173,7 @@ class Rounds:
 
         plan: Any = type("Plan", (), {"access": type("A", (), {"cluster_name": "c"}), "flow_run": None})
         plan.lease = plan.lost_schedd = 30.0
-        self.actions = Actions(plan, queue, condor, self.fleet, Any, self.voice)  # type: ignore[arg-type]
+        self.actions = Actions(plan, queue, condor, self.worker_table, Any, self.notifier)  # type: ignore[arg-type]
 
     def submit(self, count: int) -> int:
         return asyncio.run(self.actions.submit(self.group, count))
@@ -215,12 +215,12 @@ def test_what_lasts_is_said_again_at_growing_distances(monkeypatch: pytest.Monke
     now = 0.0
     monkeypatch.setattr(voice_module.time, "monotonic", lambda: now)
     messages: list[dict[str, Any]] = []
-    voice = Voice(messages.append, lambda record: "", several=False)
+    notifier = Notifier(messages.append, lambda record: "", several=False)
     told = []
     for second in range(7300):
         now = 100.0 + second
         before = len(messages)
-        voice.tell_again("error", "x", key=f"away since {second}")
+        notifier.tell_again("error", "x", key=f"away since {second}")
         if len(messages) > before:
             told.append(second)
     assert told == [0, 60, 180, 420, 900, 1860, 3780]

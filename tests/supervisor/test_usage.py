@@ -12,9 +12,9 @@ from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
 from prefect_htcdask.supervisor.policy import Supply, Target
 from prefect_htcdask.supervisor.protocol import GroupPlan, ReportPlan
 from prefect_htcdask.supervisor.report.progress import Progress
-from prefect_htcdask.supervisor.report.usage import Ledger, group_account, job_rows, job_states, percentile
-from prefect_htcdask.supervisor.worker_group import Group
-from prefect_htcdask.supervisor.worker_table import Fleet
+from prefect_htcdask.supervisor.report.usage import JobUsage, group_usage, job_rows, job_states, percentile
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
+from prefect_htcdask.supervisor.worker_table import WorkerTable
 
 SPEC = WorkerSpec(cpus=2, memory=2048 * MIB)
 
@@ -23,21 +23,21 @@ class Jobs:
     """A fleet and its ledger, told what happens."""
 
     def __init__(self, *job_ids: str) -> None:
-        self.fleet = Fleet()
-        self.ledger = Ledger()
-        self.fleet.submitted_jobs(job_ids, "default", 100.0)
+        self.worker_table = WorkerTable()
+        self.usage = JobUsage()
+        self.worker_table.submitted_jobs(job_ids, "default", 100.0)
 
     def tell(self, event: str, job: str, when: float, **data: Any) -> None:
-        change = apply(self.fleet.table, event, job, when, data)
+        change = apply(self.worker_table.table, event, job, when, data)
         if change is not None:
-            self.fleet.saw_change(change)
-            self.ledger.take([change], self.fleet)
+            self.worker_table.saw_change(change)
+            self.usage.take([change], self.worker_table)
 
     def account(self, now: float, spent: float = 0.0) -> dict[str, Any]:
-        return group_account(self.fleet, self.ledger, "default", SPEC, [3.0], 5, spent, now)
+        return group_usage(self.worker_table, self.usage, "default", SPEC, [3.0], 5, spent, now)
 
     def rows(self, most: int = 50, now: float = 1000.0) -> list[dict[str, Any]]:
-        return job_rows(self.fleet, self.ledger, {"default": SPEC}, most, now)
+        return job_rows(self.worker_table, self.usage, {"default": SPEC}, most, now)
 
 
 def test_an_account_of_jobs_that_wait_run_are_evicted_and_end() -> None:
@@ -54,9 +54,9 @@ def test_an_account_of_jobs_that_wait_run_are_evicted_and_end() -> None:
     assert (account["wait_median"], account["wait_p95"]) == (20.0, 30.0), "of a job's first start alone"
     assert (account["peak_memory_mib"], account["memory_mib"]) == (300, 2048)
     assert (account["task_seconds"], account["done"], account["boot_median"]) == (99.0, 5, 3.0)
-    assert job_states(jobs.fleet) == {"running": 1, "exited": 1, "idle": 1}
+    assert job_states(jobs.worker_table) == {"running": 1, "exited": 1, "idle": 1}
     # At the end all are told to leave; what happened before still did.
-    jobs.fleet.leaving.update(["1.0", "1.2"])
+    jobs.worker_table.leaving.update(["1.0", "1.2"])
     jobs.tell("JOB_EVICTED", "1.0", 210.0)
     jobs.tell("JOB_ABORTED", "1.0", 210.0, Reason="closed")
     assert jobs.account(now=300.0)["evictions"] == 1
@@ -67,7 +67,7 @@ def test_what_went_wrong_comes_first_and_a_hold_keeps_its_reason() -> None:
     for index in range(5):
         jobs.tell("EXECUTE", f"1.{index}", 110.0 + index, SlotName=f"slot{index}@a")
     jobs.tell("JOB_HELD", "1.1", 120.0, HoldReason="memory usage exceeded", HoldReasonCode=34)
-    jobs.fleet.leaving.add("1.1")
+    jobs.worker_table.leaving.add("1.1")
     jobs.tell("JOB_ABORTED", "1.1", 121.0, Reason="held workers are replaced")
     jobs.tell("JOB_TERMINATED", "1.2", 140.0, ReturnValue=3)
     jobs.tell("JOB_EVICTED", "1.3", 140.0)
@@ -92,15 +92,15 @@ def test_a_percentile_is_one_of_the_values_and_bounds_that_share(values: list[fl
 
 def test_thousands_of_jobs_are_one_small_message_in_five_seconds() -> None:
     messages: list[dict[str, Any]] = []
-    fleet = Fleet()
-    group = Group("default", GroupPlan(SPEC, 30.0, Target()), "workers", Target())
-    progress = Progress(fleet, {"default": group}, ReportPlan(5.0, 50, picture=False), messages.append)
+    worker_table = WorkerTable()
+    group = WorkerGroup("default", GroupPlan(SPEC, 30.0, Target()), "workers", Target())
+    progress = Progress(worker_table, {"default": group}, ReportPlan(5.0, 50, picture=False), messages.append)
     job_ids = [f"7.{index}" for index in range(5000)]
-    fleet.submitted_jobs(job_ids, "default", 100.0)
+    worker_table.submitted_jobs(job_ids, "default", 100.0)
     now = 1000.0
     for second in range(60):
         for job_id in job_ids[80 * second : 80 * second + 80]:
-            change = apply(fleet.table, "EXECUTE", job_id, 100.0 + second, {"SlotName": "slot1@a"})
+            change = apply(worker_table.table, "EXECUTE", job_id, 100.0 + second, {"SlotName": "slot1@a"})
             assert change is not None
             progress.took([change])
         answer = {"groups": {"default": {"queued": 7, "done": second, "spent": 0.5 * second}}, "unfinished": 9}
@@ -114,9 +114,9 @@ def test_thousands_of_jobs_are_one_small_message_in_five_seconds() -> None:
 
 def test_what_has_not_changed_is_not_told_again() -> None:
     messages: list[dict[str, Any]] = []
-    fleet = Fleet()
-    group = Group("default", GroupPlan(SPEC, 30.0, Target()), "workers", Target())
-    progress = Progress(fleet, {"default": group}, ReportPlan(5.0, 50, picture=False), messages.append)
+    worker_table = WorkerTable()
+    group = WorkerGroup("default", GroupPlan(SPEC, 30.0, Target()), "workers", Target())
+    progress = Progress(worker_table, {"default": group}, ReportPlan(5.0, 50, picture=False), messages.append)
     for second in range(30):
         progress.saw(None, {"default": Supply()}, float(second))
         progress.tell(float(second))

@@ -15,12 +15,12 @@ from prefect_htcdask.condor.job_events import JobRecord
 from prefect_htcdask.condor.submit_description import WorkerSpec, checked_expression
 from prefect_htcdask.supervisor.policy import Demand, Supply, Target, decide
 from prefect_htcdask.supervisor.protocol import GroupPlan, group_of, target_of
-from prefect_htcdask.supervisor.worker_group import Group, idle_job_caps
+from prefect_htcdask.supervisor.worker_group import WorkerGroup, idle_job_caps
 
 
-def a_group(name: str = "default", **target: int) -> Group:
+def a_group(name: str = "default", **target: int) -> WorkerGroup:
     wanted = Target(**(target or {"fixed": 2}))
-    return Group(name, GroupPlan(WorkerSpec(cpus=2), start_timeout=30.0, target=wanted), "workers", wanted)
+    return WorkerGroup(name, GroupPlan(WorkerSpec(cpus=2), start_timeout=30.0, target=wanted), "workers", wanted)
 
 
 def record(submitted: float, started: float, starts: int = 1) -> JobRecord:
@@ -42,7 +42,7 @@ def test_it_learns_how_long_jobs_wait_and_workers_take_to_join() -> None:
     assert list(group.supply(Supply()).waits) == list(range(10, 60)), "the latest, oldest first"
 
 
-def demand_and_decision(group: Group, now: float) -> tuple[int, str]:
+def demand_and_decision(group: WorkerGroup, now: float) -> tuple[int, str]:
     decision = decide(Demand(queued=4), group.supply(Supply()), group.policy(30.0, 100, 3), now)
     return decision.submit, decision.gives_up
 
@@ -67,7 +67,7 @@ def test_a_worker_that_joins_makes_up_for_bad_starts() -> None:
     assert demand_and_decision(group, 1.2) == (2, "")
 
 
-def failed_on(group: Group, *slots: str | None) -> None:
+def failed_on(group: WorkerGroup, *slots: str | None) -> None:
     for slot in slots:
         bad = record(0.0, 0.0)
         bad.host = slot
@@ -177,14 +177,14 @@ def test_a_plan_keeps_the_newest_target(a_plan: Any) -> None:
 
 @pytest.fixture
 def a_plan() -> Any:
-    from prefect_htcdask.supervisor.protocol import GatewayAccess, HandOff
+    from prefect_htcdask.supervisor.protocol import GatewayAccess, SupervisorConfig
 
     gpu = WorkerSpec(cpus=3, gpus=1, resources={"GPU": 1}, lifetime=60.0, lifetime_stagger=5.0)
     groups = {
         "cpu": GroupPlan(WorkerSpec(), 30.0, Target(fixed=1)),
         "gpu": GroupPlan(gpu, 30.0, Target(fixed=0)),
     }
-    return HandOff(
+    return SupervisorConfig(
         owner="o",
         parent_pid=1,
         access=GatewayAccess("", "", "", None, "c", "", "", ""),

@@ -24,7 +24,7 @@ SCRIPT = """
     from prefect import flow, task
     from prefect.runtime import flow_run
     from prefect_htcdask import HTCDaskTaskRunner
-    from prefect_htcdask.runner import flow_run as live
+    from prefect_htcdask.runner import flow_run as sessions
     from prefect_htcdask.gateway.run_directory import record_cluster
 
     @task
@@ -38,7 +38,7 @@ SCRIPT = """
         futures = [sleepy.submit(path, number) for number in range(4)]
         while len(list(Path(path).parent.glob(Path(path).name + ".?"))) < 2:
             time.sleep(0.1)
-        cluster = live.find(str(flow_run.id)).cluster
+        cluster = sessions.find(str(flow_run.id)).cluster
         if "--record" in sys.argv:
             record_cluster(cluster.run_directory, cluster.flow_run, lease=180.0)
         print(json.dumps([str(flow_run.id), cluster.name, cluster._supervisor.pid]), flush=True)

@@ -9,12 +9,12 @@ from typing import Any
 from dask.base import get_annotations
 from prefect.runtime import flow_run
 
-from prefect_htcdask.runner import flow_run as live
+from prefect_htcdask.runner import flow_run as sessions
 
 
-def run_of_this_flow() -> live.LiveRun:
+def run_of_this_flow() -> sessions.FlowRunSession:
     """Its live handles, once it has submitted a task."""
-    run = live.find(str(flow_run.id))
+    run = sessions.find(str(flow_run.id))
     assert run is not None
     return run
 

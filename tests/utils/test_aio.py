@@ -15,7 +15,7 @@ LATE = """
     from types import SimpleNamespace
     from prefect import task
     from prefect.states import Completed
-    from prefect_htcdask.runner import flow_run as live
+    from prefect_htcdask.runner import flow_run as sessions
     from prefect_htcdask.utils import aio as threads
     from prefect_htcdask.runner.ui.events import FlowEvents
     from prefect_htcdask.runner.states.reporter import Ended, StateReporter
@@ -27,7 +27,7 @@ LATE = """
         threading.main_thread().join()
         assert threads.interpreter_ends()
         events.created("http://dashboard", ["default"])
-        live.LiveRun.log(run, "warning", "a line after the end")
+        sessions.LiveRun.log(run, "warning", "a line after the end")
         try:
             reporter._emit_end(Ended(uuid.uuid4(), "nothing", nothing, Completed()), None)
         except RuntimeError as exc:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from prefect_htcdask.worker.graceful_shutdown import (
     DRAIN,
-    HANDED_BACK,
-    LeavingWorker,
+    RESCHEDULED,
+    HTCondorWorker,
     drain,
     drains_after,
     finished,
@@ -29,13 +29,13 @@ from prefect_htcdask.worker.graceful_shutdown import (
 
 
 @asynccontextmanager
-async def cluster(workers: int, **options: Any) -> AsyncIterator[tuple[Scheduler, list[LeavingWorker], Client]]:
+async def cluster(workers: int, **options: Any) -> AsyncIterator[tuple[Scheduler, list[HTCondorWorker], Client]]:
     async with AsyncExitStack() as stack:
         scheduler = await stack.enter_async_context(
             Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0", dashboard=False)
         )
         started = [
-            await stack.enter_async_context(LeavingWorker(scheduler.address, nthreads=1, name=f"w{n}", **options))
+            await stack.enter_async_context(HTCondorWorker(scheduler.address, nthreads=1, name=f"w{n}", **options))
             for n in range(workers)
         ]
         client = await stack.enter_async_context(Client(scheduler.address, asynchronous=True))
@@ -135,7 +135,7 @@ async def test_results_wait_for_a_worker_that_takes_them(tmp_path: Path) -> None
         assert first.address in scheduler.workers and not scheduler.running
         # It takes no task meanwhile.
         other = client.submit(counted, str(tmp_path), "other", 0)
-        async with LeavingWorker(scheduler.address, nthreads=1):
+        async with HTCondorWorker(scheduler.address, nthreads=1):
             await asyncio.wait_for(task, 10)
             assert await other == "other"
             assert await future == "only"
@@ -153,7 +153,7 @@ async def test_results_that_nobody_takes_in_time_are_computed_again(
         await future
         await asyncio.wait_for(drain(first, said.append, time.monotonic()), 10)
         assert first.status is Status.closed
-        async with LeavingWorker(scheduler.address, nthreads=1):
+        async with HTCondorWorker(scheduler.address, nthreads=1):
             assert await future == "only"
     assert runs(tmp_path) == {"only": 2}
     assert "run again" in said[-1]
@@ -166,7 +166,7 @@ async def test_all_may_drain_at_once(tmp_path: Path) -> None:
         await client.gather(futures)
         drains = [asyncio.ensure_future(drain(worker, print, time.monotonic() + 60)) for worker in workers]
         await until(lambda: not scheduler.running)
-        async with LeavingWorker(scheduler.address, nthreads=1):
+        async with HTCondorWorker(scheduler.address, nthreads=1):
             await asyncio.wait_for(asyncio.gather(*drains), 20)
             assert len(await client.gather(futures)) == 9
     assert set(runs(tmp_path).values()) == {1}
@@ -189,7 +189,7 @@ async def test_told_to_leave_the_task_in_hand_runs_again_and_nothing_else(tmp_pa
         assert await client.gather(futures) == [f"t{n}" for n in range(6)]
         assert await client.gather(done) == [f"done-{n}" for n in range(4)]
         assert suspicions(scheduler) == {0}
-        ((_, event),) = scheduler.get_events(HANDED_BACK)
+        ((_, event),) = scheduler.get_events(RESCHEDULED)
         assert event["key"] == key and event["times"] == 1 and 0 < event["seconds"] < 20
     assert {name for name, n in runs(tmp_path).items() if n > 1} == {f"t{hand}"}
     assert key in said[0]
@@ -201,7 +201,7 @@ async def test_told_to_leave_a_short_task_ends_first(tmp_path: Path) -> None:
         await until(lambda: in_hand(first))
         await asyncio.wait_for(leave(first, print, 20.0), 20)
         assert await future == "short"
-        assert scheduler.get_events(HANDED_BACK) == ()
+        assert scheduler.get_events(RESCHEDULED) == ()
     assert runs(tmp_path) == {"short": 1}
 
 
@@ -232,7 +232,7 @@ async def test_a_task_handed_back_again_and_again_is_told_of(tmp_path: Path, rec
             assert len(shown) == 0, "not before the third time"
             await asyncio.wait_for(leave(holder, print, 2.0), 5)
         await until(lambda: shown)
-        assert [event["times"] for _, event in scheduler.get_events(HANDED_BACK)] == [1, 2, 3]
+        assert [event["times"] for _, event in scheduler.get_events(RESCHEDULED)] == [1, 2, 3]
         (tmp_path / "go").touch()
         assert await future == "endless"
         assert suspicions(scheduler) == {0}

@@ -18,7 +18,7 @@ from prefect._internal.result_records import ResultRecord, ResultRecordMetadata
 from prefect.states import Completed, Failed
 
 from prefect_htcdask.errors import HTCDaskError, RemoteTaskError, UnpicklableResultError
-from prefect_htcdask.runner.futures.compact_state import PackedState
+from prefect_htcdask.runner.futures.compact_state import CompactState
 from prefect_htcdask.worker.pickling import (
     MOST_EXCEPTIONS,
     MOST_FRAMES,
@@ -256,7 +256,7 @@ def test_a_state_with_an_exception_can_be_sent_on_and_packed(copies: str) -> Non
         came = _sent(state, copies)
         assert came.is_failed() and came.id == state.id and came.message == "it failed"
         assert isinstance(came.data, TwoArguments) and str(came.data) == "404: gone"
-        packed = PackedState(came)
+        packed = CompactState(came)
         assert packed.state.data is came.data
         assert not is_unreadable(came)
         assert packed.without_data().state.data is None or packed.without_data().data is None

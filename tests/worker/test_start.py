@@ -272,7 +272,7 @@ def test_told_to_leave_before_it_has_begun(sandbox: Path) -> None:
 
 
 def test_nobody_says_farewell_for_a_worker_that_never_joined(sandbox: Path) -> None:
-    assert worker_start.say_farewell(sandbox) == 0
+    assert worker_start.deregister(sandbox) == 0
 
 
 def test_a_killed_worker_is_told_of(sandbox: Path) -> None:

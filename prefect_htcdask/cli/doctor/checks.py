@@ -32,7 +32,7 @@ class Finding:
     remedy: str = ""
 
 
-class Broken(Exception):
+class CheckFailed(Exception):
     """A link does not hold, for a reason that no library tells.
 
     Args:
@@ -45,12 +45,12 @@ class Broken(Exception):
         self.remedy = remedy
 
 
-class NotTried(Broken):
+class CheckSkipped(CheckFailed):
     """A link cannot be tried here, though what it needs holds."""
 
 
 @dataclass(frozen=True)
-class Link:
+class Check:
     """One link to try.
 
     Attributes:
@@ -66,7 +66,7 @@ class Link:
     needs: tuple[str, ...] = ()
 
 
-def try_links(links: Sequence[Link], trying: Callable[[str], None]) -> Iterator[Finding]:
+def run_checks(links: Sequence[Check], trying: Callable[[str], None]) -> Iterator[Finding]:
     """Try links in order; those whose needs do not hold are told of, and not tried."""
     holds: set[str] = set()
     for link in links:
@@ -81,6 +81,6 @@ def try_links(links: Sequence[Link], trying: Callable[[str], None]) -> Iterator[
             holds.add(link.name)
         except Exception as exc:  # whatever breaks a link is the finding
             detail = str(exc) or type(exc).__name__
-            status = NOT_TRIED if isinstance(exc, NotTried) else BROKEN
+            status = NOT_TRIED if isinstance(exc, CheckSkipped) else BROKEN
             remedy = getattr(exc, "remedy", "") or link.remedy
         yield Finding(link.name, status == OK, status, time.monotonic() - started, detail, remedy)

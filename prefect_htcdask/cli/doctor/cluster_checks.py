@@ -17,12 +17,12 @@ from dask.utils import format_bytes
 from prefect.settings import get_current_settings
 
 from prefect_htcdask.cleanup.jobs import WorkerJob, worker_jobs
-from prefect_htcdask.cli.doctor.checks import Broken, Link, NotTried
+from prefect_htcdask.cli.doctor.checks import Check, CheckFailed, CheckSkipped
 from prefect_htcdask.cli.doctor.worker_tasks import digest, reach, read
 from prefect_htcdask.condor.submit_description import cluster_digest
 from prefect_htcdask.gateway.checks import ask_for_options
 from prefect_htcdask.gateway.client import HTCGatewayCluster
-from prefect_htcdask.gateway.endpoints import Parts, resolve_parts
+from prefect_htcdask.gateway.endpoints import Endpoints, resolve_endpoints
 from prefect_htcdask.gateway.finalizers import PrivateGateway
 from prefect_htcdask.runner.preflight import check_versions
 from prefect_htcdask.settings import HTCDaskSettings, load_settings
@@ -41,7 +41,7 @@ _MOVED = 4 * 1024**2  # bytes, from worker to worker
 T = TypeVar("T")
 
 
-class Chain:
+class Checks:
     """What the links found so far. As a context, it closes the test cluster.
 
     Args:
@@ -51,14 +51,14 @@ class Chain:
     def __init__(self, settings: HTCDaskSettings | None) -> None:
         self._given = settings
         self._settings: HTCDaskSettings | None = None
-        self._parts: Parts | None = None
+        self._parts: Endpoints | None = None
         self._cluster: HTCGatewayCluster | None = None
         self._client: Any = None
         self._proxy = ("", 0)
         self._leases: dict[str, float] = {}
         self._failure = ""
 
-    def __enter__(self) -> Chain:
+    def __enter__(self) -> Checks:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -68,89 +68,89 @@ class Chain:
         if self._cluster is not None:
             self._cluster.close()
 
-    def links(self) -> list[Link]:
+    def links(self) -> list[Check]:
         """The links, in the order in which they are tried."""
         found, workers = ("gateway and pool found",), ("worker jobs start and join",)
         cluster = ("gateway starts a scheduler",)
         return [
-            Link("settings", self.read_settings, "correct the setting that is named"),
-            Link(
+            Check("settings", self.read_settings, "correct the setting that is named"),
+            Check(
                 *found,
                 self.find_parts,
                 "set gateway.address and condor.config_file, or let embedded.enabled be true",
                 ("settings",),
             ),
-            Link(
+            Check(
                 "gateway answers and lets us in",
                 self.ask_gateway,
                 "check that the gateway runs, gateway.address, and gateway.username with gateway.password, or "
                 "gateway.token, or the block that gateway.credentials_block names",
                 found,
             ),
-            Link(
+            Check(
                 "gateway's proxy takes connections",
                 self.reach_proxy,
                 "check gateway.proxy_address (host:port of the proxy's TLS connections), that the proxy runs, and that "
                 "no firewall is between",
                 ("gateway answers and lets us in",),
             ),
-            Link(
+            Check(
                 "schedd takes our jobs",
                 self.ask_schedd,
                 "check that HTCondor runs there, condor.schedd, condor.collector and condor.config_file, and "
                 "condor.token_file or condor.credentials_block",
                 found,
             ),
-            Link(
+            Check(
                 *cluster,
                 self.start_cluster,
                 "see the gateway's own log for why the scheduler does not start, and the supervisor's log in "
                 "condor.directory",
                 ("gateway's proxy takes connections", "schedd takes our jobs"),
             ),
-            Link(
+            Check(
                 "scheduler reached through the proxy",
                 self.reach_scheduler,
                 "let the TLS connection through as it is: what stands before the proxy may not end it, nor drop the "
                 "server's name (SNI)",
                 cluster,
             ),
-            Link(
+            Check(
                 *workers,
                 self.start_workers,
                 "prefect-htcdask jobs tells why jobs wait; lower worker.memory, worker.cpus or worker.disk, or correct "
                 "worker.python, worker.image or worker.requirements",
                 cluster,
             ),
-            Link(
+            Check(
                 "versions are the same",
                 self.compare_versions,
                 "give flow, scheduler and workers one environment or image (worker.image, worker.container_image, "
                 "worker.python)",
                 workers,
             ),
-            Link("Prefect API reachable from the worker", self.reach_api, "check PREFECT_API_URL", workers),
-            Link(
+            Check("Prefect API reachable from the worker", self.reach_api, "check PREFECT_API_URL", workers),
+            Check(
                 "data goes from worker to worker",
                 self.move_data,
                 "open the ports between the pool's hosts to one another: Dask's workers listen on ports that the "
                 "system gives",
                 workers,
             ),
-            Link(
+            Check(
                 "results are stored where workers share them",
                 self.share_results,
                 "set PREFECT_DEFAULT_RESULT_STORAGE_BLOCK to remote storage, or PREFECT_RESULTS_LOCAL_STORAGE_PATH to "
                 "a path that the pool's hosts share",
                 workers,
             ),
-            Link(
+            Check(
                 "lease is renewed",
                 self.see_renewal,
                 "see the supervisor's log in condor.directory: the schedd may not let us edit our jobs (ALLOW_WRITE)",
                 workers,
             ),
-            Link(
+            Check(
                 "removal",
                 self.remove,
                 "condor_q tells the state of jobs that stay; condor_rm -forcex forgets those that cannot be reached",
@@ -171,7 +171,7 @@ class Chain:
         return _there(self._settings)
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> Endpoints:
         return _there(self._parts)
 
     @property
@@ -179,7 +179,7 @@ class Chain:
         return _there(self._cluster)
 
     def find_parts(self) -> str:
-        self._parts = resolve_parts(self.settings)
+        self._parts = resolve_endpoints(self.settings)
         return f"gateway {self.parts.address}{' (embedded)' if self.parts.embedded else ''}"
 
     def ask_gateway(self) -> str:
@@ -197,7 +197,7 @@ class Chain:
             with socket.create_connection(self._proxy, _CONNECT_TIMEOUT):
                 return f"{_address(self._proxy)} accepts a connection"
         except OSError as exc:
-            raise Broken(f"{_address(self._proxy)}: {exc}") from exc
+            raise CheckFailed(f"{_address(self._proxy)}: {exc}") from exc
 
     def ask_schedd(self) -> str:
         return f"jobs are taken from {oneshot.call(self.parts.schedd, 'user')}"
@@ -222,7 +222,7 @@ class Chain:
             ):
                 return f"{connection.version()} with {name} at {_address(self._proxy)}"
         except (OSError, ssl.SSLError) as exc:
-            raise Broken(f"{_address(self._proxy)} as {name}: {exc}") from exc
+            raise CheckFailed(f"{_address(self._proxy)} as {name}: {exc}") from exc
 
     def start_workers(self) -> str:
         self._client = self.cluster.get_client(set_as_default=False)
@@ -248,7 +248,7 @@ class Chain:
         if answer is None:
             return f"{url} answers the worker"
         here = reach(*question)
-        raise Broken(
+        raise CheckFailed(
             f"the worker cannot reach PREFECT_API_URL = {url}: {answer}",
             "it answers here: set PREFECT_API_URL to an address that the pool's hosts can reach, such as "
             "http://THIS_HOST:4200/api with a server started by prefect server start --host 0.0.0.0"
@@ -259,8 +259,8 @@ class Chain:
     def move_data(self) -> str:
         try:
             self._await(lambda: len(self._workers()) > 1, _SECOND_WORKER_TIMEOUT, "")
-        except Broken as exc:
-            raise NotTried(
+        except CheckFailed as exc:
+            raise CheckSkipped(
                 f"only one worker started within {_SECOND_WORKER_TIMEOUT:.0f} s",
                 "try again where the pool has room for two workers",
             ) from exc
@@ -274,9 +274,9 @@ class Chain:
         try:
             there, here = (one.result(timeout=_TASK_TIMEOUT) for one in digests)
         except (TimeoutError, asyncio.TimeoutError) as exc:
-            raise Broken(f"{moved}: not within {_TASK_TIMEOUT:.0f} s") from exc
+            raise CheckFailed(f"{moved}: not within {_TASK_TIMEOUT:.0f} s") from exc
         if there != here:
-            raise Broken(f"{moved}: what arrived is something else")
+            raise CheckFailed(f"{moved}: what arrived is something else")
         return moved
 
     def share_results(self) -> str:
@@ -298,7 +298,7 @@ class Chain:
         if seen == word:
             return f"the worker reads what is written here to {path}"
         if results.persist_by_default:
-            raise Broken(f"the worker does not see what is written here to {path}: {seen}")
+            raise CheckFailed(f"the worker does not see what is written here to {path}: {seen}")
         return (
             f"the worker does not see what is written here to {path}; that matters only where results are persisted, "
             "which PREFECT_RESULTS_PERSIST_BY_DEFAULT does not ask for"
@@ -340,9 +340,9 @@ class Chain:
         deadline = time.monotonic() + timeout
         while not (value := condition()):
             if self._failure:
-                raise Broken(self._failure)
+                raise CheckFailed(self._failure)
             if time.monotonic() > deadline:
-                raise Broken(complaint)
+                raise CheckFailed(complaint)
             time.sleep(pause)
         return value
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prefect_htcdask.cli.doctor.checks import Finding, try_links
-from prefect_htcdask.cli.doctor.cluster_checks import Chain
+from prefect_htcdask.cli.doctor.checks import Finding, run_checks
+from prefect_htcdask.cli.doctor.cluster_checks import Checks
 from prefect_htcdask.settings import HTCDaskSettings
 
 
@@ -19,5 +19,5 @@ def examine(settings: HTCDaskSettings | None = None, trying: Callable[[str], Non
     Yields:
         what was found of each link, in order.
     """
-    with Chain(settings) as chain:
-        yield from try_links(chain.links(), trying or (lambda name: None))
+    with Checks(settings) as chain:
+        yield from run_checks(chain.links(), trying or (lambda name: None))

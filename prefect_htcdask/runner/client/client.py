@@ -25,11 +25,11 @@ from prefect_dask.client import PrefectDaskClient
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.gateway.dask_client import InterruptibleClient
 from prefect_htcdask.runner.client.graph import send
-from prefect_htcdask.runner.client.submit_buffer import Outbox, OutboxClient
-from prefect_htcdask.runner.client.task_spec import Spec, graphs, needed_again
-from prefect_htcdask.runner.client.uploaded_state import HeldState
+from prefect_htcdask.runner.client.submit_buffer import BufferedClient, SubmitBuffer
+from prefect_htcdask.runner.client.task_spec import TaskSpec, graphs, tasks_to_resubmit
+from prefect_htcdask.runner.client.uploaded_state import UploadedState
 from prefect_htcdask.scheduler.client_recovery import KEEP, LEAVE, RESUME
-from prefect_htcdask.scheduler.lost_tasks import MARK
+from prefect_htcdask.scheduler.lost_tasks import LOST_ANNOTATION
 from prefect_htcdask.utils.aio import in_thread
 
 ATTEMPT = 10.0
@@ -51,7 +51,7 @@ logger = logging.getLogger("prefect.task_runner.htcdask")
 
 
 @dataclass(frozen=True)
-class Terms:
+class ReconnectPolicy:
     """How a live run wants its connection to be renewed.
 
     Attributes:
@@ -73,24 +73,24 @@ class Terms:
     fail: Callable[[TaskRunLost], None]
 
 
-class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
-    """A `distributed.Client` that takes its work up again after its connection was lost, once it has `Terms` for it."""
+class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient):
+    """A `distributed.Client` that resumes its work after its connection was lost, once it has a `ReconnectPolicy`."""
 
-    outbox: Outbox
+    submit_buffer: SubmitBuffer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.specs: WeakValueDictionary[str, Spec] = WeakValueDictionary()
-        self.held_states: dict[str, HeldState] = {}
-        self._terms: Terms | None = None
+        self.specs: WeakValueDictionary[str, TaskSpec] = WeakValueDictionary()
+        self.held_states: dict[str, UploadedState] = {}
+        self._terms: ReconnectPolicy | None = None
         self._there = threading.Event()
         self._there.set()
         self._sending = threading.Lock()
         self._losses: deque[float] = deque(maxlen=LOSSES)
         self._given_up: TaskRunLost | None = None
-        self.outbox = Outbox(self)
+        self.submit_buffer = SubmitBuffer(self)
         super().__init__(*args, **kwargs)
 
-    def resume_on(self, terms: Terms) -> None:
+    def resume_on(self, terms: ReconnectPolicy) -> None:
         """Outlive losses of the connection from now on; the scheduler must have the plugin `kept_work.KeptWork`."""
         self.sync(getattr(self._scheduler, KEEP), client=self.id, seconds=terms.patience + STAND_IN)
         self._terms = terms
@@ -106,7 +106,7 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
         return bool(self._losses) and time.monotonic() - self._losses[-1] < 300
 
     @contextmanager
-    def steady(self) -> Iterator[None]:
+    def connected(self) -> Iterator[None]:
         """Wait until there is a connection; what is sent within reaches the scheduler, or is sent again.
 
         Nothing in it may wait for this client's event loop.
@@ -127,7 +127,7 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
         """As `distributed.Client.set_metadata`, over losses of the connection."""
         deadline: float | None = None
         while True:
-            with self.steady():
+            with self.connected():
                 pass
             try:
                 super().set_metadata(key, value)
@@ -179,7 +179,7 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
         self._losses.append(now)
         return ""
 
-    async def _take_up(self, terms: Terms, lost_at: float, held: list[str]) -> str:
+    async def _take_up(self, terms: ReconnectPolicy, lost_at: float, held: list[str]) -> str:
         """Connect, and have all that is unfinished go on; returns why that came to nothing."""
         scheduler_id = self._identity()
         deadline = lost_at + terms.patience
@@ -241,12 +241,12 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
             key in self.specs or key in self.held_states for key in message["keys"]
         )
 
-    async def _go_on(self, terms: Terms, keys: list[str], known: set[str], lost_at: float) -> None:
+    async def _go_on(self, terms: ReconnectPolicy, keys: list[str], known: set[str], lost_at: float) -> None:
         """Submit again what the scheduler does not know, and hear again what is told to this client."""
         for topic in list(cast(Any, self)._event_handlers):
             self._send_to_scheduler({"op": "subscribe-topic", "topic": topic, "client": self.id})
-        lost: list[Spec] = []
-        states: list[HeldState] = []
+        lost: list[TaskSpec] = []
+        states: list[UploadedState] = []
         for key in keys:
             state = self.futures.get(key)
             if key in known or state is None:
@@ -271,7 +271,7 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
         )
 
     def _submit_again(
-        self, terms: Terms, lost: list[Spec], known: set[str], held_states: list[HeldState]
+        self, terms: ReconnectPolicy, lost: list[TaskSpec], known: set[str], held_states: list[UploadedState]
     ) -> list[Future[Any]]:
         """Send the graphs; returns what must be wanted until they have come."""
         held = [one.send(self) for one in held_states]
@@ -284,7 +284,7 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
                 states[key] = state
             return state is not None
 
-        specs = needed_again(lost, known, in_hand)
+        specs = tasks_to_resubmit(lost, known, in_hand)
         for spec in specs:
             spec.sent = True
         # Whether it had begun, the Prefect API will tell the worker that takes it up (`rerun`).
@@ -293,12 +293,12 @@ class ResumingClient(InterruptibleClient, OutboxClient, PrefectDaskClient):
         wanted = {spec.key for spec in lost}
         order = {spec.key: spec.number for spec in specs}
         for nodes, keys, options in graphs(specs, states):
-            with annotate(**{**options.annotations, MARK: mark}):
+            with annotate(**{**options.annotations, LOST_ANNOTATION: mark}):
                 futures = send(self, nodes, keys, order, options.resources)
             held += [future for future in futures if future.key not in wanted]
         return held
 
-    async def _give_up(self, terms: Terms, why: str) -> None:
+    async def _give_up(self, terms: ReconnectPolicy, why: str) -> None:
         """Fail: every future is cancelled, as Dask's own client does it at once."""
         error = TaskRunLost(f"the connection to the Dask scheduler at {self._address()} {why}")
         deadline = time.monotonic() + terms.verdict

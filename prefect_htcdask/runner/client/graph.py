@@ -58,7 +58,7 @@ def send(
 
 
 @contextmanager
-def sent_once(size: int) -> Iterator[None]:
+def no_large_graph_warning(size: int) -> Iterator[None]:
     """Have Dask not warn for `size` bytes of a graph, which are sent once for many tasks, as its warning advises."""
     if not size:
         yield

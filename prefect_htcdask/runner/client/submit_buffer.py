@@ -20,7 +20,7 @@ from distributed import Client, Future
 
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.runner.client.graph import send
-from prefect_htcdask.runner.client.task_spec import Spec
+from prefect_htcdask.runner.client.task_spec import TaskSpec
 
 INTERVAL = 0.05
 """Seconds from one graph to the next, where submits follow one another."""
@@ -38,14 +38,14 @@ class SendingClient(Protocol):
     futures: dict[Any, Any]
 
     @property
-    def specs(self) -> MutableMapping[str, Spec]:
+    def specs(self) -> MutableMapping[str, TaskSpec]:
         """The tasks that it submits again over a new connection, by their keys."""
 
-    def steady(self) -> AbstractContextManager[None]:
+    def connected(self) -> AbstractContextManager[None]:
         """While it lasts, the connection is there and is not renewed; raises `TaskRunLost` where it was given up."""
 
 
-class Outbox:
+class SubmitBuffer:
     """What is on its way to the scheduler of one client.
 
     Args:
@@ -57,13 +57,13 @@ class Outbox:
         self._lock = threading.Lock()
         # Graphs leave one at a time, so that none overtakes one on which it depends.
         self._sending = threading.Lock()
-        self._waiting: list[tuple[Spec, object]] = []
+        self._waiting: list[tuple[TaskSpec, object]] = []
         self._bytes = 0
         self._sent_at = -math.inf
         self._timer: threading.Timer | None = None
         self._hurried = False
 
-    def put(self, spec: Spec, holds: object) -> Future[Any]:
+    def put(self, spec: TaskSpec, holds: object) -> Future[Any]:
         """Send a task soon; returns its future.
 
         Args:
@@ -86,7 +86,7 @@ class Outbox:
         self.flush()
         return future
 
-    def hurry(self, spec: Spec) -> None:
+    def hurry(self, spec: TaskSpec) -> None:
         """Send a task that still waits, and all that waits with it: somebody asks for it. Does not block."""
         if spec.sent:
             return
@@ -141,7 +141,7 @@ class Outbox:
         if not specs:
             return
         try:
-            with self._client.steady():
+            with self._client.connected():
                 self._send(specs)
         except TaskRunLost as exc:
             self._give_up([spec for spec in specs if not spec.sent], exc)
@@ -157,11 +157,11 @@ class Outbox:
                 elif self._timer is None and self._waiting:
                     self._start_timer(INTERVAL)
 
-    def _send(self, specs: list[Spec]) -> None:
+    def _send(self, specs: list[TaskSpec]) -> None:
         for spec in specs:
             # Those that were cancelled meanwhile; others were submitted again over a new connection.
             spec.sent = spec.sent or not self._is_wanted(spec.key)
-        for group in parted((spec for spec in specs if not spec.sent), self._is_wanted):
+        for group in graph_batches((spec for spec in specs if not spec.sent), self._is_wanted):
             nodes = {spec.key: spec.node() for spec in group}
             options = group[0].options
             try:
@@ -182,19 +182,19 @@ class Outbox:
         state = self._client.futures.get(key)
         return state is not None and state.status != "cancelled"
 
-    def _give_up(self, specs: list[Spec], error: Exception) -> None:
+    def _give_up(self, specs: list[TaskSpec], error: Exception) -> None:
         for spec in specs:
             spec.sent = True
         cast(Any, self._client).loop.add_callback(self._cancel, specs, str(error) or repr(error))
 
-    def _cancel(self, specs: list[Spec], why: str) -> None:
+    def _cancel(self, specs: list[TaskSpec], why: str) -> None:
         for spec in specs:
             state = self._client.futures.get(spec.key)
             if state is not None and state.status == "pending":
                 state.cancel(reason="not sent", msg=why)
 
 
-def parted(specs: Iterable[Spec], is_there: Callable[[str], bool]) -> Iterator[list[Spec]]:
+def graph_batches(specs: Iterable[TaskSpec], is_there: Callable[[str], bool]) -> Iterator[list[TaskSpec]]:
     """The graphs in which tasks are sent, in their order.
 
     One graph has one set of options. A task that needs what is not there goes alone, since the scheduler cancels the
@@ -204,7 +204,7 @@ def parted(specs: Iterable[Spec], is_there: Callable[[str], bool]) -> Iterator[l
         specs: the tasks, each behind those that it needs.
         is_there: whether a task, by its key, is among these or at the scheduler, as far as is known.
     """
-    group: list[Spec] = []
+    group: list[TaskSpec] = []
     lost: set[str] = set()
     for spec in specs:
         upstreams = spec.upstream_keys()
@@ -221,45 +221,45 @@ def parted(specs: Iterable[Spec], is_there: Callable[[str], bool]) -> Iterator[l
         yield group
 
 
-class OutboxClient(Client):
+class BufferedClient(Client):
     """A Dask client on which what a user sends himself comes after what waits in its outbox."""
 
-    outbox: Outbox | None = None
+    submit_buffer: SubmitBuffer | None = None
 
     def submit(self, *args: Any, **kwargs: Any) -> Any:
         """As `distributed.Client.submit`."""
-        self.empty_outbox()
+        self.flush_submits()
         return super().submit(*args, **kwargs)
 
     def map(self, *args: Any, **kwargs: Any) -> Any:
         """As `distributed.Client.map`."""
-        self.empty_outbox()
+        self.flush_submits()
         return super().map(*args, **kwargs)
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
         """As `distributed.Client.get`."""
-        self.empty_outbox()
+        self.flush_submits()
         return super().get(*args, **kwargs)
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """As `distributed.Client.compute`."""
-        self.empty_outbox()
+        self.flush_submits()
         return super().compute(*args, **kwargs)
 
     def persist(self, *args: Any, **kwargs: Any) -> Any:
         """As `distributed.Client.persist`."""
-        self.empty_outbox()
+        self.flush_submits()
         return super().persist(*args, **kwargs)
 
     def cancel(self, *args: Any, **kwargs: Any) -> Any:
         """As `distributed.Client.cancel`; what has not left yet never will."""
-        if self.outbox is None or self.asynchronous:
+        if self.submit_buffer is None or self.asynchronous:
             return super().cancel(*args, **kwargs)
-        with self.outbox.held(PATIENCE):
+        with self.submit_buffer.held(PATIENCE):
             return super().cancel(*args, **kwargs)
 
-    def empty_outbox(self) -> None:
+    def flush_submits(self) -> None:
         """Send what waits in the outbox; does not raise. Nothing in the client's own event loop."""
-        if self.outbox is not None and not self.asynchronous:
+        if self.submit_buffer is not None and not self.asynchronous:
             with suppress(TaskRunLost):
-                self.outbox.flush(PATIENCE)
+                self.submit_buffer.flush(PATIENCE)

@@ -54,7 +54,7 @@ class SendOptions(NamedTuple):
     resources: Mapping[str, float] | None
 
 
-class Spec:
+class TaskSpec:
     """One submitted Dask task: all that differs from task to task, with what is shared beside it.
 
     Args:
@@ -78,7 +78,7 @@ class Spec:
         envelope: tuple[str, ...],
         payload: bytes,
         shared: bytes | tuple[str, ...] | SharedData | None,
-        upstreams: tuple[Spec | str, ...],
+        upstreams: tuple[TaskSpec | str, ...],
     ) -> None:
         self.number = next_number()
         self.key = key
@@ -124,7 +124,9 @@ class Graph(NamedTuple):
     options: SendOptions
 
 
-def needed_again(lost: Iterable[Spec], known: Collection[str], in_hand: Callable[[str], bool]) -> list[Spec]:
+def tasks_to_resubmit(
+    lost: Iterable[TaskSpec], known: Collection[str], in_hand: Callable[[str], bool]
+) -> list[TaskSpec]:
     """What has to be submitted for these tasks to run.
 
     Args:
@@ -136,7 +138,7 @@ def needed_again(lost: Iterable[Spec], known: Collection[str], in_hand: Callable
         the tasks, in the order in which they were first submitted.
     """
     todo = list(lost)
-    found: dict[str, Spec] = {}
+    found: dict[str, TaskSpec] = {}
     while todo:
         spec = todo.pop()
         if spec.key in found:
@@ -145,13 +147,13 @@ def needed_again(lost: Iterable[Spec], known: Collection[str], in_hand: Callable
         for upstream in spec.upstreams:
             key = upstream if isinstance(upstream, str) else upstream.key
             # Of one that is known by its key alone, the state in hand is asked for all the same: it goes along.
-            if key not in known and not in_hand(key) and isinstance(upstream, Spec):
+            if key not in known and not in_hand(key) and isinstance(upstream, TaskSpec):
                 todo.append(upstream)
     # The ids of task runs grow with time, but not within a millisecond.
     return sorted(found.values(), key=lambda spec: spec.number)
 
 
-def graphs(specs: Iterable[Spec], states: Mapping[str, Any], batch: int = BATCH) -> Iterator[Graph]:
+def graphs(specs: Iterable[TaskSpec], states: Mapping[str, Any], batch: int = BATCH) -> Iterator[Graph]:
     """The graphs that bring tasks to the scheduler again, to be sent in this order.
 
     Args:

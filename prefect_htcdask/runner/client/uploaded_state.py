@@ -10,7 +10,7 @@ from typing import Any
 from dask.base import annotate
 from distributed import Client, Future
 
-from prefect_htcdask.runner.client.graph import send, sent_once
+from prefect_htcdask.runner.client.graph import no_large_graph_warning, send
 from prefect_htcdask.runner.client.task_spec import loads_node
 
 URGENT = 1_000_000
@@ -18,7 +18,7 @@ URGENT = 1_000_000
 
 
 @dataclass(frozen=True)
-class HeldState:
+class UploadedState:
     """What it takes to send it.
 
     Attributes:
@@ -38,5 +38,5 @@ class HeldState:
 
     def _send(self, client: Client) -> Future[Any]:
         nodes = {self.key: loads_node(self.key, self.blob)}
-        with sent_once(len(self.blob)), annotate(priority=URGENT):
+        with no_large_graph_warning(len(self.blob)), annotate(priority=URGENT):
             return send(client, nodes, nodes, {}, self.resources)[0]

@@ -50,7 +50,7 @@ def interval(asked: int) -> float:
     return min(max(INTERVAL, INTERVAL_OF_EACH * asked), LONGEST_INTERVAL)
 
 
-def held_back(full: bool, asked: int, awaited: bool, since: float) -> float:
+def batch_delay(full: bool, asked: int, awaited: bool, since: float) -> float:
     """For how many seconds futures that are ready wait for others, to be gathered in one round trip with them.
 
     Args:

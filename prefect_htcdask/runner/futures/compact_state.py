@@ -22,7 +22,7 @@ from prefect_htcdask.worker.portable_states import data_of, put_data
 _lock = threading.Lock()
 
 
-class PackedState:
+class CompactState:
     """A final state, packed.
 
     Attributes:
@@ -61,11 +61,11 @@ class PackedState:
                     self._state, state = weakref.ref(unpacked), unpacked
         return state
 
-    def without_data(self) -> PackedState:
+    def without_data(self) -> CompactState:
         """The same state with nothing in the place of the user's data, which may be large."""
         if not self._pickle:
-            return PackedState(without_data(self.state))
-        light = PackedState.__new__(PackedState)
+            return CompactState(without_data(self.state))
+        light = CompactState.__new__(CompactState)
         light.type, light.name, light.data, light.has_result = self.type, self.name, None, False
         light._pickle, light._state, light.travels_along = self._pickle, _nobody, None
         return light

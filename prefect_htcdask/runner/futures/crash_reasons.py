@@ -24,7 +24,7 @@ PATIENCE = 5.0
 _ENDS = ("evicted", "held", "removed", "exited")
 
 
-class JobFates:
+class JobOutcomes:
     """The last that the supervisor process said of each job; `take` its messages."""
 
     def __init__(self) -> None:
@@ -46,12 +46,12 @@ class JobFates:
                 told = reason.strip()
                 _remember(self._fates, job, told if told.startswith(what) else f"{what}: {told}".rstrip(": "))
 
-    def lost_with(self, key: str, workers: Iterable[str]) -> None:
+    def record_lost_task(self, key: str, workers: Iterable[str]) -> None:
         """Take that these workers took a Dask task with them, one after the other."""
         with self._lock:
             _remember(self._lost_with, key, list(workers))
 
-    def workers_lost_with(self, key: str) -> list[str]:
+    def workers_that_took(self, key: str) -> list[str]:
         """Names of the workers that are known to have taken a Dask task with them."""
         with self._lock:
             return self._lost_with.get(key, [])
@@ -79,7 +79,7 @@ class JobFates:
             await asyncio.sleep(0.1)
 
 
-def killer_of(result: PendingResult) -> str | None:
+def last_worker(result: PendingResult) -> str | None:
     """Name of the worker with which Dask gave a task up, after several that died with it; else `None`."""
     wrapped = cast(Any, result.dask_future)
     error = wrapped._state.exception if wrapped.status == "error" else None
@@ -90,7 +90,7 @@ def killer_of(result: PendingResult) -> str | None:
     return name if job_of_worker(name) else str(getattr(last, "address", last))
 
 
-def lost_reason(result: PendingResult, fates: JobFates | None = None) -> BaseException:
+def crash_exception(result: PendingResult, fates: JobOutcomes | None = None) -> BaseException:
     """The exception with which a task run ended that Dask could not bring to a state of its own."""
     wrapped = result.dask_future
     about = f"task run {result.task_run_id} ({result.task_name or 'unnamed'})"
@@ -102,7 +102,7 @@ def lost_reason(result: PendingResult, fates: JobFates | None = None) -> BaseExc
             return TaskRunLost(f"{about} could not run: {error.task}, which it needs, was lost with its worker")
         return TaskRunLost(
             f"{about} was lost: {error.allowed_failures + 1} worker(s) died while they had it"
-            f"{_named(killer_of(result) or '', str(error.task), fates or JobFates())}"
+            f"{_named(last_worker(result) or '', str(error.task), fates or JobOutcomes())}"
         )
     reason = getattr(getattr(wrapped, "_state", None), "exception", None)
     if wrapped.status == "cancelled":
@@ -110,8 +110,8 @@ def lost_reason(result: PendingResult, fates: JobFates | None = None) -> BaseExc
     return TaskRunLost(f"{about} was lost: its result left the cluster with its worker ({wrapped.status})")
 
 
-def _named(last: str, key: str, fates: JobFates) -> str:
-    earlier = [worker for worker in fates.workers_lost_with(key) if worker != last]
+def _named(last: str, key: str, fates: JobOutcomes) -> str:
+    earlier = [worker for worker in fates.workers_that_took(key) if worker != last]
     named = f", the last of them {fates.describe(last)}"
     if earlier:
         named += f". Before that: {'; '.join(fates.describe(worker) for worker in earlier)}"

@@ -13,7 +13,7 @@ from typing import Any, cast
 from distributed import Future
 
 
-class Bell:
+class CallbackEvent:
     """In the place of the `asyncio.Event` of Dask's `FutureState`; rings once, as it is set.
 
     Args:
@@ -70,7 +70,7 @@ def on_end(future: Future[Any], call: Callable[[], None]) -> None:
         return
     state = cast(Any, future)._state
     if getattr(state, "_event", state) is None:
-        state._event = Bell(call)
+        state._event = CallbackEvent(call)
     else:
         # Somebody waits for it already, or another release of Dask keeps its event elsewhere.
         future.add_done_callback(lambda _: call())

@@ -3,7 +3,7 @@
 A state, and the result in it, stays on its worker until someone asks: `wait`, `result`, `state` or a done-callback; a
 small one also comes a little ahead, where someone asks for one after the other (`read_ahead`).
 From then on the flow's process holds it and the Dask future is released, so that a task run whose result was collected
-is never run again because its worker died. The `collector` brings it.
+is never run again because its worker died. The `gatherer` brings it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect_dask.task_runners import PrefectDaskFuture
 
 from prefect_htcdask.errors import TaskRunLost
-from prefect_htcdask.runner.futures.compact_state import PackedState
-from prefect_htcdask.runner.futures.gatherer import Collector, collector_of
+from prefect_htcdask.runner.futures.compact_state import CompactState
+from prefect_htcdask.runner.futures.gatherer import Gatherer, gatherer_of
 from prefect_htcdask.runner.futures.pending_result import PendingResult
-from prefect_htcdask.worker.secede import free_worker_slot, worker_slot_freed
+from prefect_htcdask.worker.secede import secede, seceded
 
 R = TypeVar("R")
 
@@ -37,13 +37,13 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
 
     Args:
         pending_result: the record of the task run, in which all that becomes of it stands.
-        collector: brings the final state; by default this process's one for the Dask future's client.
+        gatherer: brings the final state; by default this process's one for the Dask future's client.
     """
 
-    def __init__(self, pending_result: PendingResult, collector: Collector | None = None) -> None:
+    def __init__(self, pending_result: PendingResult, gatherer: Gatherer | None = None) -> None:
         # Without Prefect's own, which would keep a copy of what stands in the record.
         self.pending_result = pending_result
-        self._collector = collector
+        self._gatherer = gatherer
 
     def __reduce__(self) -> Any:
         result = self.pending_result
@@ -62,7 +62,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         return self.pending_result.dask_future
 
     @property
-    def packed(self) -> PackedState | None:
+    def packed(self) -> CompactState | None:
         """The final state, once it is in hand."""
         return self.pending_result.packed
 
@@ -81,7 +81,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
 
         It is kept packed: the same object for as long as somebody holds it.
         """
-        if self.packed is None and not self.is_pending() and not self.collector.over:
+        if self.packed is None and not self.is_pending() and not self.gatherer.over:
             self.wait()
         packed = self.packed
         return packed.state if packed is not None else super().state
@@ -93,7 +93,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
             timeout: seconds to wait at most; the call then returns all the same.
         """
         if self.packed is None:
-            self.collector.wait(self.pending_result, timeout)
+            self.gatherer.wait(self.pending_result, timeout)
         raise_if_flow_run_suspension_requested()
 
     def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
@@ -114,7 +114,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         self.wait(timeout)
         packed = self.packed
         if packed is None:
-            if self.collector.over:
+            if self.gatherer.over:
                 about = f"task run {self.task_run_id} ({self.pending_result.task_name})"
                 raise TaskRunLost(f"the flow run of {about} is over, not this one")
             raise TimeoutError(f"Task run {self.task_run_id} did not complete within {timeout} seconds")
@@ -128,19 +128,19 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         """Call `fn` with this future once its final state is at hand, in another thread; at once if it is."""
         if self.packed is None:
             # Whoever asks to be called is about to wait, as `prefect.futures.as_completed` does.
-            free_worker_slot()
-            if self.collector.call_back(self.pending_result, partial(fn, self)):
+            secede()
+            if self.gatherer.call_back(self.pending_result, partial(fn, self)):
                 return
             self.wait()
         fn(self)
 
     @property
-    def collector(self) -> Collector:
+    def gatherer(self) -> Gatherer:
         """The collector of this process that brings the state here."""
-        if self._collector is None:
+        if self._gatherer is None:
             # Unpickled in another process, such as a worker that was handed the future inside a user's object.
-            self._collector = collector_of(self.wrapped_future.client)
-        return self._collector
+            self._gatherer = gatherer_of(self.wrapped_future.client)
+        return self._gatherer
 
 
 def _rebuild(
@@ -152,7 +152,7 @@ def _rebuild(
 ) -> HTCDaskFuture[Any]:
     result = PendingResult(task_run_id, wrapped, task_name)
     if state is not None:
-        result.packed = PackedState(state)
+        result.packed = CompactState(state)
     return cls(result)
 
 
@@ -162,21 +162,21 @@ class HTCDaskFutureList(PrefectFutureList[R]):
     def wait(self, timeout: float | None = None) -> None:
         """Wait for all of them, `timeout` seconds at most."""
         coming = _coming(self)
-        with worker_slot_freed(bool(coming)):
+        with seceded(bool(coming)):
             # Prefect's own waits for one after the other, and each state would come home alone.
             for future in coming:
                 if isinstance(future, HTCDaskFuture):
-                    future.collector.ask(future.pending_result)
+                    future.gatherer.ask(future.pending_result)
             deadline = None if timeout is None else time.monotonic() + timeout
             for future in coming:
                 if isinstance(future, HTCDaskFuture) and future.packed is None:
                     left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                    future.collector.wait(future.pending_result, left, of_many=True)
+                    future.gatherer.wait(future.pending_result, left, of_many=True)
             super().wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def result(self: HTCDaskFutureList[R], timeout: float | None = None, raise_on_failure: bool = True) -> list[R]:
         """The results of all, in order; see `prefect.futures.PrefectFutureList.result`."""
-        with worker_slot_freed(bool(_coming(self))):
+        with seceded(bool(_coming(self))):
             return super().result(timeout, raise_on_failure)
 
 

@@ -26,18 +26,18 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
 from prefect_htcdask.errors import HTCDaskError
-from prefect_htcdask.runner.client.client import ResumingClient
-from prefect_htcdask.runner.futures.batching import MAX_BATCH, batch_size, held_back
-from prefect_htcdask.runner.futures.compact_state import PackedState
-from prefect_htcdask.runner.futures.crash_reasons import JobFates, killer_of, lost_reason
+from prefect_htcdask.runner.client.client import ReconnectingClient
+from prefect_htcdask.runner.futures.batching import MAX_BATCH, batch_delay, batch_size
+from prefect_htcdask.runner.futures.compact_state import CompactState
+from prefect_htcdask.runner.futures.crash_reasons import JobOutcomes, crash_exception, last_worker
 from prefect_htcdask.runner.futures.done_events import on_end
-from prefect_htcdask.runner.futures.pending_result import COMING, PendingResult
-from prefect_htcdask.runner.futures.prefetch import ReadAhead
+from prefect_htcdask.runner.futures.pending_result import PENDING_STATUSES, PendingResult
+from prefect_htcdask.runner.futures.prefetch import Prefetcher
 from prefect_htcdask.runner.futures.result_sizes import ResultSizes
 from prefect_htcdask.utils.aio import in_thread
 from prefect_htcdask.utils.prefect_client import open_client
 from prefect_htcdask.worker.portable_states import is_unreadable
-from prefect_htcdask.worker.secede import worker_slot_freed
+from prefect_htcdask.worker.secede import seceded
 
 POLL = 0.5
 """Seconds between two looks at a blocked wait: a thread that waits in C for ever hears no timeout of a flow run."""
@@ -57,7 +57,7 @@ _Call: TypeAlias = "tuple[UUID, Callable[[], object]]"
 logger = logging.getLogger("prefect.task_runner.htcdask")
 
 
-class Collector:
+class Gatherer:
     """Gathers final states for the task runs of one Dask client.
 
     Args:
@@ -75,7 +75,7 @@ class Collector:
         self,
         client: Client,
         on_lost: Callable[[PendingResult, State[Any]], None] | None = None,
-        fates: JobFates | None = None,
+        fates: JobOutcomes | None = None,
         on_collected: Callable[[list[PendingResult]], None] | None = None,
     ) -> None:
         self.client = client
@@ -83,7 +83,7 @@ class Collector:
         self.on_first: Callable[[], None] | None = None
         self.closed_at: float | None = None
         self.cancelled = False  # by the flow run: then what Dask cancels has not crashed
-        self.fates = fates or JobFates()
+        self.fates = fates or JobOutcomes()
         self._condition = threading.Condition()
         self._on_lost = on_lost
         self._asked: dict[int, PendingResult] = {}
@@ -98,7 +98,7 @@ class Collector:
         self._due = math.inf
         self._broken: dict[int, int] = {}
         self._failure: HTCDaskError | None = None
-        self.read_ahead: ReadAhead[PendingResult] = ReadAhead()
+        self.read_ahead: Prefetcher[PendingResult] = Prefetcher()
         self._callbacks = ThreadPoolExecutor(1, thread_name_prefix="htcdask-callbacks")
 
     def ask(self, result: PendingResult) -> bool:
@@ -115,10 +115,10 @@ class Collector:
             failure = self._failure
         if failure is not None:
             self._end(result, failure)
-        elif result.dask_future.status in COMING:
+        elif result.dask_future.status in PENDING_STATUSES:
             spec = result.spec
-            if spec is not None and isinstance(self.client, ResumingClient):
-                self.client.outbox.hurry(spec)
+            if spec is not None and isinstance(self.client, ReconnectingClient):
+                self.client.submit_buffer.hurry(spec)
             self._listen_soon(result)
         else:
             self._enqueue(result)
@@ -140,7 +140,7 @@ class Collector:
                 self._look_soon()
             if in_turn and not of_many:
                 self._ask_ahead(self.read_ahead.beside(result, self._sizes.expected(result.task_name)))
-            with worker_slot_freed(result.packed is None), self._condition:
+            with seceded(result.packed is None), self._condition:
                 while result.packed is None and not self.over:
                     left = min(POLL, deadline - time.monotonic())
                     if left <= 0:
@@ -233,7 +233,7 @@ class Collector:
         with self._condition:
             if result.packed is not None:
                 return
-            result.packed = PackedState(state)
+            result.packed = CompactState(state)
         self._finish([result])
 
     def _listen_soon(self, result: PendingResult) -> None:
@@ -273,7 +273,7 @@ class Collector:
                 size = batch_size(self._sizes.expected(result.task_name) for result in ready)
                 full = size < len(self._ready) or size == MAX_BATCH
                 awaited = not full and any(id(result) in self._awaited for result in ready)
-                pause = held_back(full, len(self._asked), awaited, now - self._began)
+                pause = batch_delay(full, len(self._asked), awaited, now - self._began)
                 if pause:
                     if now + pause < self._due:
                         self._due = now + pause
@@ -333,13 +333,13 @@ class Collector:
                 unreadable = is_unreadable(state)
                 if unreadable and self._only_ahead(result):
                     continue  # other tasks may be able to use it
-                result.packed = PackedState(state)
+                result.packed = CompactState(state)
                 ended.append(result)
                 if unreadable:
                     self._report_lost(result, state)
             elif result.packed is not None or (self.over and key in finished):
                 continue  # it has its end, or its client has closed meanwhile
-            elif result.dask_future.status in COMING:
+            elif result.dask_future.status in PENDING_STATUSES:
                 cast(Any, self.client.loop).add_callback(self._enqueue_when_back, result)
             # What is finished without being here was lost as this began, and has been computed again.
             elif result.dask_future.status != "finished" or not self._try_again(result):
@@ -352,7 +352,7 @@ class Collector:
             self._on_collected(ended)
         self._finish(ended)
         for result in lost:
-            if (killer := killer_of(result)) is None:
+            if (killer := last_worker(result)) is None:
                 self._end(result, None)
             else:
                 cast(Any, self.client.loop).add_callback(self._end_when_explained, result, killer)
@@ -362,7 +362,7 @@ class Collector:
         self._end(result, None)
 
     async def _states(self, finished: dict[str, Future[Any]]) -> dict[str, Any]:
-        if isinstance(self.client, ResumingClient) and not self.client.direct_to_workers and finished:
+        if isinstance(self.client, ReconnectingClient) and not self.client.direct_to_workers and finished:
             # What `Client.gather` asks of the scheduler then, without a coroutine for each future.
             answer = await retry_operation(cast(Any, self.client.scheduler).gather, keys=list(finished))
             if answer["status"] == "OK":
@@ -392,14 +392,14 @@ class Collector:
     def _end(self, result: PendingResult, error: BaseException | None) -> None:
         """Give a task run that Dask did not finish a Crashed state."""
         if error is None:
-            error = lost_reason(result, self.fates)
+            error = crash_exception(result, self.fates)
         cancelled = self.cancelled and result.dask_future.status == "cancelled"
         state: State[Any] = (Cancelled if cancelled else Crashed)(message=str(error) or repr(error), data=error)
         state.state_details.task_run_id = result.task_run_id
         with self._condition:
             if result.packed is not None:
                 return
-            result.packed = PackedState(state)
+            result.packed = CompactState(state)
         self._report_lost(result, state)
         self._finish([result])
 
@@ -448,18 +448,18 @@ def _call_all(calls: list[_Call]) -> None:
 
 
 _lock = threading.Lock()
-_collectors: dict[str, Collector] = {}
+_gatherers: dict[str, Gatherer] = {}
 
 
-def collector_of(client: Client) -> Collector:
+def gatherer_of(client: Client) -> Gatherer:
     """This process's collector for a client that no live run owns, such as a worker's own: one for each client.
 
     Those of clients that have closed meanwhile are closed.
     """
     with _lock:
-        for key in [key for key, collector in _collectors.items() if collector.client.status == "closed"]:
-            _collectors.pop(key).close()
-        collector = _collectors.get(client.id)
-        if collector is None:
-            collector = _collectors[client.id] = Collector(client)
-        return collector
+        for key in [key for key, gatherer in _gatherers.items() if gatherer.client.status == "closed"]:
+            _gatherers.pop(key).close()
+        gatherer = _gatherers.get(client.id)
+        if gatherer is None:
+            gatherer = _gatherers[client.id] = Gatherer(client)
+        return gatherer

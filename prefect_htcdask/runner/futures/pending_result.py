@@ -14,15 +14,15 @@ from uuid import UUID
 
 from distributed import Client, Future
 
-from prefect_htcdask.runner.futures.compact_state import PackedState
+from prefect_htcdask.runner.futures.compact_state import CompactState
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
     from prefect.tasks import Task
 
-    from prefect_htcdask.runner.client.task_spec import Spec
+    from prefect_htcdask.runner.client.task_spec import TaskSpec
 
-COMING = ("pending", "lost")
+PENDING_STATUSES = ("pending", "lost")
 """Status of Dask futures that are still to come: what was lost is computed again."""
 
 
@@ -35,7 +35,7 @@ class CollectedFuture:
     __slots__ = ("_packed", "client", "key")
     status = "finished"
 
-    def __init__(self, key: str, client: Client, packed: PackedState) -> None:
+    def __init__(self, key: str, client: Client, packed: CompactState) -> None:
         self.key = key
         self.client = client
         self._packed = packed
@@ -97,7 +97,7 @@ class PendingResult:
         task_name: str = "",
         task: Task[Any, Any] | None = None,
         upstreams: Sequence[Any] = (),
-        spec: Spec | None = None,
+        spec: TaskSpec | None = None,
     ) -> None:
         self.task_run_id = task_run_id
         self.dask_future = dask_future
@@ -105,7 +105,7 @@ class PendingResult:
         self.task = task
         self.upstreams = upstreams
         self.spec = spec
-        self.packed: PackedState | None = None
+        self.packed: CompactState | None = None
         self.callbacks: tuple[Callable[[], object], ...] = ()
         self.place = 0
         self.following: weakref.ref[Any] | None = None
@@ -117,7 +117,7 @@ class PendingResult:
 
     def is_pending(self) -> bool:
         """Whether the task run has not ended yet, as far as Dask's scheduler has told."""
-        return self.packed is None and self.dask_future.status in COMING
+        return self.packed is None and self.dask_future.status in PENDING_STATUSES
 
     def is_on(self, client: Client) -> bool:
         """Whether Dask still has to bring the state, and a task on `client`'s scheduler can depend on it."""

@@ -22,7 +22,7 @@ SMALL = 64 * 1024
 """Bytes of a result, at most, as others have been."""
 
 
-class Link(Protocol):
+class FollowedFuture(Protocol):
     """What stands in a row.
 
     Attributes:
@@ -36,10 +36,10 @@ class Link(Protocol):
     following: weakref.ref[Any] | None
 
 
-L = TypeVar("L", bound=Link)
+L = TypeVar("L", bound=FollowedFuture)
 
 
-class ReadAhead(Generic[L]):
+class Prefetcher(Generic[L]):
     """The order in which futures were submitted, and how they are taken."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import State, StateType
 
-from prefect_htcdask.runner.futures.compact_state import PackedState
+from prefect_htcdask.runner.futures.compact_state import CompactState
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.runner.states.reporter import Ended
 
@@ -40,13 +40,13 @@ class _End(NamedTuple):
     task_run_id: UUID
     name: str
     task: Task[Any, Any] | None
-    state: PackedState | None
+    state: CompactState | None
 
     def told(self) -> Ended:
         return Ended(self.task_run_id, self.name, self.task, self.state.state if self.state is not None else None)
 
 
-class LastWords:
+class EndedTaskRuns:
     """Remembers how task runs ended, and which of them may have been cut off by the loss of a worker.
 
     The latest are held whole, but for their results. Of all others 8 bytes are kept: half of the id, filed under the
@@ -93,7 +93,7 @@ class LastWords:
         with self._lock:
             self._unsure.update((one.task_run_id, one) for one in self._recent.values() if one.when >= since)
 
-    def unsure(self) -> list[Ended]:
+    def possibly_unreported(self) -> list[Ended]:
         """Those of whose end the Prefect API may not have heard."""
         with self._lock:
             unsure = list(self._unsure.values())
@@ -105,7 +105,7 @@ class LastWords:
             latest = list(self._recent.values())
         return [one.told() for one in latest]
 
-    def how(self, task_run_ids: Iterable[UUID], before: float = 0.0) -> list[Ended]:
+    def lookup(self, task_run_ids: Iterable[UUID], before: float = 0.0) -> list[Ended]:
         """How those of these task runs ended that have.
 
         Args:

@@ -14,13 +14,13 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import StateType
 
-from prefect_htcdask.runner.states.ended_task_runs import LastWords
+from prefect_htcdask.runner.states.ended_task_runs import EndedTaskRuns
 from prefect_htcdask.runner.states.reporter import Ended, Started, StateReporter
 
 PATIENCE = 60.0
 """Seconds for which an API that is away is asked again: so long Prefect's own engine tries to tell of a flow's end."""
 
-HURRIED = 10.0
+INTERRUPTED_TIMEOUT = 10.0
 """The same, where the flow was interrupted or cancelled: whoever did that waits for the process's end."""
 
 AGE = 15.0
@@ -33,7 +33,7 @@ logger = logging.getLogger("prefect.task_runner.htcdask")
 
 
 @dataclass(frozen=True)
-class CutShort:
+class InterruptedTaskRuns:
     """Task runs that the flow run's end cut short.
 
     Args:
@@ -52,7 +52,7 @@ class CutShort:
 
 
 @dataclass(frozen=True)
-class FinalAccount:
+class StateReconciler:
     """Settles the task runs of one live run.
 
     Args:
@@ -63,13 +63,13 @@ class FinalAccount:
     """
 
     reporter: StateReporter
-    last_words: LastWords
+    last_words: EndedTaskRuns
     log: Callable[[str, str], None]
     workers_gone: bool
 
-    def settle(self, cut_short: CutShort) -> None:
+    def settle(self, cut_short: InterruptedTaskRuns) -> None:
         """Settle now; where the API is away, go on in a thread for which the process waits."""
-        patience = HURRIED if cut_short.interrupted else PATIENCE
+        patience = INTERRUPTED_TIMEOUT if cut_short.interrupted else PATIENCE
         deadline = time.monotonic() + patience
         try:
             self._settle(cut_short, self.reporter.close(min(patience / 2, 10.0)), events=True)
@@ -77,14 +77,14 @@ class FinalAccount:
             logger.info("Prefect does not answer, task runs are settled with it when it does: %s", exc)
             threading.Thread(target=self._go_on, args=(cut_short, deadline), name="htcdask-account").start()
 
-    def cut(self, cut_short: CutShort) -> None:
+    def cut(self, cut_short: InterruptedTaskRuns) -> None:
         """Tell of task runs that were cut short; quiet where the API does not answer."""
         try:
             self._cut(cut_short)
         except Exception as exc:
             logger.warning("Task runs that were cut short could not be given a final state yet: %s", exc)
 
-    def _go_on(self, cut_short: CutShort, deadline: float) -> None:
+    def _go_on(self, cut_short: InterruptedTaskRuns, deadline: float) -> None:
         while True:
             time.sleep(_RETRY)
             try:
@@ -102,20 +102,20 @@ class FinalAccount:
             exc,
         )
 
-    def _settle(self, cut_short: CutShort, untold: list[Ended], events: bool) -> None:
+    def _settle(self, cut_short: InterruptedTaskRuns, untold: list[Ended], events: bool) -> None:
         if cut_short.interrupted and cut_short.task_run_ids and self.reporter.is_cancelled():
             cut_short = replace(cut_short, kind=StateType.CANCELLED)
         self._cut(cut_short)
         self.reporter.end_started(cut_short.started, cut_short.kind, cut_short.why, events=events)
-        self.reporter.confirm([*self.last_words.unsure(), *untold], events=events)
+        self.reporter.ensure_final_states([*self.last_words.possibly_unreported(), *untold], events=events)
         unfinished = self.reporter.unfinished()
-        ended = self.last_words.how(unfinished, before=0.0 if self.workers_gone else AGE)
-        if self.reporter.confirm(ended, events=events, workers_gone=self.workers_gone):
+        ended = self.last_words.lookup(unfinished, before=0.0 if self.workers_gone else AGE)
+        if self.reporter.ensure_final_states(ended, events=events, workers_gone=self.workers_gone):
             # Workers could not tell all: then there may be task runs of which the API has not heard at all.
             latest = self.last_words.latest()
-            self.reporter.confirm(latest, settle=0.0, events=events, workers_gone=self.workers_gone)
+            self.reporter.ensure_final_states(latest, settle=0.0, events=events, workers_gone=self.workers_gone)
 
-    def _cut(self, cut_short: CutShort) -> None:
+    def _cut(self, cut_short: InterruptedTaskRuns) -> None:
         moved = self.reporter.end_unfinished(set(cut_short.task_run_ids), cut_short.kind, cut_short.why)
         if moved:
             self.log("info", f"{moved} task runs were cut short by the end of the flow run")

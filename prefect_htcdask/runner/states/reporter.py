@@ -126,7 +126,7 @@ class StateReporter:
         with self._lock:
             return list(self._untold.values())
 
-    def confirm(
+    def ensure_final_states(
         self, ended: Iterable[Ended], settle: float = 2.0, events: bool = True, workers_gone: bool = True
     ) -> int:
         """Tell the API of those of these task runs that it has in no final state, or not at all.
@@ -247,13 +247,15 @@ class StateReporter:
             started: task runs that had started and are to have ended.
             state_type: CRASHED or CANCELLED.
             message: why, for the state.
-            settle: as in `confirm`.
-            events: as in `confirm`.
+            settle: as in `ensure_final_states`.
+            events: as in `ensure_final_states`.
 
         Returns:
             of how many the API was told.
         """
-        return self.confirm([Ended(*one, _new_state(state_type, message)) for one in started], settle, events)
+        return self.ensure_final_states(
+            [Ended(*one, _new_state(state_type, message)) for one in started], settle, events
+        )
 
     def _end_unfinished(self, task_run_ids: set[UUID], state_type: StateType, message: str, settle: float) -> int:
         deadline = time.monotonic() + settle

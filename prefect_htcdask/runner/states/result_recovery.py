@@ -16,8 +16,8 @@ from typing import Any
 import cloudpickle
 from distributed import Client
 
-from prefect_htcdask.runner.futures.crash_reasons import JobFates
-from prefect_htcdask.runner.states.ended_task_runs import LastWords
+from prefect_htcdask.runner.futures.crash_reasons import JobOutcomes
+from prefect_htcdask.runner.states.ended_task_runs import EndedTaskRuns
 from prefect_htcdask.scheduler.lost_tasks import WORKER_LOST
 from prefect_htcdask.worker.metadata_cache import METADATA_ROOT
 from prefect_htcdask.worker.rerun import TOPIC
@@ -28,7 +28,7 @@ LIMIT = 1024**3
 logger = logging.getLogger("prefect.task_runner.htcdask")
 
 
-class Recall:
+class ResultRecovery:
     """Answers the questions of one live run's workers.
 
     Args:
@@ -45,9 +45,9 @@ class Recall:
         client: Client,
         run_key: str,
         final_state: Callable[[str], Any | None],
-        fates: JobFates,
+        fates: JobOutcomes,
         log: Callable[[str, str], None],
-        last_words: LastWords,
+        last_words: EndedTaskRuns,
     ) -> None:
         self._client = client
         self._run_key = run_key
@@ -75,7 +75,7 @@ class Recall:
 
     def _answer(self, question: dict[str, Any]) -> None:
         key, number, workers = question["key"], question["number"], [str(name) for name in question["workers"]]
-        self._fates.lost_with(key, workers)
+        self._fates.record_lost_task(key, workers)
         why = self._fates.describe(workers[-1]) if workers else str(question.get("why") or "its worker")
         if workers and getattr(self._client, "lost_lately", False):
             why += " (the connection to the Dask scheduler was lost as well)"

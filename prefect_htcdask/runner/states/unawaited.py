@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from distributed import Client
 from prefect.states import Cancelled
 
-from prefect_htcdask.runner.futures.compact_state import PackedState
+from prefect_htcdask.runner.futures.compact_state import CompactState
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.worker.run_task import executing_keys
 
@@ -28,7 +28,7 @@ def executing(client: Client, timeout: float | None = None) -> frozenset[str]:
     return frozenset(key for keys in answers.values() if isinstance(keys, (list, tuple, set)) for key in keys)
 
 
-def settle(
+def cancel_or_wait(
     client: Client,
     pending: Iterable[PendingResult],
     goes_on: Callable[[], bool],
@@ -53,7 +53,7 @@ def settle(
         )
         client.cancel([result.dask_future for result in waiting], reason="the flow has ended")
         for result in waiting:
-            result.packed = PackedState(Cancelled(message="The flow ended before the task run started"))
+            result.packed = CompactState(Cancelled(message="The flow ended before the task run started"))
     if running:
         log("info", f"Waiting for {len(running)} running task runs that the flow did not wait for")
     while any(result.is_pending() for result in running):

@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from distributed import Client, Future
 from distributed.protocol.pickle import dumps
 
-from prefect_htcdask.runner.client.client import ResumingClient
-from prefect_htcdask.runner.client.uploaded_state import HeldState
+from prefect_htcdask.runner.client.client import ReconnectingClient
+from prefect_htcdask.runner.client.uploaded_state import UploadedState
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 
 LIMIT = 256 * 1024
@@ -33,7 +33,7 @@ long as a task needs them, and the last one is always kept."""
 _Which: TypeAlias = "tuple[UUID, frozenset[tuple[str, float]]]"
 
 
-class StatesInHand:
+class LargeStates:
     """Brings states back to the cluster of one client.
 
     Args:
@@ -47,7 +47,7 @@ class StatesInHand:
         self._kept: OrderedDict[_Which, Future[Any]] = OrderedDict()
         self._sizes: WeakKeyDictionary[Future[Any], int] = WeakKeyDictionary()
 
-    def bring_back(self, result: PendingResult, resources: Mapping[str, float] | None) -> Future[Any] | None:
+    def upload(self, result: PendingResult, resources: Mapping[str, float] | None) -> Future[Any] | None:
         """Dask's future of a state in hand; whoever needs it holds it.
 
         The state is that of the first time: what is changed in a result later, in place, is not sent again.
@@ -78,7 +78,7 @@ class StatesInHand:
                 if packed.travels_along:
                     return None
                 # A key of its own each time: Dask may still know another as cancelled.
-                there = self._send(HeldState(f"state_in_hand-{uuid.uuid4()}", blob, resources))
+                there = self._send(UploadedState(f"state_in_hand-{uuid.uuid4()}", blob, resources))
                 self._there[which], self._sizes[there] = there, len(blob)
             self._kept[which] = there
             self._kept.move_to_end(which)
@@ -91,10 +91,10 @@ class StatesInHand:
         with self._lock:
             self._kept.clear()
 
-    def _send(self, held: HeldState) -> Future[Any]:
-        if not isinstance(self._client, ResumingClient):
+    def _send(self, held: UploadedState) -> Future[Any]:
+        if not isinstance(self._client, ReconnectingClient):
             return held.send(self._client)
-        with self._client.steady():
+        with self._client.connected():
             self._client.held_states[held.key] = held
             there = held.send(self._client)
         weakref.finalize(there, self._client.held_states.pop, held.key, None).atexit = False

@@ -26,7 +26,7 @@ from prefect.tasks import Task
 from prefect_htcdask.scheduler.worker_groups import Offers
 from prefect_htcdask.settings.access import ENV_PREFIX
 from prefect_htcdask.worker import flow_logging
-from prefect_htcdask.worker.metadata_cache import METADATA_ROOT, Place
+from prefect_htcdask.worker.metadata_cache import METADATA_ROOT, MetadataKey
 
 INLINE_LIMIT = 2 * 1024
 """Bytes that are rather sent along than left at the scheduler."""
@@ -43,7 +43,7 @@ class RunnerForWorkers(Protocol):
         """The runner as it travels to workers."""
 
 
-class Descriptions:
+class ContextPublisher:
     """Those of one live run, which its part of the scheduler's metadata holds.
 
     Args:
@@ -60,11 +60,11 @@ class Descriptions:
         self._lock = threading.Lock()
         self._tasks = _Described()
         self._contexts = _Described()
-        self._left: dict[tuple[int, str], tuple[Place, Callable[[], Any]]] = {}
-        self._places: list[Place] = []
+        self._left: dict[tuple[int, str], tuple[MetadataKey, Callable[[], Any]]] = {}
+        self._places: list[MetadataKey] = []
         self._held = 0
 
-    def envelope(self, task: Task[Any, Any], offers: Offers | None) -> Place:
+    def envelope(self, task: Task[Any, Any], offers: Offers | None) -> MetadataKey:
         """Make sure that the scheduler holds the envelope of `task` in the present context; return where."""
         context = self._context(offers)
         # A task is an ordinary object that a flow may change between two submits, and so is what its function refers
@@ -82,11 +82,11 @@ class Descriptions:
             self._tasks.keep(identity, place, (task, attributes))
         return place
 
-    def put(self, blob: bytes) -> bytes | Place:
+    def put(self, blob: bytes) -> bytes | MetadataKey:
         """Leave bytes at the scheduler, unless they are few; returns them, or where they are."""
         return blob if len(blob) <= INLINE_LIMIT else self._leave_once(blob)
 
-    def put_within(self, blob: bytes, limit: int, total: int) -> bytes | Place | None:
+    def put_within(self, blob: bytes, limit: int, total: int) -> bytes | MetadataKey | None:
         """As `put`, but for more than `limit` bytes, and for what would make it more than `total` of all: `None`."""
         if len(blob) <= INLINE_LIMIT or len(blob) > limit:
             return blob if len(blob) <= INLINE_LIMIT else None
@@ -100,7 +100,7 @@ class Descriptions:
         with self._lock:
             return self._held
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[MetadataKey]:
         """Where the scheduler holds what this object left there."""
         with self._lock:
             return list(self._places)
@@ -114,18 +114,18 @@ class Descriptions:
             self._held = 0
         self._client.set_metadata([METADATA_ROOT, self._run_id], None)
 
-    def _leave_once(self, blob: bytes, of: Any = None) -> Place:
+    def _leave_once(self, blob: bytes, of: Any = None) -> MetadataKey:
         """Leave bytes at the scheduler, unless they are there; those that describe a function, once for each."""
         words = _words(blob, of)
         return self._find(words, of) or self._leave(words, blob, of)
 
-    def _find(self, words: tuple[int, str], of: Any = None) -> Place | None:
+    def _find(self, words: tuple[int, str], of: Any = None) -> MetadataKey | None:
         with self._lock:
             known = self._left.get(words)
         # The identity may have been another's.
         return known[0] if known is not None and (of is None or known[1]() is of) else None
 
-    def _leave(self, words: tuple[int, str], blob: bytes, of: Any = None) -> Place:
+    def _leave(self, words: tuple[int, str], blob: bytes, of: Any = None) -> MetadataKey:
         # Under a name that no other object gives: it takes away what it has left, and nothing else.
         place = (self._run_id, uuid.uuid4().hex)
         self._client.set_metadata([METADATA_ROOT, *place], blob)
@@ -135,7 +135,7 @@ class Descriptions:
             self._left[words] = place, weakref.ref(of) if of is not None else _nothing
         return place
 
-    def _context(self, offers: Offers | None) -> Place:
+    def _context(self, offers: Offers | None) -> MetadataKey:
         kept = (FlowRunContext.get(), SettingsContext.get(), TaskRunContext.get(), offers)
         identity = tuple(id(one) for one in kept)
         with self._lock:
@@ -244,15 +244,15 @@ class _Described:
     """Where descriptions are, by the identities of what they describe, which is kept alive for that."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple[Any, ...], tuple[Place, Any]] = OrderedDict()
+        self._entries: OrderedDict[tuple[Any, ...], tuple[MetadataKey, Any]] = OrderedDict()
 
-    def find(self, identity: tuple[Any, ...]) -> Place | None:
+    def find(self, identity: tuple[Any, ...]) -> MetadataKey | None:
         if identity not in self._entries:
             return None
         self._entries.move_to_end(identity)
         return self._entries[identity][0]
 
-    def keep(self, identity: tuple[Any, ...], place: Place, kept: Any) -> None:
+    def keep(self, identity: tuple[Any, ...], place: MetadataKey, kept: Any) -> None:
         self._entries[identity] = place, kept
         while len(self._entries) > MAX_DESCRIBED:
             # The scheduler keeps it: task runs that are still queued fetch it.

@@ -36,15 +36,15 @@ from prefect.tasks import MaterializingTask, Task
 from prefect.utilities.annotations import BaseAnnotation, allow_failure, opaque, quote, unmapped
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
-from prefect_htcdask.runner.client.client import ResumingClient
-from prefect_htcdask.runner.client.graph import send, sent_once
-from prefect_htcdask.runner.client.task_spec import NO_OPTIONS, SendOptions, SharedData, Spec
-from prefect_htcdask.runner.submit.large_states import StatesInHand
-from prefect_htcdask.runner.submit.serialized_context import Descriptions
+from prefect_htcdask.runner.client.client import ReconnectingClient
+from prefect_htcdask.runner.client.graph import no_large_graph_warning, send
+from prefect_htcdask.runner.client.task_spec import NO_OPTIONS, SendOptions, SharedData, TaskSpec
+from prefect_htcdask.runner.submit.large_states import LargeStates
+from prefect_htcdask.runner.submit.serialized_context import ContextPublisher
 from prefect_htcdask.runner.submit.upstream_futures import UpstreamFutures
 from prefect_htcdask.scheduler.worker_groups import Offers
 from prefect_htcdask.worker.call import Call
-from prefect_htcdask.worker.metadata_cache import Place
+from prefect_htcdask.worker.metadata_cache import MetadataKey
 
 MAP_BATCH = 2000
 """Task runs of a `map` that go to the scheduler in one graph; more would hold back the first of them."""
@@ -99,10 +99,10 @@ class Submitted(NamedTuple):
     task_run_id: UUID
     future: Future[Any]
     upstreams: list[Any]
-    spec: Spec | None
+    spec: TaskSpec | None
 
 
-class Submission:
+class Submitter:
     """Turns Prefect tasks into Dask tasks on one client, for one live run.
 
     Args:
@@ -116,8 +116,8 @@ class Submission:
     def __init__(self, client: Client, run_id: str, api_url: str | None, offers: Offers | None = None) -> None:
         self.client = client
         self.offers = offers
-        self._described = Descriptions(client, run_id, api_url)
-        self._in_hand = StatesInHand(client)
+        self._described = ContextPublisher(client, run_id, api_url)
+        self._in_hand = LargeStates(client)
         self._options = NO_OPTIONS
 
     def submit(
@@ -130,12 +130,12 @@ class Submission:
     ) -> Submitted:
         """Submit one task run that asks Dask for `resources`."""
         envelope = self._described.envelope(task, self.offers)
-        bring_back = partial(self._in_hand.bring_back, resources=resources)
+        bring_back = partial(self._in_hand.upload, resources=resources)
         needed = UpstreamFutures(self.client, bring_back=bring_back)
         task_run_id, spec = self._describe_call(task, envelope, parameters, wait_for, dependencies or {}, needed)
-        if isinstance(self.client, ResumingClient):
+        if isinstance(self.client, ReconnectingClient):
             spec.options = self._send_options(resources)
-            future = self.client.outbox.put(spec, needed)
+            future = self.client.submit_buffer.put(spec, needed)
         else:
             future = self._send([spec], {}, resources)[0]
         return Submitted(task_run_id, future, _needs(needed), self._kept(spec))
@@ -159,7 +159,7 @@ class Submission:
         envelope = self._described.envelope(task, self.offers)
         wait_for = as_list(wait_for)  # once, should it be an iterator
         shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
-        bring_back = partial(self._in_hand.bring_back, resources=resources)
+        bring_back = partial(self._in_hand.upload, resources=resources)
         holder = UpstreamFutures(self.client, bring_back=bring_back)
         shared = {name: holder.replace(value) for name, value in shared.items()}
         # Values with upstream states in them differ from plain ones in nothing but that Dask has to fill them.
@@ -172,7 +172,7 @@ class Submission:
         else:
             own = shared
         submitted: list[Submitted] = []
-        specs: list[Spec] = []
+        specs: list[TaskSpec] = []
         needed: list[tuple[UUID, UpstreamFutures]] = []
         waiting = 0
         for number, parameters in enumerate(calls, 1):
@@ -206,7 +206,7 @@ class Submission:
         del anchor
         return submitted
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[MetadataKey]:
         """Where the scheduler holds what this object left there."""
         return self._described.places()
 
@@ -223,7 +223,7 @@ class Submission:
     def _describe_call(
         self,
         task: Task[Any, Any],
-        envelope: Place,
+        envelope: MetadataKey,
         parameters: dict[str, Any],
         wait_for: Any,
         dependencies: Mapping[str, set[Any]],
@@ -233,7 +233,7 @@ class Submission:
         shared_reference: Any = None,
         shared_inputs: Mapping[str, set[Any]] | None = None,
         replaced: Mapping[str, Any] | None = None,
-    ) -> tuple[UUID, Spec]:
+    ) -> tuple[UUID, TaskSpec]:
         """One task run as a Dask task; `needed`, which takes what it needs, is to be held until it is sent."""
         task_run_id = uuid7()
         inputs = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
@@ -256,7 +256,7 @@ class Submission:
             asset_context=_asset_context(task, task_run_id, inputs),
             upstreams=len(needed.results),
         )
-        spec = Spec(
+        spec = TaskSpec(
             f"{key_prefix(task.name)}-{task_run_id}",
             envelope,
             dumps(call),
@@ -275,7 +275,7 @@ class Submission:
         return SharedData(key, blob), {key: DataNode(key, blob)}, None
 
     def _send(
-        self, specs: list[Spec], extra: dict[str, Any], resources: Mapping[str, float] | None
+        self, specs: list[TaskSpec], extra: dict[str, Any], resources: Mapping[str, float] | None
     ) -> list[Future[Any]]:
         """Send a graph with these tasks, and nodes in `extra` that they need; returns the futures of all, in order."""
         options = self._send_options(resources)
@@ -284,11 +284,11 @@ class Submission:
             spec.options, spec.sent = options, True
             graph[spec.key] = spec.node()
         keys = [*(spec.key for spec in specs), *extra]
-        if isinstance(self.client, ResumingClient):
+        if isinstance(self.client, ReconnectingClient):
             # What these depend on comes first.
-            self.client.outbox.flush()
-        with self._steady(), sent_once(sum(len(node.value) for node in extra.values())):
-            if isinstance(self.client, ResumingClient):
+            self.client.submit_buffer.flush()
+        with self._steady(), no_large_graph_warning(sum(len(node.value) for node in extra.values())):
+            if isinstance(self.client, ReconnectingClient):
                 self.client.specs.update((spec.key, spec) for spec in specs)
             # Priority and the like are left to `dask.annotate`.
             return send(self.client, graph, keys, {spec.key: spec.number for spec in specs}, resources)
@@ -301,10 +301,10 @@ class Submission:
         return self._options
 
     def _steady(self) -> AbstractContextManager[None]:
-        return self.client.steady() if isinstance(self.client, ResumingClient) else nullcontext()
+        return self.client.connected() if isinstance(self.client, ReconnectingClient) else nullcontext()
 
-    def _kept(self, spec: Spec) -> Spec | None:
-        return spec if isinstance(self.client, ResumingClient) else None
+    def _kept(self, spec: TaskSpec) -> TaskSpec | None:
+        return spec if isinstance(self.client, ReconnectingClient) else None
 
 
 def as_list(wait_for: Any) -> list[Any]:

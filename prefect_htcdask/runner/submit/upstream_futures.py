@@ -10,7 +10,7 @@ from prefect.futures import PrefectDistributedFuture, PrefectFuture
 from prefect.utilities.annotations import quote
 from prefect.utilities.collections import StopVisiting, visit_collection
 
-from prefect_htcdask.runner.client.submit_buffer import OutboxClient
+from prefect_htcdask.runner.client.submit_buffer import BufferedClient
 from prefect_htcdask.runner.futures.futures import HTCDaskFuture
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.worker.call import Upstream
@@ -18,7 +18,7 @@ from prefect_htcdask.worker.call import Upstream
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
-    from prefect_htcdask.runner.client.task_spec import Spec
+    from prefect_htcdask.runner.client.task_spec import TaskSpec
 
 
 class UpstreamFutures:
@@ -50,7 +50,7 @@ class UpstreamFutures:
         self._bring_back = bring_back
         self.brought_back: list[Future[Any]] = list(others.brought_back) if others else []
         self.results: list[PendingResult] = list(others.results) if others else []
-        self.sources: list[Spec | str] = list(others.sources) if others else []
+        self.sources: list[TaskSpec | str] = list(others.sources) if others else []
         self._index: dict[int, int] = {id(result): i for i, result in enumerate(self.results)}
         self._held: list[Any] = []
         self._waits_only = False
@@ -80,9 +80,9 @@ class UpstreamFutures:
                 return Upstream(self._index[id(result)])
             dask_future = result.dask_future
             if result.is_on(self._client):
-                if dask_future.client is not self._client and isinstance(dask_future.client, OutboxClient):
+                if dask_future.client is not self._client and isinstance(dask_future.client, BufferedClient):
                     # Its task has to be there before those that need it.
-                    dask_future.client.empty_outbox()
+                    dask_future.client.flush_submits()
                 return self._upstream(result, dask_future)
         # In hand already, or another runner's.
         item.wait()

@@ -12,7 +12,7 @@ from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
 from rich.errors import LiveError
 
-from prefect_htcdask.runner.ui.progress_bar import WaitingBar
+from prefect_htcdask.runner.ui.progress_bar import ProgressBar
 
 _STATES = {"idle": "idle in HTCondor's queue", "running": "started, the worker connects", "held": "held"}
 
@@ -26,7 +26,7 @@ def log_console() -> Console | None:
     return None
 
 
-class FirstWorker:
+class StartConsole:
     """Shows what is waited for until the first worker has joined, or it is clear that none will.
 
     Args:
@@ -37,10 +37,10 @@ class FirstWorker:
         self._lock = threading.Lock()
         self._jobs: dict[str, str] = {}
         self._why = ""
-        self._bar: WaitingBar | None = None
+        self._bar: ProgressBar | None = None
         if console is None:
             return
-        bar = WaitingBar(console, "looking for gateway and pool")
+        bar = ProgressBar(console, "looking for gateway and pool")
         # Another flow run of this process may be showing its own.
         with suppress(LiveError):
             bar.start()

@@ -19,7 +19,7 @@ from prefect.events.worker import EventsWorker
 from prefect_htcdask.supervisor.report.events import (
     CLOSED,
     CREATED,
-    EventShape,
+    EventSpec,
     JobEvents,
     cleanup_event,
     cluster_event,
@@ -79,7 +79,7 @@ class FlowEvents:
             due = self._jobs.due(time.monotonic())
         self._send(*due)
 
-    def _send(self, *events: EventShape) -> None:
+    def _send(self, *events: EventSpec) -> None:
         for event in events:
             try:
                 sent = self._context.copy().run(_emit, event)
@@ -109,7 +109,7 @@ def emit_cleanup(flow_run_id: str, name: str, jobs: int, clusters: list[str], pr
         logger.debug("The cleanup's event could not be sent: %s", exc)
 
 
-def _emit(event: EventShape, *related: dict[str, str]) -> bool:
+def _emit(event: EventSpec, *related: dict[str, str]) -> bool:
     """Queue an event; returns whether there is an API that it goes to, and still a way."""
     if interpreter_ends():
         return False

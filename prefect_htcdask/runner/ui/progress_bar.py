@@ -36,7 +36,7 @@ class _Waited(ProgressColumn):
         return Text(f"{minutes}:{seconds:02}", style="cyan")
 
 
-class WaitingBar:
+class ProgressBar:
     """A spinner, a few words, the time; for downloads a bar as well. It is shown while its context lasts.
 
     Args:
@@ -71,7 +71,7 @@ class WaitingBar:
         """Take it off the screen."""
         self._bars.stop()
 
-    def __enter__(self) -> WaitingBar:
+    def __enter__(self) -> ProgressBar:
         self.start()
         return self
 

@@ -35,7 +35,7 @@ _LONGEST_PAUSE = 60.0
 
 
 @dataclass(frozen=True)
-class EventShape:
+class EventSpec:
     """An event, but for the flow run that it is related to."""
 
     name: str
@@ -43,25 +43,25 @@ class EventShape:
     payload: dict[str, Any]
 
 
-def cluster_event(name: str, cluster: str, payload: Mapping[str, Any]) -> EventShape:
+def cluster_event(name: str, cluster: str, payload: Mapping[str, Any]) -> EventSpec:
     """An event of a whole cluster."""
     resource = {
         "prefect.resource.id": f"htcdask.cluster.{cluster}",
         "prefect.resource.name": cluster,
         "htcdask.cluster": cluster,
     }
-    return EventShape(name, resource, dict(payload))
+    return EventSpec(name, resource, dict(payload))
 
 
-def scaled_event(cluster: str, message: Mapping[str, Any]) -> EventShape:
+def scaled_event(cluster: str, message: Mapping[str, Any]) -> EventSpec:
     """From the supervisor's message of a decision."""
     group = str(message.get("group", "default"))
     numbers = {name: int(message[name]) for name in ("target", "submit", "remove") if message.get(name) is not None}
     payload = {"group": group, **numbers, "reason": str(message.get("text", ""))}
-    return EventShape(SCALED, _group_resource(cluster, group), payload)
+    return EventSpec(SCALED, _group_resource(cluster, group), payload)
 
 
-def cleanup_event(flow_run_id: str, jobs: int, clusters: list[str], problems: list[str], by: str) -> EventShape:
+def cleanup_event(flow_run_id: str, jobs: int, clusters: list[str], problems: list[str], by: str) -> EventSpec:
     """That what a flow run had left behind was removed, or not all of it.
 
     Args:
@@ -71,7 +71,7 @@ def cleanup_event(flow_run_id: str, jobs: int, clusters: list[str], problems: li
         problems: what was in the way; none where all is well.
         by: who did it: ``hook`` or ``supervisor``.
     """
-    return EventShape(
+    return EventSpec(
         CLEANUP_FAILED if problems else CLEANUP_SUCCEEDED,
         {"prefect.resource.id": f"htcdask.flow-run.{flow_run_id}", "htcdask.by": by},
         {"jobs": jobs, "clusters": clusters, "problems": problems, "by": by},
@@ -132,7 +132,7 @@ class JobEvents:
         if len(batch.messages) < _NAMED_JOBS:
             batch.messages.append(message)
 
-    def due(self, now: float, last: bool = False) -> list[EventShape]:
+    def due(self, now: float, last: bool = False) -> list[EventSpec]:
         """The events whose time has come.
 
         Args:
@@ -149,7 +149,7 @@ class JobEvents:
                 batch.messages, batch.count, batch.not_before = [], 0, now + batch.pause
         return events
 
-    def _event(self, key: tuple[str, str, str], batch: _Batch) -> EventShape:
+    def _event(self, key: tuple[str, str, str], batch: _Batch) -> EventSpec:
         what, group, category = key
         first = batch.messages[0]
         payload = {
@@ -161,4 +161,4 @@ class JobEvents:
             "summary": str(first.get("summary") or ""),
             "remedy": str(first.get("remedy") or ""),
         }
-        return EventShape(f"htcdask.job.{what}", _group_resource(self._cluster, group, category), payload)
+        return EventSpec(f"htcdask.job.{what}", _group_resource(self._cluster, group, category), payload)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from prefect_htcdask.condor.staging import write_private
-from prefect_htcdask.supervisor.protocol import HandOff
+from prefect_htcdask.supervisor.protocol import SupervisorConfig
 from prefect_htcdask.supervisor.report.markdown import FILES, markdown
 from prefect_htcdask.supervisor.report.plot import svg, why_none
 
 logger = logging.getLogger(__name__)
 
 
-def write_report(plan: HandOff, summary: Mapping[str, Any]) -> None:
+def write_report(plan: SupervisorConfig, summary: Mapping[str, Any]) -> None:
     """Write numbers, report and picture; nothing where nobody wants them. Raises nothing.
 
     The supervisor does it, not the flow's process: it is there also where that one is gone.

@@ -13,10 +13,10 @@ from datetime import datetime, timezone
 from typing import Any
 
 from prefect_htcdask.supervisor.report.recommendations import (
-    advise,
     core_hours,
     efficiency,
     mib,
+    recommend,
     seconds,
     wasted_core_hours,
 )
@@ -55,7 +55,7 @@ def markdown(summary: Mapping[str, Any], *, directory: str, title: str = "", pic
         "## Workers and queued tasks",
         *_diagrams(report["timeline"]),
         "## What to change",
-        "\n".join(f"- {sentence}" for sentence in advise(report)) or "Nothing that the numbers tell of.",
+        "\n".join(f"- {sentence}" for sentence in recommend(report)) or "Nothing that the numbers tell of.",
         *_groups(report["groups"]),
         _files(directory, picture or ("" if report["timeline"]["queued"] else "it was too short for one")),
     ]

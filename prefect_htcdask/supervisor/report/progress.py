@@ -12,9 +12,9 @@ from prefect_htcdask.condor.job_events import JobChange
 from prefect_htcdask.supervisor.policy import Supply
 from prefect_htcdask.supervisor.protocol import ReportPlan
 from prefect_htcdask.supervisor.report.timeline import Timeline, Workers
-from prefect_htcdask.supervisor.report.usage import Ledger, group_account, job_rows, job_states
-from prefect_htcdask.supervisor.worker_group import Group
-from prefect_htcdask.supervisor.worker_table import Fleet
+from prefect_htcdask.supervisor.report.usage import JobUsage, group_usage, job_rows, job_states
+from prefect_htcdask.supervisor.worker_group import WorkerGroup
+from prefect_htcdask.supervisor.worker_table import WorkerTable
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Progress:
     """Looks on, and tells.
 
     Args:
-        fleet: the jobs and workers.
+        worker_table: the jobs and workers.
         groups: the worker groups.
         plan: how much to tell, and how often; `None`: nothing before the end.
         say: sends a message to the flow's process.
@@ -46,18 +46,18 @@ class Progress:
 
     def __init__(
         self,
-        fleet: Fleet,
-        groups: Mapping[str, Group],
+        worker_table: WorkerTable,
+        groups: Mapping[str, WorkerGroup],
         plan: ReportPlan | None,
         say: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._fleet = fleet
+        self._worker_table = worker_table
         self._groups = groups
         self._plan = plan
         self._say = say
         self._began = time.time()
         self._timeline = Timeline(list(groups), self._began)
-        self._ledger = Ledger()
+        self._usage = JobUsage()
         self._workers: dict[str, Workers] = {}
         self._queued = self._peak_queued = 0
         self._known = 0
@@ -69,7 +69,7 @@ class Progress:
     @harmless
     def took(self, changes: Iterable[JobChange]) -> None:
         """Take in what happened to jobs."""
-        self._ledger.take(changes, self._fleet)
+        self._usage.take(changes, self._worker_table)
 
     @harmless
     def saw(self, answer: Mapping[str, Any] | None, supplies: Mapping[str, Supply], now: float) -> None:
@@ -114,8 +114,8 @@ class Progress:
             "tasks": {"done": sum(self._done.values()), "known": self._known},
             "queued": self._queued,
             "workers": {name: workers._asdict() for name, workers in self._workers.items()},
-            "states": job_states(self._fleet),
-            "jobs": job_rows(self._fleet, self._ledger, specs, rows, time.time()),
+            "states": job_states(self._worker_table),
+            "jobs": job_rows(self._worker_table, self._usage, specs, rows, time.time()),
         }
 
     def report(self, ended_because: str) -> dict[str, Any]:
@@ -141,12 +141,12 @@ class Progress:
             "timeline": self._timeline.told(),
         }
 
-    def _group_account(self, group: Group, now: float) -> dict[str, Any]:
+    def _group_account(self, group: WorkerGroup, now: float) -> dict[str, Any]:
         name = group.name
         done, spent = self._done.get(name, 0), self._spent.get(name, 0.0)
         seconds = self._timeline.seconds()[name]
         return {
-            **group_account(self._fleet, self._ledger, name, group.spec, group.boots, done, spent, now),
+            **group_usage(self._worker_table, self._usage, name, group.spec, group.boots, done, spent, now),
             **{f"{what}_seconds": total for what, total in seconds._asdict().items()},
             "settings": group.settings,
         }

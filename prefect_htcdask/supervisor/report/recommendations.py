@@ -30,7 +30,7 @@ SHORT_TASK = 0.2
 """Seconds."""
 
 
-def advise(account: Account) -> list[str]:
+def recommend(account: Account) -> list[str]:
     """What to change, the most telling first.
 
     Args:

@@ -12,13 +12,13 @@ from typing import Any
 from prefect_htcdask.condor.diagnosis import diagnose_hold
 from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState
 from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
-from prefect_htcdask.supervisor.worker_table import Fleet, run_seconds, submission_order
+from prefect_htcdask.supervisor.worker_table import WorkerTable, run_seconds, submission_order
 
 REASON_LENGTH = 300
 """Characters of a reason that one row of the table of jobs shows at most."""
 
 
-class Ledger:
+class JobUsage:
     """What is known of jobs only as it happens, for as many jobs as the job table has.
 
     Attributes:
@@ -32,14 +32,14 @@ class Ledger:
         self.holds: dict[str, str] = {}
         self.evictions: Counter[str] = Counter()
 
-    def take(self, changes: Iterable[JobChange], fleet: Fleet) -> None:
+    def take(self, changes: Iterable[JobChange], worker_table: WorkerTable) -> None:
         """Take in changes, in the order in which they happened."""
         for change in changes:
-            record = fleet.table.records[change.job_id]
+            record = worker_table.table.records[change.job_id]
             if change.what == "held":
                 self.holds[change.job_id] = change.reason
             # A removal that we asked for shows as an eviction first.
-            elif change.what == "evicted" and change.job_id not in fleet.leaving:
+            elif change.what == "evicted" and change.job_id not in worker_table.leaving:
                 self.evictions[change.job_id] += 1
             # Several starts between two looks are rare, and then the last is the best that is known.
             if change.what == "started" and change.job_id not in self.waits and record.submitted and record.last_start:
@@ -51,9 +51,9 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else None
 
 
-def group_account(
-    fleet: Fleet,
-    ledger: Ledger,
+def group_usage(
+    worker_table: WorkerTable,
+    usage: JobUsage,
     group: str,
     spec: WorkerSpec,
     boots: Sequence[float],
@@ -64,8 +64,8 @@ def group_account(
     """What the workers of one group cost, and what that was for.
 
     Args:
-        fleet: the jobs and workers.
-        ledger: what was known of them as it happened.
+        worker_table: the jobs and workers.
+        usage: what was known of them as it happened.
         group: the worker group.
         spec: what one of its workers is.
         boots: seconds that its latest workers took from their job's start until they joined.
@@ -73,8 +73,8 @@ def group_account(
         spent: seconds that these took.
         now: Unix time in seconds.
     """
-    records = [record for record in fleet.table.records.values() if fleet.group_of(record) == group]
-    waits = [wait for record in records if (wait := ledger.waits.get(record.job_id)) is not None]
+    records = [record for record in worker_table.table.records.values() if worker_table.group_of(record) == group]
+    waits = [wait for record in records if (wait := usage.waits.get(record.job_id)) is not None]
     memory = [record.memory_mib for record in records if record.memory_mib]
     seconds = sum(run_seconds(record, now) for record in records)
     return {
@@ -83,7 +83,7 @@ def group_account(
         "memory_mib": spec.memory / MIB,
         "jobs": len(records),
         "started": sum(1 for record in records if record.starts),
-        "evictions": sum(ledger.evictions[record.job_id] for record in records),
+        "evictions": sum(usage.evictions[record.job_id] for record in records),
         "holds": sum(record.holds for record in records),
         "worker_seconds": seconds,
         "done": done,
@@ -92,33 +92,33 @@ def group_account(
         "wait_p95": percentile(waits, 0.95),
         "boot_median": statistics.median(boots) if boots else None,
         "peak_memory_mib": max(memory, default=None),
-        "peak": fleet.peaks.get(group, 0) if len(fleet.groups) > 1 else fleet.peak,
+        "peak": worker_table.peaks.get(group, 0) if len(worker_table.groups) > 1 else worker_table.peak,
     }
 
 
-def job_states(fleet: Fleet) -> dict[str, int]:
+def job_states(worker_table: WorkerTable) -> dict[str, int]:
     """How many jobs are in each state."""
-    return dict(Counter(record.state.value for record in fleet.table.records.values()))
+    return dict(Counter(record.state.value for record in worker_table.table.records.values()))
 
 
 def job_rows(
-    fleet: Fleet, ledger: Ledger, specs: Mapping[str, WorkerSpec], most: int, now: float
+    worker_table: WorkerTable, usage: JobUsage, specs: Mapping[str, WorkerSpec], most: int, now: float
 ) -> list[dict[str, Any]]:
     """The most telling jobs, at most so many: what went wrong first, then what runs, what ended and what waits; of each
     the newest first.
 
     Args:
-        fleet: the jobs.
-        ledger: what was known of them as it happened.
+        worker_table: the jobs.
+        usage: what was known of them as it happened.
         specs: what one worker of each group is.
         most: rows at most.
         now: Unix time in seconds.
     """
 
     def telling(record: JobRecord) -> tuple[int, tuple[int, int]]:
-        if record.job_id in ledger.holds or record.exit_code or record.exit_signal is not None:
+        if record.job_id in usage.holds or record.exit_code or record.exit_signal is not None:
             rank = 4
-        elif ledger.evictions[record.job_id]:
+        elif usage.evictions[record.job_id]:
             rank = 3
         else:
             rank = {JobState.RUNNING: 2, JobState.EXITED: 1, JobState.REMOVED: 1 if record.starts else -1}.get(
@@ -126,14 +126,14 @@ def job_rows(
             )
         return rank, submission_order(record)
 
-    chosen = heapq.nlargest(most, fleet.table.records.values(), key=telling)
-    return [_row(record, fleet, ledger, specs, now) for record in chosen]
+    chosen = heapq.nlargest(most, worker_table.table.records.values(), key=telling)
+    return [_row(record, worker_table, usage, specs, now) for record in chosen]
 
 
 def _row(
-    record: JobRecord, fleet: Fleet, ledger: Ledger, specs: Mapping[str, WorkerSpec], now: float
+    record: JobRecord, worker_table: WorkerTable, usage: JobUsage, specs: Mapping[str, WorkerSpec], now: float
 ) -> dict[str, Any]:
-    group = fleet.group_of(record)
+    group = worker_table.group_of(record)
     spec = specs[group]
     return {
         "id": record.job_id,
@@ -143,23 +143,23 @@ def _row(
         "submitted": record.submitted or None,
         "start": record.last_start,
         "end": record.ended,
-        "reason": _reason(record, ledger, leaving=record.job_id in fleet.leaving)[:REASON_LENGTH],
+        "reason": _reason(record, usage, leaving=record.job_id in worker_table.leaving)[:REASON_LENGTH],
         "core_hours": run_seconds(record, now) * spec.cpus / 3600,
         "memory_mib": record.memory_mib,
         "request_mib": spec.memory / MIB,
     }
 
 
-def _reason(record: JobRecord, ledger: Ledger, leaving: bool) -> str:
+def _reason(record: JobRecord, usage: JobUsage, leaving: bool) -> str:
     """Why a job was held, or did not end as it should; empty where all is well."""
-    if record.job_id in ledger.holds:
-        return str(diagnose_hold(record.hold_code, record.hold_subcode, ledger.holds[record.job_id]))
+    if record.job_id in usage.holds:
+        return str(diagnose_hold(record.hold_code, record.hold_subcode, usage.holds[record.job_id]))
     if record.exit_signal is not None:
         return f"killed by signal {record.exit_signal}"
     if record.exit_code:
         return f"ended with exit status {record.exit_code}"
     if record.state is JobState.REMOVED and not leaving:
         return f"removed: {record.reason}"
-    if times := ledger.evictions[record.job_id]:
+    if times := usage.evictions[record.job_id]:
         return "evicted once" if times == 1 else f"evicted {times} times"
     return ""
