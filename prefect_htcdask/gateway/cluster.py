@@ -235,7 +235,7 @@ class HTCGatewayCluster(GatewayCluster):
             self._cluster_kwargs.setdefault("image", image)
 
     async def _ask_for_cluster(self) -> None:
-        """Have the gateway start a cluster, and entrust it to the supervisor before anything else can happen."""
+        """Have the gateway start a cluster, and register it with the supervisor before anything else can happen."""
         assert self._supervisor is not None
         self.status = "starting"
         asking = asyncio.ensure_future(

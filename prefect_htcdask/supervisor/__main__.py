@@ -200,16 +200,16 @@ async def take_over(
     schedd: ScheddClient, commands: asyncio.StreamReader, gone: asyncio.Event, early: ParentWatch, outbox: StdoutWriter
 ) -> int:
     """Wait for the cluster to look after, and look after it. Returns the exit status."""
-    entrusted: GatewayAccess | None = None
+    registered: GatewayAccess | None = None
     while line := await next_line(commands, gone):
         message = decode(line)
         if not isinstance(message, GatewayAccess):
             break
-        entrusted = message
+        registered = message
     if not line:
-        if entrusted is not None:
+        if registered is not None:
             logger.info("the flow's process went away while its gateway cluster started")
-            await stop_registered(entrusted)
+            await stop_registered(registered)
         return 0
     plan, takeover = message
     try:

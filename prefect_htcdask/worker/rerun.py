@@ -36,7 +36,7 @@ logger = logging.getLogger("prefect_htcdask.worker.rerun")
 
 
 def loss_of_this_task() -> Mapping[str, Any] | None:
-    """The mark that `lost_work.LostWork` left on the Dask task that this thread runs, if it did."""
+    """The mark that `LostTasksPlugin` left on the Dask task that this thread runs, if it did."""
     worker = get_worker()
     task = worker.state.tasks.get(worker.get_current_task())
     return (task.annotations or {}).get(LOST_ANNOTATION) if task is not None else None

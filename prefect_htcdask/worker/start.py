@@ -59,12 +59,12 @@ _OVER = 0.9
 
 
 def main() -> int:
-    """Guard a worker, be one (`--worker`), speak for it (`--voice`), or take its leave (`--farewell`).
+    """Guard a worker, be one (`--worker`), speak for it (`--heartbeat`), or take its leave (`--deregister`).
 
     Returns the exit status of the job.
     """
     sandbox = Path(os.environ.get("_CONDOR_SCRATCH_DIR", "."))
-    roles = {"--worker": run_worker, "--voice": send_heartbeats, "--farewell": deregister}
+    roles = {"--worker": run_worker, "--heartbeat": send_heartbeats, "--deregister": deregister}
     role = next((roles[word] for word in sys.argv[1:] if word in roles), None)
     if role is not None:
         return role(sandbox)
@@ -185,9 +185,9 @@ def guard(sandbox: Path) -> int:
             told_for = time.monotonic() - told_at if told_at is not None else 0.0
             if told_for > vacate_time * _SILENCE and farewell is None and not (sandbox / LEAVING_FILE).exists():
                 # A task that keeps the interpreter's lock: the worker process can hand nothing back itself.
-                farewell = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--farewell"], cwd=sandbox)
+                farewell = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--deregister"], cwd=sandbox)
             if (voice is None or voice.poll() is not None) and is_silent(sandbox):
-                voice = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--voice"], cwd=sandbox)
+                voice = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--heartbeat"], cwd=sandbox)
             if told_for > vacate_time * _OVER:
                 end_family(child, farewell, voice)
                 say("the worker did not end within its vacate time and was ended")
@@ -522,11 +522,11 @@ def send_heartbeats(sandbox: Path) -> int:
     import asyncio
 
     use_package_of_flow(sandbox)
-    asyncio.run(_speak_for(sandbox, (sandbox / ADDRESS_FILE).read_text()))
+    asyncio.run(_send_heartbeats(sandbox, (sandbox / ADDRESS_FILE).read_text()))
     return 0
 
 
-async def _speak_for(sandbox: Path, address: str) -> None:
+async def _send_heartbeats(sandbox: Path, address: str) -> None:
     import asyncio
 
     async with _scheduler(sandbox) as scheduler:
@@ -550,12 +550,12 @@ def deregister(sandbox: Path) -> int:
     if not (sandbox / ADDRESS_FILE).exists():
         return 0  # it never joined
     use_package_of_flow(sandbox)
-    asyncio.run(_say_farewell(sandbox, (sandbox / ADDRESS_FILE).read_text()))
+    asyncio.run(_deregister(sandbox, (sandbox / ADDRESS_FILE).read_text()))
     say("the worker did not listen: a task keeps its process busy; its tasks were handed back for it")
     return 0
 
 
-async def _say_farewell(sandbox: Path, address: str) -> None:
+async def _deregister(sandbox: Path, address: str) -> None:
     async with _scheduler(sandbox) as scheduler:
         await scheduler.unregister(address=address, expected=True, close=False, stimulus_id="htcdask-farewell")
 

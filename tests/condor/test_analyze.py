@@ -112,6 +112,6 @@ def test_workers_that_died_are_told_of_when_the_flow_run_is_over(
     assert jobs[0]["batch_name"] == "brave-worker" and jobs[0]["host"]
     assert listed() == (0, []), "what is over is told to who asks for it"
     # Nor does it take a pool that still runs: the personal one stops when nobody uses it.
-    monkeypatch.setattr(cli_flow_runs, "resolve_running_parts", lambda settings: None)
+    monkeypatch.setattr(cli_flow_runs, "resolve_running_endpoints", lambda settings: None)
     answer = CliRunner().invoke(app, ["jobs", "--json", "--flow-run", tag.id])
     assert (answer.exit_code, json.loads(answer.stdout)) == (1, jobs)

@@ -20,7 +20,7 @@ from {module} import {name}
     ("module", "name"),
     [
         ("prefect_htcdask.gateway.dask_client", "InterruptibleClient"),
-        ("prefect_htcdask.runner.client.client", "ResumingClient"),
+        ("prefect_htcdask.runner.client.client", "ReconnectingClient"),
     ],
 )
 def test_a_process_ends_where_ctrl_c_meets_its_connecting(module: str, name: str) -> None:

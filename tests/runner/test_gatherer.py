@@ -89,14 +89,14 @@ def of_size(size: int) -> bytes:
     return bytes(size)
 
 
-def collector_of_this_flow() -> gatherer.Gatherer:
+def gatherer_of_this_flow() -> gatherer.Gatherer:
     return run_of_this_flow().gatherer
 
 
 @contextmanager
 def gathers() -> Iterator[list[int]]:
     """The sizes of the batches that this flow run gathers meanwhile."""
-    its, sizes = collector_of_this_flow(), []
+    its, sizes = gatherer_of_this_flow(), []
     gather = its._gather
 
     async def noted(batch: Any) -> None:
@@ -145,7 +145,7 @@ def test_small_results_taken_in_turn_come_in_few_round_trips(runner: HTCDaskTask
         with gathers() as sizes:
             for future in futures[:20]:
                 assert len(future.result()) == size
-            wait_until(lambda: not collector_of_this_flow()._asked, 20, "all that was asked for has come")
+            wait_until(lambda: not gatherer_of_this_flow()._asked, 20, "all that was asked for has come")
             in_hand = sum(future.packed is not None for future in futures)
             # Large ones stay on their workers until they are asked for.
             assert in_hand == 20 if size > SMALL else 20 < in_hand <= 40, "as many as were taken"
@@ -195,7 +195,7 @@ def test_what_was_only_asked_for_ahead_does_not_fail(local_pool: distributed.Loc
         wait_until(lambda: all_finished(futures), 60, "all have ended")
         for future in futures[:12]:
             future.result()
-        its = collector_of_this_flow()
+        its = gatherer_of_this_flow()
         wait_until(lambda: not its._asked and not its._gathers, 20, "what was asked for ahead was gathered, or not")
         assert not any(future.packed for future in futures[12:])
         with dask.annotate(workers=[_worker_of(future) for future in futures[12:13]]):
@@ -222,7 +222,7 @@ def test_who_blocks_on_one_of_many_does_not_wait_for_the_others(
     def computing() -> None:
         futures = nothing.map(range(3 * FEW))
         wait_until(lambda: all_finished(futures), 60, "all have ended")
-        its = collector_of_this_flow()
+        its = gatherer_of_this_flow()
         its._sizes.saw([("nothing", 1)] * 10)
         its._began = time.monotonic()
         heard: list[Any] = []
@@ -243,7 +243,7 @@ def test_who_blocks_on_one_of_many_does_not_wait_for_the_others(
 def test_dask_lets_go_of_what_was_collected(runner: HTCDaskTaskRunner) -> None:
     @flow(task_runner=runner)
     def computing() -> None:
-        client = collector_of_this_flow_of(first := nothing.submit(1)).client
+        client = gatherer_of_this_flow_of(first := nothing.submit(1)).client
         assert isinstance(first.wrapped_future, distributed.Future)
         whole = first.wrapped_future.result()
         assert whole.is_completed() and whole.data.result == 1
@@ -261,8 +261,8 @@ def test_dask_lets_go_of_what_was_collected(runner: HTCDaskTaskRunner) -> None:
     computing()
 
 
-def collector_of_this_flow_of(future: Any) -> gatherer.Gatherer:
-    its = collector_of_this_flow()
+def gatherer_of_this_flow_of(future: Any) -> gatherer.Gatherer:
+    its = gatherer_of_this_flow()
     assert future.gatherer is its
     return its
 
@@ -281,7 +281,7 @@ def test_what_a_submit_needs_stays_on_the_cluster_until_it_is_sent(runner: HTCDa
     @flow(task_runner=runner)
     def computing() -> None:
         first = nothing.submit(1)
-        its = collector_of_this_flow_of(first)
+        its = gatherer_of_this_flow_of(first)
         key = first.wrapped_future.key
         needs = UpstreamFutures(its.client)
         assert isinstance(needs.replace(first), Upstream)
@@ -304,7 +304,7 @@ def test_what_was_lost_as_a_gather_began_and_is_back_as_it_ends_is_gathered_agai
     def computing() -> int:
         future = nothing.submit(7)
         wait_until(lambda: all_finished([future]), 60, "it has ended")
-        its = collector_of_this_flow()
+        its = gatherer_of_this_flow()
         state: Any = future.wrapped_future._state
 
         async def gathered() -> None:
@@ -330,7 +330,7 @@ def test_what_was_not_there_is_gathered_again_but_not_for_ever(
     def computing() -> int:
         future = nothing.submit(7)
         wait_until(lambda: all_finished([future]), 60, "it has ended")
-        its = collector_of_this_flow()
+        its = gatherer_of_this_flow()
         whole, left = its._states, [None] * times
 
         async def less(finished: Any) -> Any:
@@ -394,7 +394,7 @@ def test_lost_task_runs_that_wait_for_an_explanation_hold_up_nothing_else(
     runner: HTCDaskTaskRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That HTCondor is slow to tell of jobs is made here; Dask's part, and the task runs, are real."""
-    monkeypatch.setattr(gatherer, "killer_of", lambda result: "htcdask-1.0-0")
+    monkeypatch.setattr(gatherer, "last_worker", lambda result: "htcdask-1.0-0")
 
     @flow(task_runner=runner)
     def computing() -> int:
@@ -405,7 +405,7 @@ def test_lost_task_runs_that_wait_for_an_explanation_hold_up_nothing_else(
             await told.wait()
 
         lost = [waits.submit(tmp_path / "gate") for _ in range(2 * gatherer.MAX_GATHERS)]
-        its = collector_of_this_flow_of(lost[0])
+        its = gatherer_of_this_flow_of(lost[0])
         monkeypatch.setattr(its.fates, "wait_for", wait_for)
         for future in lost:
             its.ask(future.pending_result)

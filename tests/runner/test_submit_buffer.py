@@ -43,7 +43,7 @@ def one_more(x: int) -> int:
     return x + 1
 
 
-def held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def hold_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the next submit but one on nothing leaves the outbox by itself."""
     nothing.submit(0).result(timeout=PATIENCE)
     monkeypatch.setattr(submit_buffer, "INTERVAL", NEVER)
@@ -89,7 +89,7 @@ def test_what_somebody_asks_for_leaves_at_once_with_all_that_waits(
 ) -> None:
     @flow(task_runner=runner)
     def computing() -> None:
-        held_back(monkeypatch)
+        hold_back(monkeypatch)
         first, second, third = (nothing.submit(number) for number in range(3))
         with graphs() as sizes:
             if how == "result":
@@ -118,7 +118,7 @@ def test_a_chain_of_submits_keeps_its_order(runner: HTCDaskTaskRunner) -> None:
 def test_annotations_are_those_of_the_submit(runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     @flow(task_runner=runner)
     def computing() -> tuple[list[int], list[dict[str, Any]]]:
-        held_back(monkeypatch)
+        hold_back(monkeypatch)
         for priority in (1, 1, 5):
             with dask.annotate(priority=priority):
                 nothing.submit(priority)
@@ -136,7 +136,7 @@ def test_what_depends_on_a_submit_comes_after_it(
 ) -> None:
     @flow(task_runner=runner)
     def computing() -> Any:
-        held_back(monkeypatch)
+        hold_back(monkeypatch)
         first = nothing.submit(1)
         if how == "map":
             return one_more.map([first]).result(timeout=PATIENCE)
@@ -156,7 +156,7 @@ def test_what_is_cancelled_before_it_left_never_leaves(
 ) -> None:
     @flow(task_runner=runner)
     def computing() -> Any:
-        held_back(monkeypatch)
+        hold_back(monkeypatch)
         futures = [marked.submit(tmp_path, f"{number}") for number in range(3)]
         dependent = marked.submit(tmp_path, "dependent", wait_for=[futures[0]])
         with graphs() as sizes:
@@ -186,11 +186,11 @@ def test_a_flow_that_ends_sends_what_waits_before_it_looks_what_runs(
         waiting.append(len(client.submit_buffer._waiting))
         settle(client, *args)
 
-    monkeypatch.setattr(sessions, "settle", noted)
+    monkeypatch.setattr(sessions, "cancel_or_wait", noted)
 
     @flow(task_runner=runner)
     def computing() -> None:
-        held_back(monkeypatch)
+        hold_back(monkeypatch)
         for number in range(2):
             marked.submit(tmp_path, f"{number}")
         waiting.append(len(client_of_this_flow().submit_buffer._waiting))
@@ -204,7 +204,7 @@ def test_what_waits_as_the_connection_breaks_runs_once(
 ) -> None:
     @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
     def computing() -> Any:
-        held_back(monkeypatch)
+        hold_back(monkeypatch)
         client = client_of_this_flow()
         with graphs() as sizes:
             future = marked.submit(tmp_path, "waits")
@@ -226,7 +226,7 @@ def test_what_cannot_be_sent_fails_alone(runner: HTCDaskTaskRunner, monkeypatch:
 
     @flow(task_runner=runner)
     def computing() -> Any:
-        held_back(monkeypatch)
+        hold_back(monkeypatch)
         client = client_of_this_flow()
         to_futures = client._graph_to_futures
 
@@ -254,7 +254,7 @@ def test_what_cannot_be_sent_fails_alone(runner: HTCDaskTaskRunner, monkeypatch:
 def test_much_is_not_held_back(runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     @flow(task_runner=runner)
     def computing() -> list[int]:
-        held_back(monkeypatch)
+        hold_back(monkeypatch)
         with graphs() as sizes:
             for _ in range(4):
                 nothing.submit(b"x" * (submit_buffer.MOST_BYTES // 2))

@@ -39,7 +39,7 @@ def test_a_worker_is_lost_when_it_was_silent_for_as_long_as_somebody_listened(
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second of silence is enough."""
-    monkeypatch.setattr(plugin, "LOST_AFTER", 0.5)
+    monkeypatch.setattr(plugin, "WORKER_TTL", 0.5)
     monkeypatch.setattr(plugin, "heartbeat_interval", lambda workers: 0.01)
     for module in (plugin, heartbeats):
         monkeypatch.setattr(module, "INTERVAL", 0.1)
@@ -74,7 +74,7 @@ def test_a_task_that_keeps_the_interpreter_s_lock_keeps_its_worker(
     tmp_path: Path,
 ) -> None:
     # The plugin travels by value, and this with it.
-    monkeypatch.setattr(plugin, "LOST_AFTER", 35.0)
+    monkeypatch.setattr(plugin, "WORKER_TTL", 35.0)
     path = tmp_path / "begun"
 
     def deaf(path: str) -> str:

@@ -27,7 +27,7 @@ LATE = """
         threading.main_thread().join()
         assert threads.interpreter_ends()
         events.created("http://dashboard", ["default"])
-        sessions.LiveRun.log(run, "warning", "a line after the end")
+        sessions.FlowRunSession.log(run, "warning", "a line after the end")
         try:
             reporter._emit_end(Ended(uuid.uuid4(), "nothing", nothing, Completed()), None)
         except RuntimeError as exc:

@@ -16,7 +16,7 @@ from prefect_htcdask.worker import cancellation
 PROFILING = """
 import asyncio, gc, sys, threading, time
 from distributed import Client, Scheduler
-from prefect_htcdask.worker.graceful_shutdown import LeavingWorker
+from prefect_htcdask.worker.graceful_shutdown import HTCondorWorker
 
 class Garbage:
     def __init__(self):
@@ -35,7 +35,7 @@ def starts_threads(seconds):
 async def main():
     async with Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as scheduler:
         async with (
-            LeavingWorker(scheduler.address, nthreads=1, host="127.0.0.1") as worker,
+            HTCondorWorker(scheduler.address, nthreads=1, host="127.0.0.1") as worker,
             Client(scheduler.address, asynchronous=True) as client,
         ):
             future = client.submit(starts_threads, 2.5)

@@ -44,7 +44,7 @@ def start(sandbox: Path, worker: str, farewell: str = "return 0") -> subprocess.
     script = sandbox / "start.py"
     source = Path(worker_start.__file__).read_text()
     functions = ""
-    for name, lines in (("run_worker", worker), ("say_farewell", farewell)):
+    for name, lines in (("run_worker", worker), ("deregister", farewell)):
         body = "\n".join("    " + line for line in lines.splitlines())
         functions += f"def {name}(sandbox):\n{body}\n\n"
     script.write_text(source.replace('if __name__ == "__main__":', f"{functions}if True:"))

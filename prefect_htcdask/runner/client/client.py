@@ -91,7 +91,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
         super().__init__(*args, **kwargs)
 
     def resume_on(self, terms: ReconnectPolicy) -> None:
-        """Outlive losses of the connection from now on; the scheduler must have the plugin `kept_work.KeptWork`."""
+        """Outlive losses of the connection from now on; the scheduler must have the plugin `ClientRecoveryPlugin`."""
         self.sync(getattr(self._scheduler, KEEP), client=self.id, seconds=terms.patience + STAND_IN)
         self._terms = terms
 

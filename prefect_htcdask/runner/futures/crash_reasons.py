@@ -31,7 +31,7 @@ class JobOutcomes:
         self._lock = threading.Lock()
         self._hosts: OrderedDict[str, str] = OrderedDict()
         self._fates: OrderedDict[str, str] = OrderedDict()
-        self._lost_with: OrderedDict[str, list[str]] = OrderedDict()
+        self._lost_tasks: OrderedDict[str, list[str]] = OrderedDict()
 
     def take(self, message: dict[str, Any]) -> None:
         """Take a message of the kind "job"; see `supervisor.job_message`."""
@@ -49,12 +49,12 @@ class JobOutcomes:
     def record_lost_task(self, key: str, workers: Iterable[str]) -> None:
         """Take that these workers took a Dask task with them, one after the other."""
         with self._lock:
-            _remember(self._lost_with, key, list(workers))
+            _remember(self._lost_tasks, key, list(workers))
 
     def workers_that_took(self, key: str) -> list[str]:
         """Names of the workers that are known to have taken a Dask task with them."""
         with self._lock:
-            return self._lost_with.get(key, [])
+            return self._lost_tasks.get(key, [])
 
     def is_known(self, worker: str) -> bool:
         """Whether it is known why a worker's job ended; a worker that is none of our jobs has nothing to be known."""

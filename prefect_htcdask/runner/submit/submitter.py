@@ -130,8 +130,8 @@ class Submitter:
     ) -> Submitted:
         """Submit one task run that asks Dask for `resources`."""
         envelope = self._described.envelope(task, self.offers)
-        bring_back = partial(self._in_hand.upload, resources=resources)
-        needed = UpstreamFutures(self.client, bring_back=bring_back)
+        upload = partial(self._in_hand.upload, resources=resources)
+        needed = UpstreamFutures(self.client, upload=upload)
         task_run_id, spec = self._describe_call(task, envelope, parameters, wait_for, dependencies or {}, needed)
         if isinstance(self.client, ReconnectingClient):
             spec.options = self._send_options(resources)
@@ -159,8 +159,8 @@ class Submitter:
         envelope = self._described.envelope(task, self.offers)
         wait_for = as_list(wait_for)  # once, should it be an iterator
         shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
-        bring_back = partial(self._in_hand.upload, resources=resources)
-        holder = UpstreamFutures(self.client, bring_back=bring_back)
+        upload = partial(self._in_hand.upload, resources=resources)
+        holder = UpstreamFutures(self.client, upload=upload)
         shared = {name: holder.replace(value) for name, value in shared.items()}
         # Values with upstream states in them differ from plain ones in nothing but that Dask has to fill them.
         reference: Any = None
@@ -176,7 +176,7 @@ class Submitter:
         needed: list[tuple[UUID, UpstreamFutures]] = []
         waiting = 0
         for number, parameters in enumerate(calls, 1):
-            upstreams = UpstreamFutures(self.client, holder, bring_back)
+            upstreams = UpstreamFutures(self.client, holder, upload)
             task_run_id, spec = self._describe_call(
                 task,
                 envelope,

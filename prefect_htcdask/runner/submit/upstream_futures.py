@@ -32,7 +32,7 @@ class UpstreamFutures:
     Args:
         client: sends the call.
         others: upstream futures that the call needs besides; their places are the first.
-        bring_back: makes Dask data of a state in hand, where that is large; else it goes along with the call.
+        upload: makes Dask data of a state in hand, where that is large; else it goes along with the call.
 
     Attributes:
         results: the records of those that stand in the call as `Upstream`, by its index.
@@ -44,10 +44,10 @@ class UpstreamFutures:
         self,
         client: Client,
         others: UpstreamFutures | None = None,
-        bring_back: Callable[[PendingResult], Future[Any] | None] = lambda _: None,
+        upload: Callable[[PendingResult], Future[Any] | None] = lambda _: None,
     ) -> None:
         self._client = client
-        self._bring_back = bring_back
+        self._upload = upload
         self.brought_back: list[Future[Any]] = list(others.brought_back) if others else []
         self.results: list[PendingResult] = list(others.results) if others else []
         self.sources: list[TaskSpec | str] = list(others.sources) if others else []
@@ -91,7 +91,7 @@ class UpstreamFutures:
             packed = packed.without_data()
             return packed.state
         if result is not None and packed is not None:
-            there = self._bring_back(result)
+            there = self._upload(result)
             if there is not None:
                 self.brought_back.append(there)
                 return self._upstream(result, there)

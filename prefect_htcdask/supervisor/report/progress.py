@@ -137,11 +137,11 @@ class Progress:
             "ended": now,
             "ended_because": ended_because,
             "peak_queued": self._peak_queued,
-            "groups": {name: self._group_account(group, now) for name, group in self._groups.items()},
+            "groups": {name: self._group_usage(group, now) for name, group in self._groups.items()},
             "timeline": self._timeline.told(),
         }
 
-    def _group_account(self, group: WorkerGroup, now: float) -> dict[str, Any]:
+    def _group_usage(self, group: WorkerGroup, now: float) -> dict[str, Any]:
         name = group.name
         done, spent = self._done.get(name, 0), self._spent.get(name, 0.0)
         seconds = self._timeline.seconds()[name]
