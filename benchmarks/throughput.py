@@ -2,7 +2,9 @@
 
 Both runners get the address of one running cluster: that leaves out how each would come to its workers, which is not
 what is measured. It is the better half of the comparison for DaskTaskRunner, since the workers have already imported
-all that its tasks need. The floor is the engine alone, `run_task_sync` in a loop in one process.
+all that its tasks need. There are as many workers as the machine has cores, which is how pools are cut into slots: more
+would measure how the kernel changes between them. The floor is the engine alone, `run_task_sync` in a loop in one
+process.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from benchmarks.task_load import Spent, floor, on_average, workers
 
 TASKS = int(os.environ.get("BENCH_THROUGHPUT_TASKS", "2000"))
 PEER_TASKS = int(os.environ.get("BENCH_THROUGHPUT_PEER_TASKS", "500"))
-WORKERS = tuple(int(count) for count in os.environ.get("BENCH_THROUGHPUT_WORKERS", "2,8").split(","))
+WORKERS = tuple(int(count) for count in os.environ.get("BENCH_THROUGHPUT_WORKERS", str(os.cpu_count())).split(","))
+"""Numbers of workers to measure with: as many as this machine has cores, as a pool's slots are."""
+
 SHAPES = ("map", "submit")
 ROUNDS = 2
 """Times that each of ours is measured, between two looks at the floor: what else the machine does comes and goes."""

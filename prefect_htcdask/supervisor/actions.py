@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from prefect_htcdask.condor.schedd import ScheddClient, ScheddError, ScheddLimit, ScheddRefusal
@@ -15,7 +15,7 @@ from prefect_htcdask.supervisor.policy import Decision
 from prefect_htcdask.supervisor.protocol import SupervisorConfig
 from prefect_htcdask.supervisor.rpc import SchedulerLink
 from prefect_htcdask.supervisor.worker_group import WorkerGroup
-from prefect_htcdask.supervisor.worker_table import WorkerTable
+from prefect_htcdask.supervisor.worker_table import Worker, WorkerTable
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,10 @@ class Actions:
             await self._condor(
                 self._schedd.remove, decision.remove_pending, "prefect_htcdask: fewer workers are needed"
             )
-            self._worker_table.leaving.update(decision.remove_pending)
+            self._worker_table.mark_leaving(decision.remove_pending)
         if decision.retire:
-            jobs = self._worker_table.mark_retiring(decision.retire)
-            self.spawn(self.retire(group, jobs, idle_only=group.target.fixed is None))
+            workers = self._worker_table.mark_retiring(decision.retire)
+            self.spawn(self.retire(group, workers, idle_only=group.target.fixed is None))
         self._notifier.decided(group, decision, submitted)
         return submitted
 
@@ -114,22 +114,25 @@ class Actions:
         else:
             self._notifier.fail(group, text)
 
-    async def retire(self, group: WorkerGroup, jobs: dict[str, str], idle_only: bool) -> None:
-        """Retire workers, given with their jobs; those that cannot go now stay in the fleet."""
-        going = set(await self._scheduler.retire(sorted(jobs), idle_only))
-        kept = {name: job for name, job in jobs.items() if name not in going}
-        self._worker_table.retire_failed(kept, time.monotonic())
+    async def retire(self, group: WorkerGroup, workers: Mapping[str, Worker], idle_only: bool) -> None:
+        """Retire workers, given by their names; those that cannot go now stay."""
+        going = set(await self._scheduler.retire(sorted(workers), idle_only))
+        now = time.monotonic()
+        for name, worker in workers.items():
+            if name not in going:
+                worker.retire_failed(now)
         while going:
             # The scheduler's answers tell who has gone; who drains may take as long as its tasks do.
             await asyncio.sleep(2 * self._plan.interval)
-            gone = going.difference(self._worker_table.joined.values())
+            gone = {name for name in going if not (workers[name].at_scheduler and workers[name].name == name)}
             # A worker process that hangs in its end would keep the slot.
             await asyncio.sleep(2 * group.spec.vacate_time)
-            in_queue = self._worker_table.leaving.intersection(
-                record.job_id for record in self._worker_table.queued_jobs()
+            stuck = [workers[name] for name in gone]
+            await self._condor(
+                self._schedd.remove,
+                [worker.job.job_id for worker in stuck if worker.is_leaving and worker.job.in_queue],
+                "prefect_htcdask: the worker was retired but did not end",
             )
-            stuck = [jobs[name] for name in gone if jobs[name] in in_queue]
-            await self._condor(self._schedd.remove, stuck, "prefect_htcdask: the worker was retired but did not end")
             going -= gone
 
     async def avoid(self, group: WorkerGroup, suspects: set[str]) -> None:

@@ -60,12 +60,12 @@ class JobEventHandler:
 
     def _take_one(self, change: JobChange) -> tuple[str, str] | None:
         """Take in one job's change; returns level and words for the flow run's log, or `None` for nothing to say."""
-        failed_start = self._worker_table.saw_change(change)
-        record = self._worker_table.table.records[change.job_id]
+        worker = self._worker_table.get(change.job_id)
+        failed_start, record = worker.saw_change(change), worker.job
         died = change.what == "exited" and bool(record.exit_code or record.exit_signal is not None or failed_start)
         ended = died or change.what in ("held", "evicted", "removed")
         # HTCondor tells of a removal of ours as of an eviction first.
-        asked_for = change.job_id in self._worker_table.leaving and change.what in ("evicted", "removed")
+        asked_for = worker.is_leaving and change.what in ("evicted", "removed")
         diagnosis = self._diagnose_change(change, record) if ended and not asked_for else None
         group = self._groups[self._worker_table.group_of(record)]
         message = job_message(change.what, record, group.name, group.spec, diagnosis, change.reason, asked_for)
@@ -78,7 +78,7 @@ class JobEventHandler:
             group.failed(record, time.monotonic())
         if change.what == "held":
             return "error", f"held: {diagnosis}"
-        if change.job_id in self._worker_table.leaving or diagnosis is None:
+        if worker.is_leaving or diagnosis is None:
             return None
         if change.what == "exited":
             return "warning", f"ended on {record.host}: {diagnosis}"
@@ -106,7 +106,7 @@ class JobEventHandler:
             record.exit_code,
             record.exit_signal,
             self._directory.stderr_tail(record.job_id),
-            joined=record.job_id in self._worker_table.ever_joined,
+            joined=self._worker_table.get(record.job_id).has_joined,
             settings=self._settings(record),
         )
 

@@ -273,12 +273,12 @@ class Supervisor:
             text = f"another supervisor ({answer['owner']}) took over the workers of this cluster"
             self.notifier.tell_once("warning", text)
             self.stop_cluster = False
-            self.worker_table.leaving.clear()
+            self.worker_table.release_all()
             self.end(SUPERSEDED)
             return False
         joined_at = time.time()
-        for job_id in self.worker_table.saw_workers(answer["joined"]):
-            record = self.worker_table.table.get(job_id)
+        for worker in self.worker_table.saw_workers(answer["joined"]):
+            record = worker.job
             # When a predecessor's workers joined, nobody knows.
             known = self._taken_over_at is None or (record.started or 0.0) > self._taken_over_at
             self.groups[self.worker_table.group_of(record)].joined(record, joined_at if known else None)
@@ -340,12 +340,11 @@ class Supervisor:
         assert self._reader is not None
         changes = await self.condor(self._reader.read, self.worker_table.table)
         self._held.update(self.news.take(changes))
-        self.progress.took(changes)
         if lost := self.worker_table.evicted(changes):
             self.actions.spawn(self.scheduler.pardon(lost))
         if self._held:
             # They would stay in the queue for ever; fresh ones may land on better hosts.
-            self.worker_table.leaving.update(self._held)
+            self.worker_table.mark_leaving(self._held)
             await self.condor(self.schedd.remove, sorted(self._held), "prefect_htcdask: held workers are replaced")
             self._held.clear()
 

@@ -13,7 +13,7 @@ from prefect_htcdask.condor.job_events import JobRecord, JobState
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.submit_description import group_constraint
 from prefect_htcdask.supervisor.worker_group import WorkerGroup
-from prefect_htcdask.supervisor.worker_table import WorkerTable
+from prefect_htcdask.supervisor.worker_table import WorkerStatus, WorkerTable
 
 FIRST_LOOK = 60.0
 """Seconds that jobs wait, or run without joining twice as long, before it is asked why."""
@@ -118,20 +118,13 @@ class PendingJobsDiagnoser:
 
     def _absent(self, group: WorkerGroup) -> tuple[list[JobRecord], list[JobRecord]]:
         """The group's idle jobs, and those that run without their worker having joined."""
-        worker_table = self._worker_table
-        mine = [
-            record
-            for record in worker_table.table.in_state(JobState.IDLE, JobState.RUNNING)
-            if worker_table.group_of(record) == group.name and record.job_id not in worker_table.leaving
+        absent = [
+            worker.job
+            for worker in self._worker_table.workers(group.name)
+            if worker.status is WorkerStatus.PENDING and not worker.is_leaving
         ]
-        idle = [record for record in mine if record.state is JobState.IDLE]
-        running = [
-            record
-            for record in mine
-            if record.state is JobState.RUNNING
-            and record.job_id not in worker_table.joined
-            and not worker_table.deregistered(record)
-        ]
+        idle = [record for record in absent if record.state is JobState.IDLE]
+        running = [record for record in absent if record.state is JobState.RUNNING]
         return idle, running
 
     def _is_late(self, group: WorkerGroup, now: float) -> bool:

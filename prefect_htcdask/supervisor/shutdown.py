@@ -47,7 +47,7 @@ async def remove_jobs(supervisor: Supervisor) -> bool:
         logger.info("asked the schedd to remove %d jobs", count)
         return True
 
-    supervisor.worker_table.leaving.update(record.job_id for record in supervisor.worker_table.queued_jobs())
+    supervisor.worker_table.mark_leaving(record.job_id for record in supervisor.worker_table.queued_jobs())
     return await insist(time.monotonic() + supervisor.plan.lease, attempt)
 
 

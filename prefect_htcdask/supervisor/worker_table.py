@@ -6,6 +6,7 @@ worker group.
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,35 +25,148 @@ _FIRST_STAY = 2.0
 _LONGEST_STAY = 60.0
 
 
+class WorkerStatus(enum.Enum):
+    """Where a worker stands, between its job in the queue and the Dask scheduler."""
+
+    PENDING = "pending"
+    """Its job waits, or runs and its Dask worker has not joined yet."""
+
+    JOINED = "joined"
+    """The scheduler has its Dask worker."""
+
+    DEREGISTERED = "deregistered"
+    """Its Dask worker has left the scheduler: the job's process is about to end."""
+
+    HELD = "held"
+    ENDED = "ended"
+
+
+class WorkerTarget(enum.Enum):
+    """What a worker is to do, as dask_gateway_server's database has a target beside each status."""
+
+    RUN = "run"
+    LEAVE = "leave"
+
+
+@dataclass
+class Worker:
+    """A worker job and the Dask worker in it.
+
+    Attributes:
+        job: what HTCondor tells of the job.
+        target: whether it was told to leave, by removal or retirement.
+        name: the last name of its Dask worker; `None` where none has joined yet.
+        at_scheduler: whether the scheduler has its Dask worker now.
+        joined_start: at which start of its job the Dask worker joined.
+        retire_pause: seconds for which it is left alone, since it could not be retired.
+        retire_at: until when (monotonic seconds).
+        wait: seconds from the job's submission to its first start.
+        hold_reason: why the job was held the last time; a held job is removed, with another reason, at once.
+        evictions: how often the job lost its slot without having been told to leave.
+    """
+
+    job: JobRecord
+    target: WorkerTarget = WorkerTarget.RUN
+    name: str | None = None
+    at_scheduler: bool = False
+    joined_start: int | None = None
+    retire_pause: float = 0.0
+    retire_at: float = 0.0
+    wait: float | None = None
+    hold_reason: str | None = None
+    evictions: int = 0
+
+    @property
+    def status(self) -> WorkerStatus:
+        """Where it stands now."""
+        if not self.job.in_queue:
+            return WorkerStatus.ENDED
+        if self.job.state is JobState.HELD:
+            return WorkerStatus.HELD
+        if self.at_scheduler:
+            return WorkerStatus.JOINED
+        if self.job.state is JobState.RUNNING and self.joined_start == self.job.starts:
+            return WorkerStatus.DEREGISTERED
+        return WorkerStatus.PENDING
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it was told to leave."""
+        return self.target is WorkerTarget.LEAVE
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether its Dask worker was at the scheduler at some time."""
+        return self.name is not None
+
+    def saw_at_scheduler(self, name: str) -> bool:
+        """The scheduler has its Dask worker; returns whether that is the first time."""
+        first = not self.has_joined
+        if self.name != name:
+            # Told to leave, it was evicted instead, and its job has started again.
+            if not first:
+                self.target = WorkerTarget.RUN
+            self.retire_pause = self.retire_at = 0.0
+        self.name, self.at_scheduler, self.joined_start = name, True, self.job.starts
+        return first
+
+    def saw_absent(self) -> None:
+        """The scheduler does not have its Dask worker."""
+        self.at_scheduler = False
+        self.retire_pause = self.retire_at = 0.0
+
+    def retire_failed(self, now: float) -> None:
+        """It could not be retired, and is asked again ever later.
+
+        A worker that got a task stays for that; one whose results find no place would else be told to go each round.
+        """
+        self.target = WorkerTarget.RUN
+        again = now < self.retire_at + self.retire_pause
+        self.retire_pause = min(2 * self.retire_pause, _LONGEST_STAY) if again else _FIRST_STAY
+        self.retire_at = now + self.retire_pause
+
+    def saw_change(self, change: JobChange) -> bool:
+        """Take in its job's change; returns whether it is a failure to start, which counts against a budget."""
+        if change.what == "held":
+            self.hold_reason = change.reason
+        # A removal that we asked for shows in the event log as an eviction first.
+        elif change.what == "evicted" and not self.is_leaving:
+            self.evictions += 1
+        # Several starts between two looks are rare, and then the last is the best that is known.
+        elif change.what == "started" and self.wait is None and self.job.submitted and self.job.last_start:
+            self.wait = max(0.0, self.job.last_start - self.job.submitted)
+        if self.is_leaving or self.has_joined:
+            return False
+        return change.what in ("exited", "removed") or (change.what == "held" and self.job.hold_code != HELD_BY_USER)
+
+
 @dataclass
 class WorkerTable:
-    """Jobs and workers of one cluster.
+    """Workers of one cluster.
 
     Attributes:
         groups: names of the worker groups, the default group first.
         table: all jobs known.
-        joined: names of workers at the scheduler now, by job id.
-        names: the last name of each job's worker, also of those that left.
-        joined_start: at which start of its job each worker joined.
-        ever_joined: ids of jobs whose worker was at the scheduler at some time.
-        leaving: ids of jobs that were told to go, by removal or retirement.
-        stays: workers that could not be retired, by their names: for how many seconds, and until when (monotonic),
-            they are left alone.
-        peaks: the most workers that each group ever had at the scheduler.
+        peak: the most workers that were ever at the scheduler.
+        peaks: the same of each group, where there are several.
     """
 
     groups: Sequence[str] = ("default",)
     table: JobTable = field(default_factory=JobTable)
-    joined: dict[str, str] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    ever_joined: set[str] = field(default_factory=set)
-    joined_start: dict[str, int] = field(default_factory=dict)
-    leaving: set[str] = field(default_factory=set)
-    stays: dict[str, tuple[float, float]] = field(default_factory=dict)
     peak: int = 0
     peaks: dict[str, int] = field(default_factory=dict)
-    evictions: int = 0
-    holds: int = 0
+    _workers: dict[str, Worker] = field(default_factory=dict)
+
+    def get(self, job_id: str) -> Worker:
+        """The worker of a job, made if it is new."""
+        if (worker := self._workers.get(job_id)) is None:
+            worker = self._workers[job_id] = Worker(self.table.get(job_id))
+        return worker
+
+    def workers(self, group: str | None = None) -> list[Worker]:
+        """All workers that there ever were, or those of a group."""
+        every = [self.get(job_id) for job_id in self.table.records]
+        return every if group is None else [worker for worker in every if self.group_of(worker.job) == group]
 
     def submitted_jobs(self, job_ids: Iterable[str], group: str, now: float) -> None:
         """Take in jobs that were just submitted, before the event log tells of them."""
@@ -69,68 +183,36 @@ class WorkerTable:
         job_id = job_of_worker(name)
         return None if job_id is None else self.group_of(self.table.get(job_id))
 
-    def saw_workers(self, names: Iterable[str]) -> list[str]:
-        """Take in the workers that the scheduler has now; returns the ids of jobs whose worker is new there."""
-        self.joined = {}
-        new = []
-        for name in names:
-            job_id = job_of_worker(name)
-            if job_id is None:
-                continue
-            if job_id in self.leaving and self.names.get(job_id, name) != name:
-                # Told to leave, it was evicted instead, and its job has started again.
-                self.leaving.discard(job_id)
-            self.joined[job_id] = self.names[job_id] = name
-            self.joined_start[job_id] = self.table.get(job_id).starts
-            if job_id not in self.ever_joined:
-                self.ever_joined.add(job_id)
-                new.append(job_id)
-        if self.stays:
-            present = set(self.joined.values())
-            self.stays = {name: stay for name, stay in self.stays.items() if name in present}
-        self.peak = max(self.peak, len(self.joined))
+    def saw_workers(self, names: Iterable[str]) -> list[Worker]:
+        """Take in the workers that the scheduler has now; returns those that are new there."""
+        present = {job_id: name for name in names if (job_id := job_of_worker(name)) is not None}
+        new = [worker for job_id, name in present.items() if (worker := self.get(job_id)).saw_at_scheduler(name)]
+        for worker in self.workers():
+            if worker.job.job_id not in present:
+                worker.saw_absent()
+        self.peak = max(self.peak, len(present))
         if len(self.groups) > 1:
-            counts = Counter(self.group_of(self.table.get(job_id)) for job_id in self.joined)
+            counts = Counter(self.group_of(self.table.get(job_id)) for job_id in present)
             self.peaks.update({group: max(count, self.peaks.get(group, 0)) for group, count in counts.items()})
         return new
 
-    def mark_retiring(self, names: Iterable[str]) -> dict[str, str]:
-        """Workers are being retired; returns their jobs by their names, as far as they are known."""
+    def mark_leaving(self, job_ids: Iterable[str]) -> None:
+        """Jobs were told to leave, by their removal."""
+        for job_id in job_ids:
+            self.get(job_id).target = WorkerTarget.LEAVE
+
+    def mark_retiring(self, names: Iterable[str]) -> dict[str, Worker]:
+        """Workers are being retired; returns them by their names, as far as the scheduler has them."""
         chosen = set(names)
-        jobs = {name: job_id for job_id, name in self.joined.items() if name in chosen}
-        self.leaving.update(jobs.values())
-        return jobs
+        found = {worker.name: worker for worker in self.workers() if worker.at_scheduler and worker.name in chosen}
+        for worker in found.values():
+            worker.target = WorkerTarget.LEAVE
+        return {name: worker for name, worker in found.items() if name is not None}
 
-    def retire_failed(self, jobs: Mapping[str, str], now: float) -> None:
-        """Workers, given with their jobs, could not be retired: they are asked again ever later.
-
-        A worker that got a task stays for that; one whose results find no place would else be told to go each round.
-        """
-        self.leaving.difference_update(jobs.values())
-        for name in jobs:
-            last, until = self.stays.get(name, (0.0, 0.0))
-            stay = min(2 * last, _LONGEST_STAY) if now < until + last else _FIRST_STAY
-            self.stays[name] = stay, now + stay
-
-    def saw_change(self, change: JobChange) -> bool:
-        """Take in a job's change; returns whether it is a failure to start, which counts against a budget."""
-        unexpected = change.job_id not in self.leaving
-        # A removal that we asked for shows in the event log as an eviction first.
-        if change.what == "evicted" and unexpected:
-            self.evictions += 1
-        if change.what == "held":
-            self.holds += 1
-        never_joined = change.job_id not in self.ever_joined
-        record = self.table.records[change.job_id]
-        return (
-            unexpected
-            and never_joined
-            and (change.what in ("exited", "removed") or (change.what == "held" and record.hold_code != HELD_BY_USER))
-        )
-
-    def deregistered(self, record: JobRecord) -> bool:
-        """Whether a job's worker was at the scheduler since the job's last start: its process is about to end."""
-        return self.joined_start.get(record.job_id) == record.starts
+    def release_all(self) -> None:
+        """Nobody is told to leave any more: another supervisor has taken over."""
+        for worker in self.workers():
+            worker.target = WorkerTarget.RUN
 
     def evicted(self, changes: Iterable[JobChange]) -> list[str]:
         """Names of workers whose jobs were evicted, removed or held, but for those held for their memory."""
@@ -188,20 +270,23 @@ class WorkerTable:
         idle: dict[str, dict[str, float]] = {group: {} for group in self.groups}
         busy: dict[str, list[str]] = {group: [] for group in self.groups}
         retiring: dict[str, list[str]] = {group: [] for group in self.groups}
-        for record in self.table.in_state(JobState.IDLE, JobState.RUNNING):
-            group, name = self.group_of(record), self.joined.get(record.job_id)
-            if record.job_id in self.leaving or name in closing:
+        staying = set()
+        for worker in self.workers():
+            status, record, name = worker.status, worker.job, worker.name
+            group = self.group_of(record)
+            if status in (WorkerStatus.HELD, WorkerStatus.ENDED):
+                continue
+            if worker.at_scheduler and name is not None and now < worker.retire_at:
+                staying.add(name)
+            if worker.is_leaving or status is WorkerStatus.DEREGISTERED or (worker.at_scheduler and name in closing):
                 # Gone, as far as the policy is concerned: where there is demand, another one is asked for.
-                retiring[group].append(name or record.job_id)
-            elif name is None and record.state is JobState.RUNNING and self.deregistered(record):
-                retiring[group].append(record.job_id)
-            elif name is None:
+                retiring[group].append(name if worker.at_scheduler and name is not None else record.job_id)
+            elif status is WorkerStatus.PENDING or name is None:
                 pending[group].append(record)
             elif name in idle_times:
                 idle[group][name] = now - float(idle_times[name])
             else:
                 busy[group].append(name)
-        staying = frozenset(name for name, (_, until) in self.stays.items() if now < until)
         return {
             group: Supply(
                 pending=tuple(record.job_id for record in sorted(pending[group], key=submission_order)),
@@ -210,7 +295,7 @@ class WorkerTable:
                 busy=tuple(busy[group]),
                 holding=holding & idle[group].keys(),
                 retiring=tuple(retiring[group]),
-                staying=staying,
+                staying=frozenset(staying),
             )
             for group in self.groups
         }
@@ -234,8 +319,8 @@ class WorkerTable:
             "hosts": sorted({record.host for record in records if record.host}),
             "worker_hours": sum(seconds.values()) / 3600,
             "peak": self.peak,
-            "held": self.holds,
-            "evicted": self.evictions,
+            "held": sum(record.holds for record in records),
+            "evicted": sum(worker.evictions for worker in self.workers()),
             "left": len(self.queued_jobs()),
         }
 

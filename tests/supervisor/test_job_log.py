@@ -162,7 +162,7 @@ def test_a_removal_that_we_asked_for_is_no_fault(tmp_path: Path) -> None:
     """HTCondor tells of it as of an eviction first."""
     told, events = Told(tmp_path), JobEvents("c1")
     told("EXECUTE", "1.0", "1.1", SlotName="slot1@a")
-    told.worker_table.leaving.add("1.0")
+    told.worker_table.mark_leaving(["1.0"])
     for job in ("1.0", "1.1"):
         told("JOB_EVICTED", job, when=30.0, Reason="removed")
         told("JOB_ABORTED", job, when=30.0, Reason="prefect_htcdask: the cluster was closed")

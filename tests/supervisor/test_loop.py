@@ -137,7 +137,7 @@ async def test_held_jobs_go_though_the_schedd_was_away(taken_over: bool, tmp_pat
     for _ in range(3):
         await Supervisor.read_jobs(rounds)
     assert rounds.schedd.removals == [["1.0"]] * 2
-    assert rounds.worker_table.leaving == {"1.0"}
+    assert rounds.worker_table.get("1.0").is_leaving
 
 
 async def test_a_scheduler_that_nobody_can_ask_any_more_is_given_up(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_job_that_starts_ends_the_wait() -> None:
 
 def test_jobs_that_were_told_to_go_are_not_waited_for() -> None:
     cluster = Cluster("1.0")
-    cluster.worker_table.leaving.add("1.0")
+    cluster.worker_table.mark_leaving(["1.0"])
     cluster.look(1000.0)
     assert cluster.asked.questions == []
 

@@ -334,15 +334,17 @@ def test_more_demand_never_gives_fewer_workers(
 ) -> None:
     demand, supply = situation
     decision = decide(demand, supply, how, NOW)
+    # Each brings its own work: more tasks for the same work would be shorter ones.
+    work = demand.work + more * demand.mean()
     if what == "queued":
-        larger = dataclasses.replace(demand, queued=demand.queued + more)
+        larger = dataclasses.replace(demand, queued=demand.queued + more, work=work)
     elif what == "coming":
         larger = dataclasses.replace(demand, coming={**demand.coming, 0.0: demand.coming.get(0.0, 0) + more})
     else:
         assume(demand.in_hand)
         name = next(iter(demand.in_hand))
         piled = {**demand.in_hand, name: demand.in_hand[name] + more}
-        larger = dataclasses.replace(demand, in_hand=piled, stacked=demand.stacked + more)
+        larger = dataclasses.replace(demand, in_hand=piled, stacked=demand.stacked + more, work=work)
     most = decide(larger, supply, how, NOW)
     assert most.target >= decision.target
     assert after(supply, most) >= after(supply, decision)

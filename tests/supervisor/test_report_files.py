@@ -44,7 +44,6 @@ def a_supervisor(directory: Path, report: ReportPlan | None) -> Rounds:
     ):
         if change := apply(rounds.worker_table.table, event, job, now + after, data):
             rounds.news.take([change])
-            rounds.progress.took([change])
     for second in range(100):
         rounds.progress.saw(ANSWERS, rounds.worker_table.supplies({**ANSWERS, "joined": []}, 0.0), now + second)
     return rounds

@@ -12,7 +12,7 @@ from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
 from prefect_htcdask.supervisor.policy import Supply, Target
 from prefect_htcdask.supervisor.protocol import GroupPlan, ReportPlan
 from prefect_htcdask.supervisor.report.progress import Progress
-from prefect_htcdask.supervisor.report.usage import JobUsage, group_usage, job_rows, job_states, percentile
+from prefect_htcdask.supervisor.report.usage import group_usage, job_rows, job_states, percentile
 from prefect_htcdask.supervisor.worker_group import WorkerGroup
 from prefect_htcdask.supervisor.worker_table import WorkerTable
 
@@ -20,24 +20,22 @@ SPEC = WorkerSpec(cpus=2, memory=2048 * MIB)
 
 
 class Jobs:
-    """A fleet and its ledger, told what happens."""
+    """Workers, told what happens."""
 
     def __init__(self, *job_ids: str) -> None:
         self.worker_table = WorkerTable()
-        self.usage = JobUsage()
         self.worker_table.submitted_jobs(job_ids, "default", 100.0)
 
     def tell(self, event: str, job: str, when: float, **data: Any) -> None:
         change = apply(self.worker_table.table, event, job, when, data)
         if change is not None:
-            self.worker_table.saw_change(change)
-            self.usage.take([change], self.worker_table)
+            self.worker_table.get(job).saw_change(change)
 
     def account(self, now: float, spent: float = 0.0) -> dict[str, Any]:
-        return group_usage(self.worker_table, self.usage, "default", SPEC, [3.0], 5, spent, now)
+        return group_usage(self.worker_table, "default", SPEC, [3.0], 5, spent, now)
 
     def rows(self, most: int = 50, now: float = 1000.0) -> list[dict[str, Any]]:
-        return job_rows(self.worker_table, self.usage, {"default": SPEC}, most, now)
+        return job_rows(self.worker_table, {"default": SPEC}, most, now)
 
 
 def test_an_account_of_jobs_that_wait_run_are_evicted_and_end() -> None:
@@ -56,7 +54,7 @@ def test_an_account_of_jobs_that_wait_run_are_evicted_and_end() -> None:
     assert (account["task_seconds"], account["done"], account["boot_median"]) == (99.0, 5, 3.0)
     assert job_states(jobs.worker_table) == {"running": 1, "exited": 1, "idle": 1}
     # At the end all are told to leave; what happened before still did.
-    jobs.worker_table.leaving.update(["1.0", "1.2"])
+    jobs.worker_table.mark_leaving(["1.0", "1.2"])
     jobs.tell("JOB_EVICTED", "1.0", 210.0)
     jobs.tell("JOB_ABORTED", "1.0", 210.0, Reason="closed")
     assert jobs.account(now=300.0)["evictions"] == 1
@@ -67,7 +65,7 @@ def test_what_went_wrong_comes_first_and_a_hold_keeps_its_reason() -> None:
     for index in range(5):
         jobs.tell("EXECUTE", f"1.{index}", 110.0 + index, SlotName=f"slot{index}@a")
     jobs.tell("JOB_HELD", "1.1", 120.0, HoldReason="memory usage exceeded", HoldReasonCode=34)
-    jobs.worker_table.leaving.add("1.1")
+    jobs.worker_table.mark_leaving(["1.1"])
     jobs.tell("JOB_ABORTED", "1.1", 121.0, Reason="held workers are replaced")
     jobs.tell("JOB_TERMINATED", "1.2", 140.0, ReturnValue=3)
     jobs.tell("JOB_EVICTED", "1.3", 140.0)
@@ -102,7 +100,7 @@ def test_thousands_of_jobs_are_one_small_message_in_five_seconds() -> None:
         for job_id in job_ids[80 * second : 80 * second + 80]:
             change = apply(worker_table.table, "EXECUTE", job_id, 100.0 + second, {"SlotName": "slot1@a"})
             assert change is not None
-            progress.took([change])
+            worker_table.get(job_id).saw_change(change)
         answer = {"groups": {"default": {"queued": 7, "done": second, "spent": 0.5 * second}}, "unfinished": 9}
         progress.saw(answer, {"default": Supply()}, 100.0 + second)
         progress.tell(now + second)

@@ -12,7 +12,7 @@ from prefect_htcdask.supervisor.worker_table import WorkerTable
 
 def tell(worker_table: WorkerTable, event: str, job: str, **data: Any) -> bool:
     change = apply(worker_table.table, event, job, 1.0, data)
-    return worker_table.saw_change(change) if change else False
+    return worker_table.get(job).saw_change(change) if change else False
 
 
 def answer(**idle: float) -> dict[str, Any]:
@@ -23,41 +23,41 @@ def supply_of(worker_table: WorkerTable, answer: dict[str, Any] | None, now: flo
     return worker_table.supplies(answer, now)["default"]
 
 
-def a_fleet(*jobs: str) -> WorkerTable:
+def workers_of(*jobs: str) -> WorkerTable:
     worker_table = WorkerTable()
     worker_table.submitted_jobs(jobs, "default", 1.0)
     return worker_table
 
 
 def test_a_job_is_pending_until_its_worker_joins() -> None:
-    worker_table = a_fleet("1.0", "1.1", "1.10")
+    worker_table = workers_of("1.0", "1.1", "1.10")
     tell(worker_table, "EXECUTE", "1.0")
     supply = supply_of(worker_table, answer())
     assert supply.pending == ("1.0", "1.1", "1.10")
     assert supply.unstarted == 2
-    assert worker_table.saw_workers(["htcdask-1.0-0", "somebody-else"]) == ["1.0"]
+    assert worker_table.saw_workers(["htcdask-1.0-0", "somebody-else"]) == [worker_table.get("1.0")]
     assert worker_table.saw_workers(["htcdask-1.0-0"]) == []
     supply = supply_of(worker_table, answer(_1_0=4.0), now=100.0)
     assert (supply.pending, supply.idle, supply.busy) == (("1.1", "1.10"), {"htcdask-1.0-0": 96.0}, ())
 
 
 def test_a_worker_without_an_idle_time_is_busy() -> None:
-    worker_table = a_fleet("1.0")
+    worker_table = workers_of("1.0")
     worker_table.saw_workers(["htcdask-1.0-0"])
     assert supply_of(worker_table, answer()).busy == ("htcdask-1.0-0",)
     assert supply_of(worker_table, None).busy == ("htcdask-1.0-0",)
 
 
 def test_who_is_told_to_leave_counts_as_gone() -> None:
-    worker_table = a_fleet("1.0", "1.1")
+    worker_table = workers_of("1.0", "1.1")
     worker_table.saw_workers(["htcdask-1.0-0"])
-    worker_table.leaving.update(["1.0", "1.1"])
+    worker_table.mark_leaving(["1.0", "1.1"])
     assert supply_of(worker_table, answer()).total == 0
 
 
 def test_who_could_not_leave_is_asked_again_ever_later() -> None:
-    worker_table = a_fleet("1.0", "1.1")
-    name = "htcdask-1.0-0"
+    worker_table = workers_of("1.0", "1.1")
+    name, worker = "htcdask-1.0-0", worker_table.get("1.0")
     how = PolicySettings(target=Target(fixed=0))
     tries, now = [], 0.0
     while now < 300:
@@ -66,22 +66,22 @@ def test_who_could_not_leave_is_asked_again_ever_later() -> None:
         if name in decide(Demand(), supply, how, now).retire:
             tries.append(now)
             # Its results find no other place.
-            assert worker_table.mark_retiring([name, "htcdask-2.0-0"]) == {name: "1.0"}
+            assert worker_table.mark_retiring([name, "htcdask-2.0-0"]) == {name: worker}
             assert supply_of(worker_table, answer()).retiring == (name,)
-            worker_table.retire_failed({name: "1.0"}, now)
+            worker.retire_failed(now)
         now += 1
     assert tries == [0, 2, 6, 14, 30, 62, 122, 182, 242]
     # One that got a task, and another time again, is none of that kind.
-    worker_table.retire_failed({name: "1.0"}, 1000.0)
-    assert worker_table.stays[name] == (2.0, 1002.0)
+    worker.retire_failed(1000.0)
+    assert (worker.retire_pause, worker.retire_at) == (2.0, 1002.0)
     worker_table.saw_workers(["htcdask-1.1-0"])
-    assert not worker_table.stays
+    assert (worker.retire_pause, worker.retire_at) == (0.0, 0.0)
 
 
 def test_a_leaving_worker_whose_job_starts_again_is_back() -> None:
-    worker_table = a_fleet("1.0")
+    worker_table = workers_of("1.0")
     worker_table.saw_workers(["htcdask-1.0-0"])
-    worker_table.leaving.add("1.0")
+    worker_table.mark_leaving(["1.0"])
     worker_table.saw_workers(["htcdask-1.0-0"])
     assert supply_of(worker_table, answer()).total == 0
     worker_table.saw_workers([])
@@ -90,29 +90,29 @@ def test_a_leaving_worker_whose_job_starts_again_is_back() -> None:
 
 
 def test_held_jobs_are_no_supply() -> None:
-    worker_table = a_fleet("1.0", "1.1")
+    worker_table = workers_of("1.0", "1.1")
     tell(worker_table, "JOB_HELD", "1.0", HoldReasonCode=1)
     assert supply_of(worker_table, answer()).pending == ("1.1",)
     assert [record.job_id for record in worker_table.queued_jobs()] == ["1.0", "1.1"]
 
 
 def test_what_is_a_failure_to_start() -> None:
-    worker_table = a_fleet("1.0", "1.1", "1.2", "1.3", "1.4", "1.5")
+    worker_table = workers_of("1.0", "1.1", "1.2", "1.3", "1.4", "1.5")
     assert tell(worker_table, "JOB_TERMINATED", "1.0", ReturnValue=1)
     assert tell(worker_table, "JOB_ABORTED", "1.5", Reason="by the administrator"), "nor may these be replaced for ever"
     assert tell(worker_table, "JOB_HELD", "1.1", HoldReasonCode=35)
     worker_table.saw_workers(["htcdask-1.2-0"])
     assert not tell(worker_table, "JOB_TERMINATED", "1.2", ReturnValue=1), "its worker had joined"
     assert not tell(worker_table, "JOB_HELD", "1.3", HoldReasonCode=1), "a user held it"
-    worker_table.leaving.add("1.4")
+    worker_table.mark_leaving(["1.4"])
     assert not tell(worker_table, "JOB_TERMINATED", "1.4", ReturnValue=0), "it was told to go"
 
 
 def test_an_eviction_is_no_failure() -> None:
-    worker_table = a_fleet("1.0")
+    worker_table = workers_of("1.0")
     tell(worker_table, "EXECUTE", "1.0")
     assert not tell(worker_table, "JOB_EVICTED", "1.0")
-    assert worker_table.evictions == 1
+    assert worker_table.summary(0.0)["evicted"] == 1
     assert supply_of(worker_table, answer()).pending == ("1.0",)
 
 
@@ -191,4 +191,4 @@ def test_the_summary_tells_groups_where_there_are_several() -> None:
         "cpu": (2, 2.0, 2),
         "gpu": (2, 1.0, 1),
     }
-    assert "groups" not in a_fleet("1.0").summary(now=1.0)
+    assert "groups" not in workers_of("1.0").summary(now=1.0)

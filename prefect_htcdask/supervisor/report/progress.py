@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
-from prefect_htcdask.condor.job_events import JobChange
 from prefect_htcdask.supervisor.policy import Supply
 from prefect_htcdask.supervisor.protocol import ReportPlan
 from prefect_htcdask.supervisor.report.timeline import Timeline, Workers
-from prefect_htcdask.supervisor.report.usage import JobUsage, group_usage, job_rows, job_states
+from prefect_htcdask.supervisor.report.usage import group_usage, job_rows, job_states
 from prefect_htcdask.supervisor.worker_group import WorkerGroup
 from prefect_htcdask.supervisor.worker_table import WorkerTable
 
@@ -57,7 +56,6 @@ class Progress:
         self._say = say
         self._began = time.time()
         self._timeline = Timeline(list(groups), self._began)
-        self._usage = JobUsage()
         self._workers: dict[str, Workers] = {}
         self._queued = self._peak_queued = 0
         self._known = 0
@@ -65,11 +63,6 @@ class Progress:
         self._spent: dict[str, float] = {}
         self._told: dict[str, Any] = {}
         self._tell_at = 0.0
-
-    @harmless
-    def took(self, changes: Iterable[JobChange]) -> None:
-        """Take in what happened to jobs."""
-        self._usage.take(changes, self._worker_table)
 
     @harmless
     def saw(self, answer: Mapping[str, Any] | None, supplies: Mapping[str, Supply], now: float) -> None:
@@ -115,7 +108,7 @@ class Progress:
             "queued": self._queued,
             "workers": {name: workers._asdict() for name, workers in self._workers.items()},
             "states": job_states(self._worker_table),
-            "jobs": job_rows(self._worker_table, self._usage, specs, rows, time.time()),
+            "jobs": job_rows(self._worker_table, specs, rows, time.time()),
         }
 
     def report(self, ended_because: str) -> dict[str, Any]:
@@ -146,7 +139,7 @@ class Progress:
         done, spent = self._done.get(name, 0), self._spent.get(name, 0.0)
         seconds = self._timeline.seconds()[name]
         return {
-            **group_usage(self._worker_table, self._usage, name, group.spec, group.boots, done, spent, now),
+            **group_usage(self._worker_table, name, group.spec, group.boots, done, spent, now),
             **{f"{what}_seconds": total for what, total in seconds._asdict().items()},
             "settings": group.settings,
         }
