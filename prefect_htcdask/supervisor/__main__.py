@@ -19,7 +19,6 @@ from prefect_htcdask.supervisor.protocol import GatewayAccess, Preflight, Superv
 from prefect_htcdask.supervisor.report.events import cleanup_event
 from prefect_htcdask.supervisor.report.files import write_report
 from prefect_htcdask.supervisor.rpc import GatewayLink
-from prefect_htcdask.supervisor.shutdown import Cleanup
 from prefect_htcdask.supervisor.stdout_writer import StdoutWriter
 
 logger = logging.getLogger(__name__)
@@ -120,8 +119,10 @@ async def serve(
     # Kept by name: asyncio itself holds tasks weakly only.
     helpers = [asyncio.ensure_future(take_commands()), asyncio.ensure_future(watch_flow())]
     await supervisor.run()
-    cleanup = Cleanup(supervisor)
-    summary = await cleanup.close()
+    cleanup = supervisor.shutdown()
+    await supervisor.last_look()
+    await cleanup.close()
+    summary = supervisor.summary()
     write_report(plan, summary)
     say({"kind": "summary", **summary, "ended_because": supervisor.ended_because})
     await asyncio.sleep(0)  # a close request may stand in the pipe behind what ended us

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
 from prefect_htcdask.supervisor.actions import Actions
+from prefect_htcdask.supervisor.cluster_jobs import ClusterJobs
 from prefect_htcdask.supervisor.disk_watch import DiskWatch
 from prefect_htcdask.supervisor.job_log import JobEventHandler, unmatched
 from prefect_htcdask.supervisor.notifier import Notifier
@@ -29,6 +29,7 @@ from prefect_htcdask.supervisor.policy import Decision, Target, decide
 from prefect_htcdask.supervisor.protocol import SupervisorConfig, group_of, target_of
 from prefect_htcdask.supervisor.report.progress import Progress
 from prefect_htcdask.supervisor.rpc import GatewayLink, SchedulerLink
+from prefect_htcdask.supervisor.shutdown import Shutdown
 from prefect_htcdask.supervisor.worker_group import WorkerGroup, idle_job_caps
 from prefect_htcdask.supervisor.worker_table import HELD_BY_USER, WorkerTable
 
@@ -60,7 +61,7 @@ class Supervisor:
         self.say = say
         self.directory = RunDirectory(Path(plan.run_directory))
         digest = cluster_digest(plan.access.cluster_name)
-        self.constraint = cluster_constraint(digest)
+        self.jobs = ClusterJobs(schedd, cluster_constraint(digest))
         self.worker_table = WorkerTable(tuple(plan.groups))
         self.groups = {
             name: WorkerGroup(name, group, "workers" if len(plan.groups) == 1 else name, group.target)
@@ -85,7 +86,6 @@ class Supervisor:
         self.over = asyncio.Event()
         self.ended_because = ""
         self.stop_cluster = True
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="condor")
         self._reader: JobReader | None = None
         self._began = time.monotonic()
         self._renew_at = 0.0
@@ -95,14 +95,9 @@ class Supervisor:
         self._taken_over_at: float | None = None
         self._held: set[str] = set()  # jobs to be removed, as soon as the schedd takes that
 
-    def hurry(self) -> None:
-        """Have the next `read_jobs` look at the queue, however short ago it did."""
-        if self._reader is not None:
-            self._reader.hurry()
-
     async def condor(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call the bindings in their own thread: they are not thread-safe among themselves."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        """Call the bindings, as `ClusterJobs.call` does."""
+        return await self.jobs.call(function, *args)
 
     # Start
 
@@ -131,7 +126,7 @@ class Supervisor:
                 secrets=self.plan.worker_secrets,
                 log_is_local=self.schedd.address.is_local,
             )
-        queue = QueueReader(self.schedd, self.constraint)
+        queue = QueueReader(self.schedd, self.jobs.constraint)
         if self.schedd.address.is_local:
             loop = asyncio.get_running_loop()
 
@@ -331,13 +326,19 @@ class Supervisor:
             return
         self.directory.touch()
         if self.worker_table.queued_jobs():
-            await self.condor(self.schedd.renew, self.constraint, self.plan.lease)
+            await self.jobs.renew(self.plan.lease)
             self.notifier.saw_clock(self.schedd.clock_ahead)
         self._renew_at = now + min(self.plan.lease / 3, _MAX_RENEWAL_INTERVAL)
 
-    async def read_jobs(self) -> None:
-        """Take in what happened to the jobs, and have held ones make room for others."""
+    async def read_jobs(self, at_once: bool = False) -> None:
+        """Take in what happened to the jobs, and have held ones make room for others.
+
+        Args:
+            at_once: look at the queue too, however short ago that was.
+        """
         assert self._reader is not None
+        if at_once:
+            self._reader.hurry()
         changes = await self.condor(self._reader.read, self.worker_table.table)
         self._held.update(self.news.take(changes))
         if lost := self.worker_table.evicted(changes):
@@ -357,6 +358,26 @@ class Supervisor:
             if answer is not None and answer["status"] == "ok":
                 now = time.monotonic()
                 self.progress.saw(answer, self.worker_table.supplies(answer, now), time.time())
+
+    def shutdown(self) -> Shutdown:
+        """What is to be done now that it is over."""
+        return Shutdown(
+            self.plan,
+            self.jobs,
+            self.read_jobs,
+            self.worker_table,
+            self.scheduler,
+            self.gateway,
+            self.directory,
+            self.notifier,
+            self.ended_because,
+            owns_jobs=self.ended_because != SUPERSEDED,
+            stop_cluster=self.stop_cluster,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What became of the workers, and the report where one is wanted."""
+        return {**self.worker_table.summary(time.time()), **self.progress.report(self.ended_because)}
 
     def end(self, why: str) -> None:
         """Leave the loop; the cleanup follows."""

@@ -59,7 +59,7 @@ class Rounds(Supervisor):
         if name in self.fails:
             raise self.fails[name]
 
-    async def read_jobs(self) -> None:
+    async def read_jobs(self, at_once: bool = False) -> None:
         self.step("read")
 
     async def ask_scheduler(self) -> dict[str, Any] | None:
