@@ -30,12 +30,10 @@ from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA
 from prefect_htcdask.settings import HTCDaskSettings, WorkerSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
 from prefect_htcdask.supervisor.client import SupervisorError, SupervisorHandle
+from prefect_htcdask.supervisor.protocol import GATEWAY_TIMEOUT
 from prefect_htcdask.utils.aio import in_thread
 
 logger = logging.getLogger(__name__)
-
-_STOP_TIMEOUT = 5.0
-"""Seconds that the end of this process's part waits for a gateway to take a request."""
 
 _WORKER_FIELDS = frozenset(WorkerSettings.model_fields)
 
@@ -410,7 +408,7 @@ class HTCGatewayCluster(GatewayCluster):
         if self._shutdown_wanted and self.name is not None:
             # A supervisor that owns the cluster has asked already, and asks on until the gateway answers.
             try:
-                await asyncio.wait_for(self.gateway._stop_cluster(self.name), _STOP_TIMEOUT)
+                await asyncio.wait_for(self.gateway._stop_cluster(self.name), GATEWAY_TIMEOUT)
             except Exception as exc:
                 level = logging.INFO if self.summary else logging.ERROR
                 logger.log(level, "gateway cluster %s was not stopped: %s", self.name, str(exc) or type(exc).__name__)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakValueDictionary
@@ -23,21 +24,25 @@ from prefect.client.schemas.objects import State, StateType
 
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.runner.client.client import ReconnectingClient, ReconnectPolicy
+from prefect_htcdask.runner.end import Stage, run_stages
 from prefect_htcdask.runner.futures.crash_reasons import JobOutcomes
 from prefect_htcdask.runner.futures.gatherer import Gatherer
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.runner.preflight import check_versions
+from prefect_htcdask.runner.states.cancelling import TIMEOUT as CANCELLING_TIMEOUT
 from prefect_htcdask.runner.states.cancelling import end_cancelling
 from prefect_htcdask.runner.states.ended_task_runs import EndedTaskRuns
-from prefect_htcdask.runner.states.reconcile import InterruptedTaskRuns, StateReconciler
+from prefect_htcdask.runner.states.reconcile import INTERRUPTED_TIMEOUT, PATIENCE, InterruptedTaskRuns, StateReconciler
 from prefect_htcdask.runner.states.reporter import Ended, Started, StateReporter
 from prefect_htcdask.runner.states.result_recovery import ResultRecovery
 from prefect_htcdask.runner.states.unawaited import cancel_or_wait, executing
 from prefect_htcdask.runner.submit.submitter import Submitter
+from prefect_htcdask.runner.ui.artifacts import PATIENCE as ARTIFACTS_PATIENCE
 from prefect_htcdask.runner.ui.artifacts import start_artifacts
 from prefect_htcdask.runner.ui.decisions import scaling_line, summary_line
-from prefect_htcdask.runner.ui.events import FlowEvents
+from prefect_htcdask.runner.ui.events import FLUSH_TIMEOUT, FlowEvents
 from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA, Offers
+from prefect_htcdask.supervisor.protocol import CLOSE_TIMEOUT, GATEWAY_TIMEOUT
 from prefect_htcdask.utils.aio import interpreter_ends
 from prefect_htcdask.worker.cancellation import interrupt
 
@@ -249,47 +254,63 @@ class FlowRunSession:
             self._end(pending, error)
 
     def _end(self, pending: list[PendingResult], error: BaseException | None) -> None:
-        """Close everything; each step is tried whatever became of the others."""
+        """Close everything."""
         self.unfinished()
         left = [result for result in pending if result.packed is None and result.dask_future.status != "finished"]
-        if left:
-            self._note_started(left)
-            with suppress(Exception):
-                self.client.cancel([result.dask_future for result in left], reason="the flow run has ended")
-        with suppress(Exception):
-            self.submission.close(forget=self.cluster is None)
-        try:
-            self.stack.close()
-        except Exception as exc:
-            self.log("warning", f"The Dask performance report could not be written: {exc}")
-        self.gatherer.close()
-        self.recall.close()
-        try:
-            self.client.close()
-        except Exception as exc:
-            self.log("warning", f"The Dask client did not close cleanly: {exc}")
-        try:
-            if self.cluster is not None:
-                self.cluster.close()
-                self._summarise(self.cluster.summary)
-                self.events.closed(self.cluster.summary)
-                self.events.flush()
-        finally:
-            ended = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
-            with self._lock:
-                self._cut_short.update(result.task_run_id for result in left)
-            interrupted = error is not None or self._cancelled
-            self.account.settle(self._cut(f"The flow run ended while this task ran ({ended})", interrupted))
-            if self._cancelling and (flow_run_id := self.flow_run_id) is not None:
-                self._context.copy().run(end_cancelling, flow_run_id)
-            if self.artifacts:
-                self.artifacts.close()
+        run_stages(self._stages(left, error), self.log)
 
-    def _summarise(self, summary: dict[str, Any]) -> None:
+    def _stages(self, left: list[PendingResult], error: BaseException | None) -> list[Stage]:
+        """What is done at the end, in its order; ``docs/end-of-a-flow.md`` shows it with its limits added up.
+
+        Args:
+            left: task runs that have not ended.
+            error: the exception with which the flow left the runner, if it did.
+        """
+        interrupted = error is not None or self._cancelled
+        settling = INTERRUPTED_TIMEOUT if interrupted else PATIENCE
+        report = "The Dask performance report could not be written"
+        stages = [
+            Stage("asking which task runs have started", lambda: self._note_started(left), ANSWER if left else 0.0),
+            Stage("cancelling what is left", lambda: self._cancel_left(left)),
+            Stage("forgetting what the scheduler keeps", lambda: self.submission.close(forget=self.cluster is None)),
+            Stage("writing the performance report", self.stack.close, complaint=report),
+            Stage("the last callbacks", self.gatherer.close),
+            Stage("answering workers", self.recall.close),
+            Stage("closing the Dask client", self.client.close, complaint="The Dask client did not close cleanly"),
+        ]
+        if self.cluster is not None:
+            stages += [
+                Stage("closing the cluster", self.cluster.close, CLOSE_TIMEOUT + GATEWAY_TIMEOUT, is_fatal=True),
+                Stage("the summary", self._summarise),
+                Stage("sending events", self.events.flush, FLUSH_TIMEOUT),
+            ]
+        stages.append(Stage("settling task runs with Prefect", lambda: self._settle(left, error), settling))
+        if self._cancelling and (flow_run_id := self.flow_run_id) is not None:
+            ending = partial(self._context.copy().run, end_cancelling, flow_run_id)
+            stages.append(Stage("ending the cancelled flow run", ending, CANCELLING_TIMEOUT))
+        if self.artifacts:
+            stages.append(Stage("the last artifacts", self.artifacts.close, ARTIFACTS_PATIENCE))
+        return stages
+
+    def _cancel_left(self, left: list[PendingResult]) -> None:
+        if left:
+            self.client.cancel([result.dask_future for result in left], reason="the flow run has ended")
+
+    def _settle(self, left: list[PendingResult], error: BaseException | None) -> None:
+        ended = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
+        with self._lock:
+            self._cut_short.update(result.task_run_id for result in left)
+        interrupted = error is not None or self._cancelled
+        self.account.settle(self._cut(f"The flow run ended while this task ran ({ended})", interrupted))
+
+    def _summarise(self) -> None:
+        assert self.cluster is not None
+        summary = self.cluster.summary
         if summary:
             self.log("info", summary_line(summary))
         if self.artifacts:
             self.artifacts.finish(summary)
+        self.events.closed(summary)
 
     def _cut(self, why: str, interrupted: bool = False) -> InterruptedTaskRuns:
         kind = StateType.CANCELLED if self._cancelled else StateType.CRASHED
@@ -301,7 +322,7 @@ class FlowRunSession:
     def _note_started(self, results: list[PendingResult]) -> None:
         """Note which of these task runs have started: the Prefect API may not have heard of them yet."""
         keys: frozenset[str] = frozenset()
-        if self.client.status == "running":
+        if results and self.client.status == "running":
             # Who interrupts a flow does not wait for a worker that does not answer.
             with suppress(Exception):
                 keys = executing(self.client, ANSWER)

@@ -20,6 +20,9 @@ from prefect_htcdask.supervisor.policy import Target
 # Bounds that depend on no site: how long closing may take at most, in seconds.
 CLOSE_TIMEOUT = 20.0
 
+GATEWAY_TIMEOUT = 5.0
+"""Seconds that the flow's process waits at its end for a gateway to take a request, where no supervisor asks it."""
+
 
 @dataclass(frozen=True)
 class Preflight:

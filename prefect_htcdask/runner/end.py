@@ -1,0 +1,59 @@
+"""The end of a flow run, stage by stage: none keeps a later one from being tried."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+logger = logging.getLogger("prefect.task_runner.htcdask")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the end.
+
+    Attributes:
+        name: what is done, for the log.
+        run: does it.
+        limit: seconds that it takes at most, for the page ``docs/end-of-a-flow.md``; `None`: as long as the user's
+            own code takes, or what has a limit of its own in Dask.
+        complaint: what to say where it fails; without one, its failure tells a user nothing.
+        is_fatal: whether its failure is the flow run's, once the later stages are through.
+    """
+
+    name: str
+    run: Callable[[], object]
+    limit: float | None = None
+    complaint: str = ""
+    is_fatal: bool = False
+
+
+def run_stages(stages: Sequence[Stage], log: Callable[[str, str], None]) -> None:
+    """Run the stages in their order, each of them whatever became of those before.
+
+    Args:
+        stages: what is to be done.
+        log: writes to the flow run's log; level and text.
+
+    Raises:
+        BaseException: what a fatal stage raised, or what interrupted any of them, such as a second Ctrl-C; the first.
+    """
+    first: BaseException | None = None
+    for stage in stages:
+        began = time.monotonic()
+        try:
+            stage.run()
+        except Exception as exc:
+            if stage.is_fatal:
+                first = first or exc
+            elif stage.complaint:
+                log("warning", f"{stage.complaint}: {exc}")
+            else:
+                logger.debug("%s failed: %s", stage.name, exc)
+        except BaseException as exc:
+            first = first or exc
+        logger.debug("the flow run's end: %s took %.2f s", stage.name, time.monotonic() - began)
+    if first is not None:
+        raise first
