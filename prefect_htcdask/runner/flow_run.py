@@ -246,7 +246,9 @@ class FlowRunSession:
             if pending and not interrupted:
                 if isinstance(self.client, ReconnectingClient):
                     self.client.flush_submits()
-                cancel_or_wait(self.client, pending, lambda: self.gatherer.failure is None, self.log)
+                cancel_or_wait(
+                    self.client, pending, lambda: self.gatherer.failure is None, self.gatherer.give, self.log
+                )
         except BaseException as exc:
             error = error or exc
             raise

@@ -185,3 +185,19 @@ def test_a_running_task_that_keeps_the_interpreter_s_lock_is_waited_for(
 
     ended = outcome(leaves_it, HTCDaskTaskRunner(cluster=local_pool))
     assert ended == ("COMPLETED", "Completed", Counter(Completed=3))
+
+
+def test_who_waits_in_another_thread_hears_of_what_is_cancelled_as_the_flow_ends(runner: HTCDaskTaskRunner) -> None:
+    ended: list[UUID] = []
+    submitted: list[UUID] = []
+
+    @flow(task_runner=runner)
+    def leaves() -> str:
+        for _ in range(8):
+            future = nap.submit(2.5)
+            future.add_done_callback(lambda one: ended.append(one.task_run_id))
+            submitted.append(future.task_run_id)
+        return "done"
+
+    assert leaves() == "done"
+    wait_until(lambda: sorted(ended) == sorted(submitted), WITHIN, "all callbacks are called, once")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from distributed import Client
+from prefect.client.schemas.objects import State
 from prefect.states import Cancelled
 
-from prefect_htcdask.runner.futures.compact_state import CompactState
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.worker.run_task import executing_keys
 
@@ -32,6 +33,7 @@ def cancel_or_wait(
     client: Client,
     pending: Iterable[PendingResult],
     goes_on: Callable[[], bool],
+    give: Callable[[PendingResult, State[Any]], None],
     log: Callable[[str, str], None],
 ) -> None:
     """Cancel the task runs that have not started, and wait for those that run, as Prefect's own runners do.
@@ -40,6 +42,7 @@ def cancel_or_wait(
         client: of the Dask futures.
         pending: task runs that have not ended.
         goes_on: whether there is any use in waiting.
+        give: takes the final state of a task run, for whoever waits for it in another thread.
         log: writes to the flow run's log; level and text.
     """
     keys = executing(client)
@@ -51,9 +54,11 @@ def cancel_or_wait(
             f"The flow has ended: {len(waiting)} task runs that it did not wait for and that have not started are "
             "cancelled",
         )
-        client.cancel([result.dask_future for result in waiting], reason="the flow has ended")
+        futures = [result.dask_future for result in waiting]
+        # Before they are cancelled: a future that is without a state then would be one of a lost task run.
         for result in waiting:
-            result.packed = CompactState(Cancelled(message="The flow ended before the task run started"))
+            give(result, Cancelled(message="The flow ended before the task run started"))
+        client.cancel(futures, reason="the flow has ended")
     if running:
         log("info", f"Waiting for {len(running)} running task runs that the flow did not wait for")
     while any(result.is_pending() for result in running):
