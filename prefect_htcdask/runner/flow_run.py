@@ -19,11 +19,11 @@ from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from distributed import Client
 from prefect.client.schemas.objects import State, StateType
 
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.runner.client.client import ReconnectingClient, ReconnectPolicy
+from prefect_htcdask.runner.client.connection import FlowConnection
 from prefect_htcdask.runner.end import Stage, run_stages
 from prefect_htcdask.runner.futures.crash_reasons import JobOutcomes
 from prefect_htcdask.runner.futures.gatherer import Gatherer
@@ -72,7 +72,7 @@ class FlowRunSession:
     """
 
     key: str
-    client: Client
+    client: ReconnectingClient
     cluster: Any | None
     owner: str
     api_url: str | None
@@ -86,8 +86,9 @@ class FlowRunSession:
         self.last_words = EndedTaskRuns()
         self.account = StateReconciler(self.reporter, self.last_words, self.log, self.cluster is not None)
         self.fates = JobOutcomes()
-        self.gatherer = Gatherer(self.client, self._report_lost, self.fates, self.last_words.ended)
-        self.submission = Submitter(self.client, self.key, self.api_url)
+        connection = FlowConnection(self.client)
+        self.gatherer = Gatherer(connection, self._report_lost, self.fates, self.last_words.ended)
+        self.submission = Submitter(connection, self.key, self.api_url)
         self._lock = threading.Lock()
         self._unfinished: dict[UUID, PendingResult] = {}
         self._by_key: WeakValueDictionary[str, PendingResult] = WeakValueDictionary()
@@ -103,8 +104,7 @@ class FlowRunSession:
         if self.cluster is not None:
             self.events.created(self.client.dashboard_link or "", list(getattr(self.cluster, "worker_offers", ())))
         self.artifacts = start_artifacts(self.cluster, self.client.dashboard_link, self._context, self.log)
-        if isinstance(self.client, ReconnectingClient):
-            self.client.resume_on(self._terms(self.client))
+        self.client.resume_on(self._terms())
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
         self._watcher.start()
 
@@ -143,10 +143,10 @@ class FlowRunSession:
             self.log("error", str(error))
         self.gatherer.fail(error)
 
-    def _terms(self, client: ReconnectingClient) -> ReconnectPolicy:
+    def _terms(self) -> ReconnectPolicy:
         """How a lost connection is renewed: for as long as a cluster of this run's lives without its supervisor."""
         return ReconnectPolicy(
-            patience=client.timeout if self.cluster is None else self.cluster.settings.lease.scheduler_duration,
+            patience=self.client.timeout if self.cluster is None else self.cluster.settings.lease.scheduler_duration,
             verdict=0.0 if self.cluster is None else VERDICT,
             goes_on=lambda: not self._closed and self.gatherer.failure is None,
             in_hand=self._final_state,
@@ -244,8 +244,7 @@ class FlowRunSession:
         interrupted = interrupted or self.client.status != "running"
         try:
             if pending and not interrupted:
-                if isinstance(self.client, ReconnectingClient):
-                    self.client.flush_submits()
+                self.client.flush_submits()
                 cancel_or_wait(
                     self.client, pending, lambda: self.gatherer.failure is None, self.gatherer.give, self.log
                 )

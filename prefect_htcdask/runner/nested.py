@@ -7,6 +7,7 @@ from typing import Any, cast
 import distributed
 from distributed import Client
 
+from prefect_htcdask.runner.client.connection import Connection
 from prefect_htcdask.runner.futures.gatherer import gatherer_of
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.runner.submit.submitter import Submitter
@@ -20,7 +21,7 @@ class NestedRun:
 
     def __init__(self, client: Client, run_id: str, offers: Offers | None = None) -> None:
         self.client = client
-        self.submission = Submitter(client, run_id, None, offers)
+        self.submission = Submitter(Connection(client), run_id, None, offers)
         self.gatherer = gatherer_of(client)
 
     @property

@@ -331,12 +331,12 @@ def test_what_was_not_there_is_gathered_again_but_not_for_ever(
         future = nothing.submit(7)
         wait_until(lambda: all_finished([future]), 60, "it has ended")
         its = gatherer_of_this_flow()
-        whole, left = its._states, [None] * times
+        whole, left = its._connection.gather, [None] * times
 
         async def less(finished: Any) -> Any:
             return await whole(finished) if not left else left.pop() or dict.fromkeys(finished)
 
-        its._states = less  # type: ignore[method-assign]
+        its._connection.gather = less  # type: ignore[method-assign]
         return future.result(timeout=20)
 
     if times > gatherer.MAX_BROKEN:

@@ -180,7 +180,7 @@ def test_a_flow_that_ends_sends_what_waits_before_it_looks_what_runs(
     runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     waiting: list[int] = []
-    settle = sessions.settle
+    settle = sessions.cancel_or_wait
 
     def noted(client: Any, *args: Any) -> None:
         waiting.append(len(client.submit_buffer._waiting))

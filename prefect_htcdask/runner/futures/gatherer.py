@@ -19,14 +19,13 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 from uuid import UUID
 
-from distributed import Client, Future
-from distributed.utils_comm import retry_operation
+from distributed import Client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
 from prefect_htcdask.errors import HTCDaskError
-from prefect_htcdask.runner.client.client import ReconnectingClient
+from prefect_htcdask.runner.client.connection import Connection, connection_of
 from prefect_htcdask.runner.futures.batching import MAX_BATCH, batch_delay, batch_size
 from prefect_htcdask.runner.futures.compact_state import CompactState
 from prefect_htcdask.runner.futures.crash_reasons import JobOutcomes, crash_exception, last_worker
@@ -61,7 +60,7 @@ class Gatherer:
     """Gathers final states for the task runs of one Dask client.
 
     Args:
-        client: the client that the Dask futures belong to.
+        connection: that of the client that the Dask futures belong to.
         on_lost: called, in a background thread, with a task run that Dask could not finish and the Crashed state
             that it got.
         fates: what is known of the workers' jobs, for the message of a lost task run.
@@ -73,12 +72,13 @@ class Gatherer:
 
     def __init__(
         self,
-        client: Client,
+        connection: Connection,
         on_lost: Callable[[PendingResult, State[Any]], None] | None = None,
         fates: JobOutcomes | None = None,
         on_collected: Callable[[list[PendingResult]], None] | None = None,
     ) -> None:
-        self.client = client
+        self._connection = connection
+        self.client = connection.client
         self._on_collected = on_collected
         self.on_first: Callable[[], None] | None = None
         self.closed_at: float | None = None
@@ -116,9 +116,8 @@ class Gatherer:
         if failure is not None:
             self._end(result, failure)
         elif result.dask_future.status in PENDING_STATUSES:
-            spec = result.spec
-            if spec is not None and isinstance(self.client, ReconnectingClient):
-                self.client.submit_buffer.hurry(spec)
+            if result.spec is not None:
+                self._connection.hurry(result.spec)
             self._listen_soon(result)
         else:
             self._enqueue(result)
@@ -304,7 +303,7 @@ class Gatherer:
     async def _gather(self, batch: list[PendingResult]) -> None:
         finished = {one.key: one for one in batch if one.dask_future.status == "finished"}
         try:
-            states = await self._states({key: result.dask_future for key, result in finished.items()})
+            states = await self._connection.gather({key: result.dask_future for key, result in finished.items()})
         except Exception as exc:
             if len(finished) > 1 and not isinstance(exc, OSError) and not self.over:
                 # A result that cannot be pickled, or unpickled here, says nothing of the others.
@@ -360,15 +359,6 @@ class Gatherer:
     async def _end_when_explained(self, result: PendingResult, killer: str) -> None:
         await self.fates.wait_for(killer)
         self._end(result, None)
-
-    async def _states(self, finished: dict[str, Future[Any]]) -> dict[str, Any]:
-        if isinstance(self.client, ReconnectingClient) and not self.client.direct_to_workers and finished:
-            # What `Client.gather` asks of the scheduler then, without a coroutine for each future.
-            answer = await retry_operation(cast(Any, self.client.scheduler).gather, keys=list(finished))
-            if answer["status"] == "OK":
-                return cast("dict[str, Any]", answer["data"])
-        # It has what cannot be had computed again.
-        return cast("dict[str, Any]", await self.client.gather(finished, errors="skip", asynchronous=True))
 
     def _only_ahead(self, result: PendingResult) -> bool:
         """Forget that a state was asked for, unless somebody has asked for that very one."""
@@ -461,5 +451,5 @@ def gatherer_of(client: Client) -> Gatherer:
             _gatherers.pop(key).close()
         gatherer = _gatherers.get(client.id)
         if gatherer is None:
-            gatherer = _gatherers[client.id] = Gatherer(client)
+            gatherer = _gatherers[client.id] = Gatherer(connection_of(client))
         return gatherer

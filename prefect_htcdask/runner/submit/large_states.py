@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import threading
 import uuid
-import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from distributed import Client, Future
+from distributed import Future
 from distributed.protocol.pickle import dumps
 
-from prefect_htcdask.runner.client.client import ReconnectingClient
+from prefect_htcdask.runner.client.connection import Connection
 from prefect_htcdask.runner.client.uploaded_state import UploadedState
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 
@@ -37,11 +36,11 @@ class LargeStates:
     """Brings states back to the cluster of one client.
 
     Args:
-        client: on whose scheduler tasks need them.
+        connection: to the scheduler on which tasks need them.
     """
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._lock = threading.Lock()
         self._there: WeakValueDictionary[_Which, Future[Any]] = WeakValueDictionary()
         self._kept: OrderedDict[_Which, Future[Any]] = OrderedDict()
@@ -78,7 +77,7 @@ class LargeStates:
                 if packed.travels_along:
                     return None
                 # A key of its own each time: Dask may still know another as cancelled.
-                there = self._send(UploadedState(f"state_in_hand-{uuid.uuid4()}", blob, resources))
+                there = self._connection.upload(UploadedState(f"state_in_hand-{uuid.uuid4()}", blob, resources))
                 self._there[which], self._sizes[there] = there, len(blob)
             self._kept[which] = there
             self._kept.move_to_end(which)
@@ -90,12 +89,3 @@ class LargeStates:
         """Keep nothing any more."""
         with self._lock:
             self._kept.clear()
-
-    def _send(self, held: UploadedState) -> Future[Any]:
-        if not isinstance(self._client, ReconnectingClient):
-            return held.send(self._client)
-        with self._client.connected():
-            self._client.held_states[held.key] = held
-            there = held.send(self._client)
-        weakref.finalize(there, self._client.held_states.pop, held.key, None).atexit = False
-        return there

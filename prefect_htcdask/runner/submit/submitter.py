@@ -15,7 +15,6 @@ import functools
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -23,7 +22,7 @@ from uuid import UUID
 from dask._task_spec import DataNode
 from dask.base import get_annotations
 from dask.utils import key_split
-from distributed import Client, Future
+from distributed import Future
 from distributed.protocol.pickle import dumps
 from prefect._internal.uuid7 import uuid7
 from prefect.client.schemas.objects import State
@@ -36,8 +35,7 @@ from prefect.tasks import MaterializingTask, Task
 from prefect.utilities.annotations import BaseAnnotation, allow_failure, opaque, quote, unmapped
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
-from prefect_htcdask.runner.client.client import ReconnectingClient
-from prefect_htcdask.runner.client.graph import no_large_graph_warning, send
+from prefect_htcdask.runner.client.connection import Connection
 from prefect_htcdask.runner.client.task_spec import NO_OPTIONS, SendOptions, SharedData, TaskSpec
 from prefect_htcdask.runner.submit.large_states import LargeStates
 from prefect_htcdask.runner.submit.serialized_context import ContextPublisher
@@ -106,18 +104,18 @@ class Submitter:
     """Turns Prefect tasks into Dask tasks on one client, for one live run.
 
     Args:
-        client: the Dask client that submits; its worker's own one on a worker.
+        connection: to the scheduler; that of its worker's own client on a worker.
         run_id: names this run's part of the scheduler's metadata.
         api_url: the Prefect API as workers reach it; put into their settings where the flow has none (an ephemeral
             server).
         offers: what the cluster's worker groups offer, for tasks that submit further ones; `None` where unknown.
     """
 
-    def __init__(self, client: Client, run_id: str, api_url: str | None, offers: Offers | None = None) -> None:
-        self.client = client
+    def __init__(self, connection: Connection, run_id: str, api_url: str | None, offers: Offers | None = None) -> None:
+        self._connection = connection
         self.offers = offers
-        self._described = ContextPublisher(client, run_id, api_url)
-        self._in_hand = LargeStates(client)
+        self._described = ContextPublisher(connection.client, run_id, api_url)
+        self._in_hand = LargeStates(connection)
         self._options = NO_OPTIONS
 
     def submit(
@@ -131,14 +129,11 @@ class Submitter:
         """Submit one task run that asks Dask for `resources`."""
         envelope = self._described.envelope(task, self.offers)
         upload = partial(self._in_hand.upload, resources=resources)
-        needed = UpstreamFutures(self.client, upload=upload)
+        needed = UpstreamFutures(self._connection.client, upload=upload)
         task_run_id, spec = self._describe_call(task, envelope, parameters, wait_for, dependencies or {}, needed)
-        if isinstance(self.client, ReconnectingClient):
-            spec.options = self._send_options(resources)
-            future = self.client.submit_buffer.put(spec, needed)
-        else:
-            future = self._send([spec], {}, resources)[0]
-        return Submitted(task_run_id, future, _needs(needed), self._kept(spec))
+        spec.options = self._send_options(resources)
+        future = self._connection.submit(spec, needed)
+        return Submitted(task_run_id, future, _needs(needed), self._connection.resubmitted(spec))
 
     def submit_many(
         self,
@@ -160,7 +155,7 @@ class Submitter:
         wait_for = as_list(wait_for)  # once, should it be an iterator
         shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
         upload = partial(self._in_hand.upload, resources=resources)
-        holder = UpstreamFutures(self.client, upload=upload)
+        holder = UpstreamFutures(self._connection.client, upload=upload)
         shared = {name: holder.replace(value) for name, value in shared.items()}
         # Values with upstream states in them differ from plain ones in nothing but that Dask has to fill them.
         reference: Any = None
@@ -176,7 +171,7 @@ class Submitter:
         needed: list[tuple[UUID, UpstreamFutures]] = []
         waiting = 0
         for number, parameters in enumerate(calls, 1):
-            upstreams = UpstreamFutures(self.client, holder, upload)
+            upstreams = UpstreamFutures(self._connection.client, holder, upload)
             task_run_id, spec = self._describe_call(
                 task,
                 envelope,
@@ -195,11 +190,14 @@ class Submitter:
             if number < len(calls) and len(specs) < MAP_BATCH and waiting < MAP_BYTES:
                 continue
             # The key of the shared data comes last; later graphs depend on what the first brought.
-            futures_ = self._send(specs, extra, resources)
+            options = self._send_options(resources)
+            for one in specs:
+                one.options = options
+            futures_ = self._connection.send(specs, extra)
             if extra:
                 anchor, extra = futures_.pop(), {}
             submitted += [
-                Submitted(task_run_id, future, _needs(upstreams), self._kept(spec))
+                Submitted(task_run_id, future, _needs(upstreams), self._connection.resubmitted(spec))
                 for (task_run_id, upstreams), future, spec in zip(needed, futures_, specs, strict=True)
             ]
             specs, needed, waiting = [], [], 0
@@ -274,37 +272,12 @@ class Submitter:
         key = f"shared_parameters-{uuid.uuid4()}"
         return SharedData(key, blob), {key: DataNode(key, blob)}, None
 
-    def _send(
-        self, specs: list[TaskSpec], extra: dict[str, Any], resources: Mapping[str, float] | None
-    ) -> list[Future[Any]]:
-        """Send a graph with these tasks, and nodes in `extra` that they need; returns the futures of all, in order."""
-        options = self._send_options(resources)
-        graph: dict[str, Any] = dict(extra)
-        for spec in specs:
-            spec.options, spec.sent = options, True
-            graph[spec.key] = spec.node()
-        keys = [*(spec.key for spec in specs), *extra]
-        if isinstance(self.client, ReconnectingClient):
-            # What these depend on comes first.
-            self.client.submit_buffer.flush()
-        with self._steady(), no_large_graph_warning(sum(len(node.value) for node in extra.values())):
-            if isinstance(self.client, ReconnectingClient):
-                self.client.specs.update((spec.key, spec) for spec in specs)
-            # Priority and the like are left to `dask.annotate`.
-            return send(self.client, graph, keys, {spec.key: spec.number for spec in specs}, resources)
-
     def _send_options(self, resources: Mapping[str, float] | None) -> SendOptions:
         """How tasks are sent now; the same object for as long as that does not change."""
         options = SendOptions(get_annotations(), resources)
         if options != self._options:
             self._options = options
         return self._options
-
-    def _steady(self) -> AbstractContextManager[None]:
-        return self.client.connected() if isinstance(self.client, ReconnectingClient) else nullcontext()
-
-    def _kept(self, spec: TaskSpec) -> TaskSpec | None:
-        return spec if isinstance(self.client, ReconnectingClient) else None
 
 
 def as_list(wait_for: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from prefect.futures import PrefectDistributedFuture, PrefectFuture
 from prefect.utilities.annotations import quote
 from prefect.utilities.collections import StopVisiting, visit_collection
 
-from prefect_htcdask.runner.client.submit_buffer import BufferedClient
+from prefect_htcdask.runner.client.connection import connection_of
 from prefect_htcdask.runner.futures.futures import HTCDaskFuture
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.worker.call import Upstream
@@ -80,9 +80,9 @@ class UpstreamFutures:
                 return Upstream(self._index[id(result)])
             dask_future = result.dask_future
             if result.is_on(self._client):
-                if dask_future.client is not self._client and isinstance(dask_future.client, BufferedClient):
+                if dask_future.client is not self._client:
                     # Its task has to be there before those that need it.
-                    dask_future.client.flush_submits()
+                    connection_of(dask_future.client).flush()
                 return self._upstream(result, dask_future)
         # In hand already, or another runner's.
         item.wait()
