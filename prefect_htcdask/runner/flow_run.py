@@ -83,41 +83,43 @@ class FlowRunSession:
 
     def __post_init__(self) -> None:
         self.reporter = StateReporter(self.flow_run_id)
-        self.last_words = EndedTaskRuns()
-        self.account = StateReconciler(self.reporter, self.last_words, self.log, self.cluster is not None)
-        self.fates = JobOutcomes()
+        self.ended_task_runs = EndedTaskRuns()
+        self.reconciler = StateReconciler(self.reporter, self.ended_task_runs, self.log, self.cluster is not None)
+        self.job_outcomes = JobOutcomes()
         connection = FlowConnection(self.client)
-        self.gatherer = Gatherer(connection, self._report_lost, self.fates, self.last_words.ended)
-        self.submission = Submitter(connection, self.key, self.api_url)
+        self.gatherer = Gatherer(connection, self._report_lost, self.job_outcomes, self.ended_task_runs.ended)
+        self.submitter = Submitter(connection, self.key, self.api_url)
         self._lock = threading.Lock()
         self._unfinished: dict[UUID, PendingResult] = {}
         self._by_key: WeakValueDictionary[str, PendingResult] = WeakValueDictionary()
         self._cancelled = False
         self._cancelling = False
-        self._cut_short: set[UUID] = set()
+        self._interrupted: set[UUID] = set()
         self._started: dict[UUID, Started] = {}
         self._closed = False
         self._stop = threading.Event()
         self._context = contextvars.copy_context()
-        self.recall = ResultRecovery(self.client, self.key, self._final_state, self.fates, self.log, self.last_words)
+        self.recovery = ResultRecovery(
+            self.client, self.key, self._final_state, self.job_outcomes, self.log, self.ended_task_runs
+        )
         self.events = FlowEvents(str(getattr(self.cluster, "name", None) or self.key), self._context)
         if self.cluster is not None:
             self.events.created(self.client.dashboard_link or "", list(getattr(self.cluster, "worker_offers", ())))
         self.artifacts = start_artifacts(self.cluster, self.client.dashboard_link, self._context, self.log)
-        self.client.resume_on(self._terms())
+        self.client.resume_on(self._policy())
         self._watcher = threading.Thread(target=self._watch, name="htcdask-watch", daemon=True)
         self._watcher.start()
 
     @property
     def offers(self) -> Offers | None:
         """What the worker groups of the cluster offer; `None` where nobody can say."""
-        return self.submission.offers
+        return self.submitter.offers
 
     def set_worker_resources(self, offers: Offers | None) -> None:
         """Take what the worker groups offer; unless it is known, ask the scheduler of the pool for it."""
         if offers is None:
             offers = self.client.get_metadata(list(OFFERS_METADATA), default=None)
-        self.submission.offers = offers
+        self.submitter.offers = offers
 
     def track(self, results: list[PendingResult]) -> None:
         """Hold task runs until they end, so that a submitted task runs though nobody keeps its future."""
@@ -143,13 +145,13 @@ class FlowRunSession:
             self.log("error", str(error))
         self.gatherer.fail(error)
 
-    def _terms(self) -> ReconnectPolicy:
+    def _policy(self) -> ReconnectPolicy:
         """How a lost connection is renewed: for as long as a cluster of this run's lives without its supervisor."""
         return ReconnectPolicy(
             patience=self.client.timeout if self.cluster is None else self.cluster.settings.lease.scheduler_duration,
             verdict=0.0 if self.cluster is None else VERDICT,
             goes_on=lambda: not self._closed and self.gatherer.failure is None,
-            in_hand=self._final_state,
+            final_state_of=self._final_state,
             results_in_hand=lambda: sum(one.packed is not None for one in list(self._by_key.values())),
             log=self.log,
             fail=self.fail,
@@ -160,7 +162,7 @@ class FlowRunSession:
         results = self.unfinished()
         with self._lock:
             self._cancelled = self.gatherer.cancelled = True
-            self._cut_short.update(result.task_run_id for result in results)
+            self._interrupted.update(result.task_run_id for result in results)
         if results:
             with suppress(Exception):
                 self.client.cancel([result.dask_future for result in results], reason="the flow run was cancelled")
@@ -169,10 +171,10 @@ class FlowRunSession:
             thread.start()
 
     def _stop_cancelled(self, results: list[PendingResult]) -> None:
-        self._note_started(results)
+        self._mark_running(results)
         with suppress(Exception):
             self.client.run(interrupt, self.key, on_error="ignore")
-        self.account.cut(self._cut("The flow run was cancelled while this task ran"))
+        self.reconciler.tell_interrupted(self._interrupted_task_runs("The flow run was cancelled while this task ran"))
 
     def unfinished(self) -> list[PendingResult]:
         """The task runs that have not ended."""
@@ -186,12 +188,12 @@ class FlowRunSession:
                 del self._unfinished[result.task_run_id]
                 # Dask lets go of their inputs as well.
                 result.upstreams = ()
-        self.last_words.ended(ended)
+        self.ended_task_runs.ended(ended)
         known = ("finished", "cancelled") if self._cancelled else ("finished",)
         for result in ended:
             if result.packed is None and result.dask_future.status not in known:
                 # Nobody may be waiting for it, but the Prefect API still has to hear what became of it.
-                self.gatherer.ask(result)
+                self.gatherer.request(result)
         return pending
 
     def on_message(self, message: dict[str, Any]) -> None:
@@ -202,7 +204,7 @@ class FlowRunSession:
         elif kind == "failed":
             self.fail(HTCDaskError(str(message.get("text", "the workers cannot be had"))))
         elif kind == "job":
-            self.fates.take(message)
+            self.job_outcomes.take(message)
             self.events.job(message)
         elif kind == "decision":
             if line := scaling_line(message):
@@ -246,7 +248,7 @@ class FlowRunSession:
             if pending and not interrupted:
                 self.client.flush_submits()
                 cancel_or_wait(
-                    self.client, pending, lambda: self.gatherer.failure is None, self.gatherer.give, self.log
+                    self.client, pending, lambda: self.gatherer.failure is None, self.gatherer.set_state, self.log
                 )
         except BaseException as exc:
             error = error or exc
@@ -271,12 +273,12 @@ class FlowRunSession:
         settling = INTERRUPTED_TIMEOUT if interrupted else PATIENCE
         report = "The Dask performance report could not be written"
         stages = [
-            Stage("asking which task runs have started", lambda: self._note_started(left), ANSWER if left else 0.0),
+            Stage("asking which task runs have started", lambda: self._mark_running(left), ANSWER if left else 0.0),
             Stage("cancelling what is left", lambda: self._cancel_left(left)),
-            Stage("forgetting what the scheduler keeps", lambda: self.submission.close(forget=self.cluster is None)),
+            Stage("forgetting what the scheduler keeps", lambda: self.submitter.close(forget=self.cluster is None)),
             Stage("writing the performance report", self.stack.close, complaint=report),
             Stage("the last callbacks", self.gatherer.close),
-            Stage("answering workers", self.recall.close),
+            Stage("answering workers", self.recovery.close),
             Stage("closing the Dask client", self.client.close, complaint="The Dask client did not close cleanly"),
         ]
         if self.cluster is not None:
@@ -300,9 +302,11 @@ class FlowRunSession:
     def _settle(self, left: list[PendingResult], error: BaseException | None) -> None:
         ended = f"{type(error).__name__}: {error}".rstrip(": ") if error is not None else "its cluster was closed"
         with self._lock:
-            self._cut_short.update(result.task_run_id for result in left)
+            self._interrupted.update(result.task_run_id for result in left)
         interrupted = error is not None or self._cancelled
-        self.account.settle(self._cut(f"The flow run ended while this task ran ({ended})", interrupted))
+        self.reconciler.reconcile(
+            self._interrupted_task_runs(f"The flow run ended while this task ran ({ended})", interrupted)
+        )
 
     def _summarise(self) -> None:
         assert self.cluster is not None
@@ -313,14 +317,14 @@ class FlowRunSession:
             self.artifacts.finish(summary)
         self.events.closed(summary)
 
-    def _cut(self, why: str, interrupted: bool = False) -> InterruptedTaskRuns:
+    def _interrupted_task_runs(self, why: str, interrupted: bool = False) -> InterruptedTaskRuns:
         kind = StateType.CANCELLED if self._cancelled else StateType.CRASHED
         with self._lock:
             return InterruptedTaskRuns(
-                frozenset(self._cut_short), kind, why, interrupted, tuple(self._started.values())
+                frozenset(self._interrupted), kind, why, interrupted, tuple(self._started.values())
             )
 
-    def _note_started(self, results: list[PendingResult]) -> None:
+    def _mark_running(self, results: list[PendingResult]) -> None:
         """Note which of these task runs have started: the Prefect API may not have heard of them yet."""
         keys: frozenset[str] = frozenset()
         if results and self.client.status == "running":

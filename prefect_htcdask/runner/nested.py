@@ -21,13 +21,13 @@ class NestedRun:
 
     def __init__(self, client: Client, run_id: str, offers: Offers | None = None) -> None:
         self.client = client
-        self.submission = Submitter(Connection(client), run_id, None, offers)
+        self.submitter = Submitter(Connection(client), run_id, None, offers)
         self.gatherer = gatherer_of(client)
 
     @property
     def offers(self) -> Offers | None:
         """What the worker groups of the cluster offer, as far as the flow's process knew."""
-        return self.submission.offers
+        return self.submitter.offers
 
     def track(self, results: list[PendingResult]) -> None:
         """Hold nothing: a future that its task drops is given up with it, as prefect-dask does."""
@@ -40,7 +40,7 @@ class NestedRun:
     def close(self) -> None:
         """The task has ended: take its envelopes back from the scheduler, without waiting for it."""
         client = cast(Any, self.client)
-        for key in self.submission.places():
+        for key in self.submitter.metadata_keys():
             client.loop.add_callback(client.scheduler.set_metadata, keys=[METADATA_ROOT, *key], value=None)
 
 

@@ -203,7 +203,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         resources = self._resources_of(task)
         run = self._run()
         run.check()
-        sent = run.submission.submit(task, parameters, wait_for, dependencies, resources)
+        sent = run.submitter.submit(task, parameters, wait_for, dependencies, resources)
         result = PendingResult(sent.task_run_id, sent.future, task.name, task, sent.upstreams, sent.spec)
         run.track([result])
         return HTCDaskFuture(result, run.gatherer)
@@ -230,7 +230,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
         resources = self._resources_of(task)
         run = self._run()
         run.check()
-        submitted = run.submission.submit_many(task, calls, shared, wait_for, inputs, resources)
+        submitted = run.submitter.submit_many(task, calls, shared, wait_for, inputs, resources)
         results = [
             PendingResult(sent.task_run_id, sent.future, task.name, task, sent.upstreams, sent.spec)
             for sent in submitted

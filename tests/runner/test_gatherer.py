@@ -406,9 +406,9 @@ def test_lost_task_runs_that_wait_for_an_explanation_hold_up_nothing_else(
 
         lost = [waits.submit(tmp_path / "gate") for _ in range(2 * gatherer.MAX_GATHERS)]
         its = gatherer_of_this_flow_of(lost[0])
-        monkeypatch.setattr(its.fates, "wait_for", wait_for)
+        monkeypatch.setattr(its.job_outcomes, "wait_for", wait_for)
         for future in lost:
-            its.ask(future.pending_result)
+            its.request(future.pending_result)
         its.client.cancel([future.wrapped_future for future in lost])
         wait_until(lambda: len(asking) == len(lost), 20, "all wait for what became of their workers")
         (tmp_path / "gate").touch()

@@ -287,7 +287,7 @@ def test_an_error_at_submit_leaves_nothing_behind(runner: HTCDaskTaskRunner) -> 
         with pytest.raises(WorkerGroupError, match="several"), tags("worker-group:big"):
             where_by_tag.submit()
         run = flow_run.find(str(flow_run_runtime.id))
-        assert run is not None and run.unfinished() == [] and run.submission.places() == []
+        assert run is not None and run.unfinished() == [] and run.submitter.metadata_keys() == []
         return flow_run_runtime.id, where.submit().result()
 
     flow_run_id, good = computing()

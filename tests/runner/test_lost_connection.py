@@ -184,7 +184,7 @@ def test_a_map_that_is_described_while_the_connection_is_lost(wire: Wire, tmp_pa
         result = large.result(timeout=PATIENCE)
         after.submit(1, tmp_path, "before").result(timeout=PATIENCE)
         run = run_of_this_flow()
-        describe = run.submission._describe_call
+        describe = run.submitter._describe_call
 
         def describe_slowly(*args: Any, **kwargs: Any) -> Any:
             described = describe(*args, **kwargs)
@@ -195,7 +195,7 @@ def test_a_map_that_is_described_while_the_connection_is_lost(wire: Wire, tmp_pa
                 wait_until(lambda: run.client.status == "running", PATIENCE, "it is there again")
             return described
 
-        run.submission._describe_call = describe_slowly  # type: ignore[method-assign]
+        run.submitter._describe_call = describe_slowly  # type: ignore[method-assign]
         wire.swallow()
         mapped = after.map([large, 2], tmp_path, ["one", "two"])
         return [mapped.result(timeout=PATIENCE) == [result, 2], len(runs(tmp_path, "large"))]

@@ -118,7 +118,7 @@ def test_a_flow_whose_events_arrive_asks_once(
             asked.append(f"{request.method} {request.url.path}")
         return send(self, request, *args, **kwargs)
 
-    settle = StateReconciler.settle
+    settle = StateReconciler.reconcile
     ends: Any = None
 
     def watched(self: StateReconciler, *args: Any, **kwargs: Any) -> None:
@@ -128,7 +128,7 @@ def test_a_flow_whose_events_arrive_asks_once(
         settle(self, *args, **kwargs)
         ends = None
 
-    monkeypatch.setattr(StateReconciler, "settle", watched)
+    monkeypatch.setattr(StateReconciler, "reconcile", watched)
 
     @flow(task_runner=HTCDaskTaskRunner(cluster=local_pool))
     def computing() -> list[str]:
@@ -148,11 +148,13 @@ def test_an_api_that_is_away_at_the_end_is_told_when_it_is_back(tmp_path: Path) 
             known = [
                 client.create_task_run(unheard, flow_run.id, dynamic_key=str(n), state=Running()) for n in range(3)
             ]
-        reporter, last_words = StateReporter(flow_run.id), EndedTaskRuns()
-        account = StateReconciler(reporter, last_words, lambda level, text: said.append((level, text)), True)
-    last_words.ended([record(known[0].id, Completed(message="done")), record(known[1].id, Failed(message="no luck"))])
+        reporter, ended_task_runs = StateReporter(flow_run.id), EndedTaskRuns()
+        reconciler = StateReconciler(reporter, ended_task_runs, lambda level, text: said.append((level, text)), True)
+    ended_task_runs.ended(
+        [record(known[0].id, Completed(message="done")), record(known[1].id, Failed(message="no luck"))]
+    )
     reporter.report(Ended(known[0].id, "one", unheard, Completed(message="done")))
-    account.settle(InterruptedTaskRuns(frozenset([known[2].id]), StateType.CANCELLED, "cut short"))
+    reconciler.reconcile(InterruptedTaskRuns(frozenset([known[2].id]), StateType.CANCELLED, "cut short"))
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "htcdask-account"]
     assert not thread.daemon
     with running_server(tmp_path / "server", port=port) as server, temporary_settings({PREFECT_API_URL: server.url}):
@@ -170,8 +172,8 @@ def test_an_api_that_is_away_at_the_end_is_told_when_it_is_back(tmp_path: Path) 
 def test_an_api_that_stays_away_is_given_up_and_the_log_says_what_helps(caplog: pytest.LogCaptureFixture) -> None:
     said: list[tuple[str, str]] = []
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
-        account = StateReconciler(StateReporter(uuid4()), EndedTaskRuns(), lambda *words: said.append(words), True)
-        account.settle(NOTHING_CUT)
+        reconciler = StateReconciler(StateReporter(uuid4()), EndedTaskRuns(), lambda *words: said.append(words), True)
+        reconciler.reconcile(NOTHING_CUT)
     for thread in threading.enumerate():
         if thread.name == "htcdask-account":
             thread.join(20)
@@ -191,11 +193,13 @@ def test_an_api_that_does_not_answer_holds_a_cancelled_flow_up_for_seconds_only(
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
         with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{silent.getsockname()[1]}/api"}):
             reporter = StateReporter(flow_run_id)
-            account = StateReconciler(reporter, EndedTaskRuns(), lambda *words: said.append(words), True)
+            reconciler = StateReconciler(reporter, EndedTaskRuns(), lambda *words: said.append(words), True)
             reporter.report(Ended(uuid4(), "one", unheard, Completed()))
-            cut_short = InterruptedTaskRuns(frozenset([uuid4()]), StateType.CANCELLED, "cut short", interrupted=True)
+            interrupted_runs = InterruptedTaskRuns(
+                frozenset([uuid4()]), StateType.CANCELLED, "cut short", interrupted=True
+            )
             since = time.monotonic()
-            account.settle(cut_short)
+            reconciler.reconcile(interrupted_runs)
             settled = time.monotonic() - since
             ending = cancelling.end_cancelling(flow_run_id)
         ending.join(60)

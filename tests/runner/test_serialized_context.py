@@ -109,10 +109,10 @@ def test_other_objects_with_the_same_options_are_described_once(local_pool: Any)
         held = descriptions.held_bytes
         assert descriptions.envelope(plain.with_options(name="round", retries=3), None) not in places
         assert descriptions.held_bytes > held
-        for place in descriptions.places():
+        for place in descriptions.metadata_keys():
             assert client.get_metadata([METADATA_ROOT, *place])
-        descriptions.forget()
-        assert descriptions.held_bytes == 0 and descriptions.places() == []
+        descriptions.clear()
+        assert descriptions.held_bytes == 0 and descriptions.metadata_keys() == []
 
 
 def test_logins_of_the_flows_host_do_not_travel(local_pool: Any) -> None:
@@ -126,8 +126,8 @@ def test_logins_of_the_flows_host_do_not_travel(local_pool: Any) -> None:
     with use_profile(profile, override_environment_variables=True), local_pool.get_client() as client:
         descriptions = ContextPublisher(client, f"run-{uuid.uuid4()}", None)
         descriptions.envelope(plain, None)
-        blobs = [bytes(client.get_metadata([METADATA_ROOT, *place])) for place in descriptions.places()]
-        descriptions.forget()
+        blobs = [bytes(client.get_metadata([METADATA_ROOT, *place])) for place in descriptions.metadata_keys()]
+        descriptions.clear()
     assert blobs and not [blob for blob in blobs if b"hunter2" in blob]
     assert [blob for blob in blobs if b"PREFECT_TASKS_DEFAULT_RETRIES" in blob]
 
@@ -140,7 +140,7 @@ def test_who_takes_away_what_he_left_leaves_the_same_bytes_to_others(local_pool:
         one, other = ContextPublisher(client, run, None), ContextPublisher(client, run, None)
         place = one.put(blob)
         assert other.put(blob) != place
-        for theirs in other.places():
+        for theirs in other.metadata_keys():
             client.set_metadata([METADATA_ROOT, *theirs], None)
         assert bytes(client.get_metadata([METADATA_ROOT, *place])) == blob
 
@@ -165,4 +165,4 @@ def test_what_was_described_is_not_kept_alive_for_long(local_pool: Any) -> None:
         assert function() is None
         # Another function with the same words, and perhaps at the same address, may have a cache of its own.
         assert descriptions.envelope(made(0), None) != place
-        descriptions.forget()
+        descriptions.clear()

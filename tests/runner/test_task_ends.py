@@ -133,23 +133,23 @@ def test_a_task_run_lost_too_often_names_the_jobs_and_what_became_of_them(named_
 
 
 def test_the_last_word_on_a_job() -> None:
-    fates = JobOutcomes()
-    fates.take(job("started", "1.0", ""))
-    assert not fates.is_known("htcdask-1.0-1")
-    assert "not told yet" in fates.describe("htcdask-1.0-1")
-    fates.take(job("evicted", "1.0", "preempted"))
-    assert fates.describe("htcdask-1.0-1") == "HTCondor job 1.0 on slot1@node7, evicted: preempted"
+    job_outcomes = JobOutcomes()
+    job_outcomes.take(job("started", "1.0", ""))
+    assert not job_outcomes.is_known("htcdask-1.0-1")
+    assert "not told yet" in job_outcomes.describe("htcdask-1.0-1")
+    job_outcomes.take(job("evicted", "1.0", "preempted"))
+    assert job_outcomes.describe("htcdask-1.0-1") == "HTCondor job 1.0 on slot1@node7, evicted: preempted"
     # It runs again: what ended its first start says nothing of the second.
-    fates.take(job("started", "1.0", "", "slot2@node8"))
-    assert not fates.is_known("htcdask-1.0-2")
-    fates.take(job("exited", "1.0", "", "slot2@node8"))
-    assert fates.describe("htcdask-1.0-2") == "HTCondor job 1.0 on slot2@node8, exited"
+    job_outcomes.take(job("started", "1.0", "", "slot2@node8"))
+    assert not job_outcomes.is_known("htcdask-1.0-2")
+    job_outcomes.take(job("exited", "1.0", "", "slot2@node8"))
+    assert job_outcomes.describe("htcdask-1.0-2") == "HTCondor job 1.0 on slot2@node8, exited"
     # A worker that is none of our jobs is not waited for.
-    assert fates.is_known("tcp://10.0.0.1:4711")
+    assert job_outcomes.is_known("tcp://10.0.0.1:4711")
     for n in range(REMEMBERED + 10):
-        fates.take(job("removed", f"2.{n}", "gone"))
-    assert "not told yet" in fates.describe("htcdask-1.0-2")
-    assert fates.is_known(f"htcdask-2.{REMEMBERED}-1")
+        job_outcomes.take(job("removed", f"2.{n}", "gone"))
+    assert "not told yet" in job_outcomes.describe("htcdask-1.0-2")
+    assert job_outcomes.is_known(f"htcdask-2.{REMEMBERED}-1")
 
 
 def test_cancelling_a_flow_run_cancels_and_stops_its_task_runs(

@@ -58,7 +58,7 @@ class ReconnectPolicy:
         patience: seconds for which to try.
         verdict: seconds in which somebody else may say why it is of no use, before the lost connection is the reason.
         goes_on: whether there is any use in it: not where the run is closing, or its cluster has failed.
-        in_hand: finds the state in which a task ended, by its key, where this process has it.
+        final_state_of: finds the state in which a task ended, by its key, where this process has it.
         results_in_hand: how many of these there are.
         log: writes to the flow run's log; level and text.
         fail: is told why the connection is given up, before the futures are cancelled; may block.
@@ -67,7 +67,7 @@ class ReconnectPolicy:
     patience: float
     verdict: float
     goes_on: Callable[[], bool]
-    in_hand: Callable[[str], Any | None]
+    final_state_of: Callable[[str], Any | None]
     results_in_hand: Callable[[], int]
     log: Callable[[str, str], None]
     fail: Callable[[TaskRunLost], None]
@@ -81,7 +81,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.specs: WeakValueDictionary[str, TaskSpec] = WeakValueDictionary()
         self.held_states: dict[str, UploadedState] = {}
-        self._terms: ReconnectPolicy | None = None
+        self._policy: ReconnectPolicy | None = None
         self._there = threading.Event()
         self._there.set()
         self._sending = threading.Lock()
@@ -90,10 +90,10 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
         self.submit_buffer = SubmitBuffer(self)
         super().__init__(*args, **kwargs)
 
-    def resume_on(self, terms: ReconnectPolicy) -> None:
+    def resume_on(self, policy: ReconnectPolicy) -> None:
         """Outlive losses of the connection from now on; the scheduler must have the plugin `ClientRecoveryPlugin`."""
-        self.sync(getattr(self._scheduler, KEEP), client=self.id, seconds=terms.patience + STAND_IN)
-        self._terms = terms
+        self.sync(getattr(self._scheduler, KEEP), client=self.id, seconds=policy.patience + STAND_IN)
+        self._policy = policy
 
     @property
     def timeout(self) -> float:
@@ -135,7 +135,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
             except OSError:
                 # The loss may be noticed here before the stream of messages breaks.
                 deadline = deadline or time.monotonic() + 2 * ATTEMPT
-                if self._terms is None or time.monotonic() > deadline or self.status == "closed":
+                if self._policy is None or time.monotonic() > deadline or self.status == "closed":
                     raise
                 time.sleep(_PAUSES[-1])
 
@@ -144,7 +144,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
         return cast(Any, self).scheduler
 
     async def _close(self, fast: bool = False) -> None:
-        if self._terms is not None and self.status != "closed":
+        if self._policy is not None and self.status != "closed":
             # The scheduler need not wait for this client to come back.
             with suppress(Exception):
                 self._send_to_scheduler({"op": LEAVE})
@@ -152,8 +152,8 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
         self._there.set()
 
     async def _reconnect(self) -> None:
-        terms = self._terms
-        if terms is None:
+        policy = self._policy
+        if policy is None:
             await super()._reconnect()
             return
         self.status = "connecting"
@@ -167,9 +167,9 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
             if state.status in ("finished", "lost"):
                 state.reset()
         try:
-            why = self._too_often(lost_at) or await self._take_up(terms, lost_at, list(states))
+            why = self._too_often(lost_at) or await self._take_up(policy, lost_at, list(states))
             if why:
-                await self._give_up(terms, why)
+                await self._give_up(policy, why)
         finally:
             self._there.set()
 
@@ -179,40 +179,40 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
         self._losses.append(now)
         return ""
 
-    async def _take_up(self, terms: ReconnectPolicy, lost_at: float, held: list[str]) -> str:
+    async def _take_up(self, policy: ReconnectPolicy, lost_at: float, held: list[str]) -> str:
         """Connect, and have all that is unfinished go on; returns why that came to nothing."""
         scheduler_id = self._identity()
-        deadline = lost_at + terms.patience
+        deadline = lost_at + policy.patience
         pauses = iter(_PAUSES)
         pause = _PAUSES[0]
         last: BaseException | None = None
         while self.status in ("connecting", "running"):
             left = deadline - time.monotonic()
             if left <= 0:
-                return f"was lost, and could not be made again within {terms.patience:g} s ({last or 'no answer'})"
-            if not terms.goes_on():
+                return f"was lost, and could not be made again within {policy.patience:g} s ({last or 'no answer'})"
+            if not policy.goes_on():
                 return "was lost"
             try:
                 await self._connect(min(left, ATTEMPT))
                 if scheduler_id and self._identity() not in (None, scheduler_id):
                     return "was lost: another scheduler answers there now, which knows nothing of this flow run"
                 keys = [key for key in held if key in self.futures and self.futures[key].status == "pending"]
-                seconds = terms.patience + STAND_IN
+                seconds = policy.patience + STAND_IN
                 asking = getattr(self._scheduler, RESUME)(client=self.id, keys=keys, seconds=seconds)
                 known = set(await asyncio.wait_for(asking, ATTEMPT))
             except (OSError, asyncio.TimeoutError) as exc:
                 if last is None:
-                    terms.log(
+                    policy.log(
                         "warning",
                         f"The connection to the Dask scheduler at {self._address()} was lost; it is tried for "
-                        f"{terms.patience:g} s to make it again. What runs there may run on meanwhile",
+                        f"{policy.patience:g} s to make it again. What runs there may run on meanwhile",
                     )
                 last = exc
                 pause = next(pauses, pause)
                 await asyncio.sleep(min(pause, max(0.0, left)))
                 continue
             try:
-                await self._go_on(terms, keys, known, lost_at)
+                await self._go_on(policy, keys, known, lost_at)
             except Exception as exc:
                 # Nobody would read what the scheduler tells.
                 return f"was lost, and what is unfinished could not be submitted again ({exc!r})"
@@ -241,7 +241,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
             key in self.specs or key in self.held_states for key in message["keys"]
         )
 
-    async def _go_on(self, terms: ReconnectPolicy, keys: list[str], known: set[str], lost_at: float) -> None:
+    async def _go_on(self, policy: ReconnectPolicy, keys: list[str], known: set[str], lost_at: float) -> None:
         """Submit again what the scheduler does not know, and hear again what is told to this client."""
         for topic in list(cast(Any, self)._event_handlers):
             self._send_to_scheduler({"op": "subscribe-topic", "topic": topic, "client": self.id})
@@ -260,31 +260,31 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
                 _cancel(state)
         held: list[Future[Any]] = []
         if lost or states:
-            held = await asyncio.to_thread(self._submit_again, terms, lost, known, states)
+            held = await asyncio.to_thread(self._submit_again, policy, lost, known, states)
         cast(Any, self).loop.call_later(_HELD, held.clear)
         kept = sum(1 for key in known if key in self.specs)
-        terms.log(
+        policy.log(
             "warning",
             f"The connection to the Dask scheduler was lost, and is there again after {time.monotonic() - lost_at:.1f} "
             f"s: of {kept + len(lost)} unfinished task runs the scheduler has kept {kept}, and {len(lost)} were "
-            f"submitted again; {terms.results_in_hand()} results in hand are kept",
+            f"submitted again; {policy.results_in_hand()} results in hand are kept",
         )
 
     def _submit_again(
-        self, terms: ReconnectPolicy, lost: list[TaskSpec], known: set[str], held_states: list[UploadedState]
+        self, policy: ReconnectPolicy, lost: list[TaskSpec], known: set[str], held_states: list[UploadedState]
     ) -> list[Future[Any]]:
         """Send the graphs; returns what must be wanted until they have come."""
         held = [one.send(self) for one in held_states]
         known = known.union(one.key for one in held_states)
         states: dict[str, Any] = {}
 
-        def in_hand(key: str) -> bool:
-            state = terms.in_hand(key)
+        def final_state_of(key: str) -> bool:
+            state = policy.final_state_of(key)
             if state is not None:
                 states[key] = state
             return state is not None
 
-        specs = tasks_to_resubmit(lost, known, in_hand)
+        specs = tasks_to_resubmit(lost, known, final_state_of)
         for spec in specs:
             spec.sent = True
         # Whether it had begun, the Prefect API will tell the worker that takes it up (`rerun`).
@@ -298,14 +298,14 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
             held += [future for future in futures if future.key not in wanted]
         return held
 
-    async def _give_up(self, terms: ReconnectPolicy, why: str) -> None:
+    async def _give_up(self, policy: ReconnectPolicy, why: str) -> None:
         """Fail: every future is cancelled, as Dask's own client does it at once."""
         error = TaskRunLost(f"the connection to the Dask scheduler at {self._address()} {why}")
-        deadline = time.monotonic() + terms.verdict
-        while terms.goes_on() and time.monotonic() < deadline:
+        deadline = time.monotonic() + policy.verdict
+        while policy.goes_on() and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
-        if terms.goes_on():
-            await in_thread(terms.fail, error)
+        if policy.goes_on():
+            await in_thread(policy.fail, error)
         self._given_up = error
         for state in list(self.futures.values()):
             if state.status == "pending":

@@ -67,7 +67,7 @@ class Connection:
         """
         return state.send(self.client)
 
-    def hurry(self, spec: TaskSpec) -> None:
+    def flush_soon(self, spec: TaskSpec) -> None:
         """Somebody asks for a task: send it, should it wait to be sent with others. Does not block."""
 
     def flush(self) -> None:
@@ -102,7 +102,7 @@ class FlowConnection(Connection):
 
     def submit(self, spec: TaskSpec, holds: object) -> Future[Any]:
         """As `Connection.submit`, soon."""
-        return self.client.submit_buffer.put(spec, holds)
+        return self.client.submit_buffer.add(spec, holds)
 
     def send(self, specs: Sequence[TaskSpec], extra: Mapping[str, Any]) -> list[Future[Any]]:
         """As `Connection.send`, behind what these depend on."""
@@ -117,9 +117,9 @@ class FlowConnection(Connection):
         weakref.finalize(there, self.client.held_states.pop, state.key, None).atexit = False
         return there
 
-    def hurry(self, spec: TaskSpec) -> None:
-        """As `Connection.hurry`."""
-        self.client.submit_buffer.hurry(spec)
+    def flush_soon(self, spec: TaskSpec) -> None:
+        """As `Connection.flush_soon`."""
+        self.client.submit_buffer.flush_soon(spec)
 
     def flush(self) -> None:
         """As `Connection.flush`."""

@@ -63,7 +63,7 @@ class SubmitBuffer:
         self._timer: threading.Timer | None = None
         self._hurried = False
 
-    def put(self, spec: TaskSpec, holds: object) -> Future[Any]:
+    def add(self, spec: TaskSpec, holds: object) -> Future[Any]:
         """Send a task soon; returns its future.
 
         Args:
@@ -86,7 +86,7 @@ class SubmitBuffer:
         self.flush()
         return future
 
-    def hurry(self, spec: TaskSpec) -> None:
+    def flush_soon(self, spec: TaskSpec) -> None:
         """Send a task that still waits, and all that waits with it: somebody asks for it. Does not block."""
         if spec.sent:
             return

@@ -93,13 +93,13 @@ class TaskSpec:
         """The keys of the tasks whose states it needs."""
         return [one if isinstance(one, str) else one.key for one in self.upstreams]
 
-    def node(self, in_hand: Mapping[str, str] | None = None) -> GraphTask:
+    def node(self, final_state_of: Mapping[str, str] | None = None) -> GraphTask:
         """The node of a Dask graph, which names nothing but functions of Dask itself.
 
         Args:
-            in_hand: keys of nodes that stand for upstream tasks, by the keys of those.
+            final_state_of: keys of nodes that stand for upstream tasks, by the keys of those.
         """
-        instead = in_hand or {}
+        instead = final_state_of or {}
         upstream: Any = [Alias(instead.get(key, key)) for key in self.upstream_keys()]
         shared: Any = Alias(self.shared.key) if isinstance(self.shared, SharedData) else self.shared
         return GraphTask(
@@ -125,14 +125,14 @@ class Graph(NamedTuple):
 
 
 def tasks_to_resubmit(
-    lost: Iterable[TaskSpec], known: Collection[str], in_hand: Callable[[str], bool]
+    lost: Iterable[TaskSpec], known: Collection[str], final_state_of: Callable[[str], bool]
 ) -> list[TaskSpec]:
     """What has to be submitted for these tasks to run.
 
     Args:
         lost: tasks that the scheduler does not know.
         known: keys of tasks that it knows.
-        in_hand: whether this process has the state in which a task ended, given by its key; that state is sent along.
+        final_state_of: whether this process has the state in which a task, given by its key, ended; it is sent along.
 
     Returns:
         the tasks, in the order in which they were first submitted.
@@ -147,7 +147,7 @@ def tasks_to_resubmit(
         for upstream in spec.upstreams:
             key = upstream if isinstance(upstream, str) else upstream.key
             # Of one that is known by its key alone, the state in hand is asked for all the same: it goes along.
-            if key not in known and not in_hand(key) and isinstance(upstream, TaskSpec):
+            if key not in known and not final_state_of(key) and isinstance(upstream, TaskSpec):
                 todo.append(upstream)
     # The ids of task runs grow with time, but not within a millisecond.
     return sorted(found.values(), key=lambda spec: spec.number)

@@ -30,7 +30,7 @@ class CompactState:
         name: the state's name.
         data: the user's data in it: the result, where it came in a record, else whatever the state's own data is.
         has_result: whether `data` is the result of a completed task run.
-        travels_along: whether the state goes along with each call that needs it (`states_in_hand`), once that is known.
+        travels_along: whether the state goes along with each call that needs it (`LargeStates`), once that is known.
     """
 
     __slots__ = ("_pickle", "_state", "data", "has_result", "name", "travels_along", "type")

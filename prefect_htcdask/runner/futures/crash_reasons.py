@@ -90,7 +90,7 @@ def last_worker(result: PendingResult) -> str | None:
     return name if job_of_worker(name) else str(getattr(last, "address", last))
 
 
-def crash_exception(result: PendingResult, fates: JobOutcomes | None = None) -> BaseException:
+def crash_exception(result: PendingResult, job_outcomes: JobOutcomes | None = None) -> BaseException:
     """The exception with which a task run ended that Dask could not bring to a state of its own."""
     wrapped = result.dask_future
     about = f"task run {result.task_run_id} ({result.task_name or 'unnamed'})"
@@ -102,7 +102,7 @@ def crash_exception(result: PendingResult, fates: JobOutcomes | None = None) -> 
             return TaskRunLost(f"{about} could not run: {error.task}, which it needs, was lost with its worker")
         return TaskRunLost(
             f"{about} was lost: {error.allowed_failures + 1} worker(s) died while they had it"
-            f"{_named(last_worker(result) or '', str(error.task), fates or JobOutcomes())}"
+            f"{_named(last_worker(result) or '', str(error.task), job_outcomes or JobOutcomes())}"
         )
     reason = getattr(getattr(wrapped, "_state", None), "exception", None)
     if wrapped.status == "cancelled":
@@ -110,11 +110,11 @@ def crash_exception(result: PendingResult, fates: JobOutcomes | None = None) -> 
     return TaskRunLost(f"{about} was lost: its result left the cluster with its worker ({wrapped.status})")
 
 
-def _named(last: str, key: str, fates: JobOutcomes) -> str:
-    earlier = [worker for worker in fates.workers_that_took(key) if worker != last]
-    named = f", the last of them {fates.describe(last)}"
+def _named(last: str, key: str, job_outcomes: JobOutcomes) -> str:
+    earlier = [worker for worker in job_outcomes.workers_that_took(key) if worker != last]
+    named = f", the last of them {job_outcomes.describe(last)}"
     if earlier:
-        named += f". Before that: {'; '.join(fates.describe(worker) for worker in earlier)}"
+        named += f". Before that: {'; '.join(job_outcomes.describe(worker) for worker in earlier)}"
     if job_of_worker(last) is None:
         named += ". A task that takes more memory than its worker has ends so; the log of that worker tells"
     return named

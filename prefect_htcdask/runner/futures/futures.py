@@ -81,7 +81,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
 
         It is kept packed: the same object for as long as somebody holds it.
         """
-        if self.packed is None and not self.is_pending() and not self.gatherer.over:
+        if self.packed is None and not self.is_pending() and not self.gatherer.closed:
             self.wait()
         packed = self.packed
         return packed.state if packed is not None else super().state
@@ -114,7 +114,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         self.wait(timeout)
         packed = self.packed
         if packed is None:
-            if self.gatherer.over:
+            if self.gatherer.closed:
                 about = f"task run {self.task_run_id} ({self.pending_result.task_name})"
                 raise TaskRunLost(f"the flow run of {about} is over, not this one")
             raise TimeoutError(f"Task run {self.task_run_id} did not complete within {timeout} seconds")
@@ -166,7 +166,7 @@ class HTCDaskFutureList(PrefectFutureList[R]):
             # Prefect's own waits for one after the other, and each state would come home alone.
             for future in coming:
                 if isinstance(future, HTCDaskFuture):
-                    future.gatherer.ask(future.pending_result)
+                    future.gatherer.request(future.pending_result)
             deadline = None if timeout is None else time.monotonic() + timeout
             for future in coming:
                 if isinstance(future, HTCDaskFuture) and future.packed is None:

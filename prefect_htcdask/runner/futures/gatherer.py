@@ -63,7 +63,7 @@ class Gatherer:
         connection: that of the client that the Dask futures belong to.
         on_lost: called, in a background thread, with a task run that Dask could not finish and the Crashed state
             that it got.
-        fates: what is known of the workers' jobs, for the message of a lost task run.
+        job_outcomes: what is known of the workers' jobs, for the message of a lost task run.
         on_collected: called, in the client's event loop, with task runs that have got their final states.
 
     Attributes:
@@ -74,7 +74,7 @@ class Gatherer:
         self,
         connection: Connection,
         on_lost: Callable[[PendingResult, State[Any]], None] | None = None,
-        fates: JobOutcomes | None = None,
+        job_outcomes: JobOutcomes | None = None,
         on_collected: Callable[[list[PendingResult]], None] | None = None,
     ) -> None:
         self._connection = connection
@@ -83,7 +83,7 @@ class Gatherer:
         self.on_first: Callable[[], None] | None = None
         self.closed_at: float | None = None
         self.cancelled = False  # by the flow run: then what Dask cancels has not crashed
-        self.fates = fates or JobOutcomes()
+        self.job_outcomes = job_outcomes or JobOutcomes()
         self._condition = threading.Condition()
         self._on_lost = on_lost
         self._asked: dict[int, PendingResult] = {}
@@ -101,7 +101,7 @@ class Gatherer:
         self.read_ahead: Prefetcher[PendingResult] = Prefetcher()
         self._callbacks = ThreadPoolExecutor(1, thread_name_prefix="htcdask-callbacks")
 
-    def ask(self, result: PendingResult) -> bool:
+    def request(self, result: PendingResult) -> bool:
         """Bring the final state of `result` here as soon as there is one; False where that was asked for before."""
         with self._condition:
             self._ahead.discard(id(result))
@@ -109,7 +109,7 @@ class Gatherer:
 
     def _ask(self, result: PendingResult) -> bool:
         with self._condition:
-            if result.packed is not None or id(result) in self._asked or self.over:
+            if result.packed is not None or id(result) in self._asked or self.closed:
                 return False
             self._asked[id(result)] = result
             failure = self._failure
@@ -117,7 +117,7 @@ class Gatherer:
             self._end(result, failure)
         elif result.dask_future.status in PENDING_STATUSES:
             if result.spec is not None:
-                self._connection.hurry(result.spec)
+                self._connection.flush_soon(result.spec)
             self._listen_soon(result)
         else:
             self._enqueue(result)
@@ -134,13 +134,13 @@ class Gatherer:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         in_turn = self.read_ahead.take(result)
         with self._blocked_on(result) if not (of_many or in_turn) else nullcontext():
-            if not self.ask(result):
+            if not self.request(result):
                 # Ready perhaps, and held back.
                 self._look_soon()
             if in_turn and not of_many:
                 self._ask_ahead(self.read_ahead.beside(result, self._sizes.expected(result.task_name)))
             with seceded(result.packed is None), self._condition:
-                while result.packed is None and not self.over:
+                while result.packed is None and not self.closed:
                     left = min(POLL, deadline - time.monotonic())
                     if left <= 0:
                         return
@@ -157,7 +157,7 @@ class Gatherer:
                 with suppress(ObjectNotFound):
                     state = api.read_task_run(result.task_run_id).state
                 if state is not None and state.is_final():
-                    self.give(result, state)
+                    self.set_state(result, state)
                     return
                 if time.monotonic() > deadline:
                     return
@@ -170,10 +170,10 @@ class Gatherer:
             False where it is here already, or this collector is closed; then it is not called.
         """
         with self._condition:
-            if result.packed is not None or self.over:
+            if result.packed is not None or self.closed:
                 return False
             result.callbacks += (call,)
-            self.ask(result)
+            self.request(result)
             return True
 
     def _ask_ahead(self, results: list[PendingResult]) -> None:
@@ -223,11 +223,11 @@ class Gatherer:
             threading.Thread(target=self._call_late, args=(left,), name="htcdask-callbacks", daemon=True).start()
 
     @property
-    def over(self) -> bool:
+    def closed(self) -> bool:
         """Whether no state comes any more, without a failure that would be the reason."""
         return self.closed_at is not None and self._failure is None
 
-    def give(self, result: PendingResult, state: State[Any]) -> None:
+    def set_state(self, result: PendingResult, state: State[Any]) -> None:
         """Take the final state of `result` from elsewhere, unless it is here."""
         with self._condition:
             if result.packed is not None:
@@ -305,7 +305,7 @@ class Gatherer:
         try:
             states = await self._connection.gather({key: result.dask_future for key, result in finished.items()})
         except Exception as exc:
-            if len(finished) > 1 and not isinstance(exc, OSError) and not self.over:
+            if len(finished) > 1 and not isinstance(exc, OSError) and not self.closed:
                 # A result that cannot be pickled, or unpickled here, says nothing of the others.
                 half = len(batch) // 2
                 for part in (batch[:half], batch[half:]):
@@ -313,7 +313,7 @@ class Gatherer:
                 return
             states = dict.fromkeys(finished)
             for result in finished.values():
-                if self.over or self._only_ahead(result) or (isinstance(exc, OSError) and self._try_again(result)):
+                if self.closed or self._only_ahead(result) or (isinstance(exc, OSError) and self._try_again(result)):
                     batch.remove(result)
                 elif result.dask_future.status == "finished":
                     self._end(result, exc)
@@ -336,7 +336,7 @@ class Gatherer:
                 ended.append(result)
                 if unreadable:
                     self._report_lost(result, state)
-            elif result.packed is not None or (self.over and key in finished):
+            elif result.packed is not None or (self.closed and key in finished):
                 continue  # it has its end, or its client has closed meanwhile
             elif result.dask_future.status in PENDING_STATUSES:
                 cast(Any, self.client.loop).add_callback(self._enqueue_when_back, result)
@@ -357,7 +357,7 @@ class Gatherer:
                 cast(Any, self.client.loop).add_callback(self._end_when_explained, result, killer)
 
     async def _end_when_explained(self, result: PendingResult, killer: str) -> None:
-        await self.fates.wait_for(killer)
+        await self.job_outcomes.wait_for(killer)
         self._end(result, None)
 
     def _only_ahead(self, result: PendingResult) -> bool:
@@ -382,7 +382,7 @@ class Gatherer:
     def _end(self, result: PendingResult, error: BaseException | None) -> None:
         """Give a task run that Dask did not finish a Crashed state."""
         if error is None:
-            error = crash_exception(result, self.fates)
+            error = crash_exception(result, self.job_outcomes)
         cancelled = self.cancelled and result.dask_future.status == "cancelled"
         state: State[Any] = (Cancelled if cancelled else Crashed)(message=str(error) or repr(error), data=error)
         state.state_details.task_run_id = result.task_run_id

@@ -64,7 +64,7 @@ class PendingResult:
         dask_future: Dask's future of the final state.
         task_name: the task's name.
         task: the task, where this process knows it.
-        upstreams: what is kept while this task run may still need it (`recall`), though the user dropped it: records,
+        upstreams: what is kept while this task run may still need it (`recovery`), though the user dropped it: records,
             and Dask's futures.
         spec: what it takes to submit the task again, where its client may have to.
 

@@ -57,39 +57,39 @@ class StateReconciler:
 
     Args:
         reporter: tells the API.
-        last_words: how task runs ended.
+        ended_task_runs: how task runs ended.
         log: writes to the flow run's log; level and text.
         workers_gone: whether the run's workers have left by then: what they had to tell, they have told.
     """
 
     reporter: StateReporter
-    last_words: EndedTaskRuns
+    ended_task_runs: EndedTaskRuns
     log: Callable[[str, str], None]
     workers_gone: bool
 
-    def settle(self, cut_short: InterruptedTaskRuns) -> None:
+    def reconcile(self, interrupted_runs: InterruptedTaskRuns) -> None:
         """Settle now; where the API is away, go on in a thread for which the process waits."""
-        patience = INTERRUPTED_TIMEOUT if cut_short.interrupted else PATIENCE
+        patience = INTERRUPTED_TIMEOUT if interrupted_runs.interrupted else PATIENCE
         deadline = time.monotonic() + patience
         try:
-            self._settle(cut_short, self.reporter.close(min(patience / 2, 10.0)), events=True)
+            self._settle(interrupted_runs, self.reporter.close(min(patience / 2, 10.0)), events=True)
         except Exception as exc:
             logger.info("Prefect does not answer, task runs are settled with it when it does: %s", exc)
-            threading.Thread(target=self._go_on, args=(cut_short, deadline), name="htcdask-account").start()
+            threading.Thread(target=self._go_on, args=(interrupted_runs, deadline), name="htcdask-account").start()
 
-    def cut(self, cut_short: InterruptedTaskRuns) -> None:
+    def tell_interrupted(self, interrupted_runs: InterruptedTaskRuns) -> None:
         """Tell of task runs that were cut short; quiet where the API does not answer."""
         try:
-            self._cut(cut_short)
+            self._cut(interrupted_runs)
         except Exception as exc:
             logger.warning("Task runs that were cut short could not be given a final state yet: %s", exc)
 
-    def _go_on(self, cut_short: InterruptedTaskRuns, deadline: float) -> None:
+    def _go_on(self, interrupted_runs: InterruptedTaskRuns, deadline: float) -> None:
         while True:
             time.sleep(_RETRY)
             try:
                 # The interpreter may be ending, and Prefect takes no more events then.
-                return self._settle(cut_short, self.reporter.close(0.0), events=False)
+                return self._settle(interrupted_runs, self.reporter.close(0.0), events=False)
             except Exception as exc:
                 if time.monotonic() >= deadline:
                     return self._give_up(exc)
@@ -102,20 +102,22 @@ class StateReconciler:
             exc,
         )
 
-    def _settle(self, cut_short: InterruptedTaskRuns, untold: list[Ended], events: bool) -> None:
-        if cut_short.interrupted and cut_short.task_run_ids and self.reporter.is_cancelled():
-            cut_short = replace(cut_short, kind=StateType.CANCELLED)
-        self._cut(cut_short)
-        self.reporter.end_started(cut_short.started, cut_short.kind, cut_short.why, events=events)
-        self.reporter.ensure_final_states([*self.last_words.possibly_unreported(), *untold], events=events)
+    def _settle(self, interrupted_runs: InterruptedTaskRuns, untold: list[Ended], events: bool) -> None:
+        if interrupted_runs.interrupted and interrupted_runs.task_run_ids and self.reporter.is_cancelled():
+            interrupted_runs = replace(interrupted_runs, kind=StateType.CANCELLED)
+        self._cut(interrupted_runs)
+        self.reporter.end_started(interrupted_runs.started, interrupted_runs.kind, interrupted_runs.why, events=events)
+        self.reporter.ensure_final_states([*self.ended_task_runs.possibly_unreported(), *untold], events=events)
         unfinished = self.reporter.unfinished()
-        ended = self.last_words.lookup(unfinished, before=0.0 if self.workers_gone else AGE)
+        ended = self.ended_task_runs.lookup(unfinished, before=0.0 if self.workers_gone else AGE)
         if self.reporter.ensure_final_states(ended, events=events, workers_gone=self.workers_gone):
             # Workers could not tell all: then there may be task runs of which the API has not heard at all.
-            latest = self.last_words.latest()
+            latest = self.ended_task_runs.latest()
             self.reporter.ensure_final_states(latest, settle=0.0, events=events, workers_gone=self.workers_gone)
 
-    def _cut(self, cut_short: InterruptedTaskRuns) -> None:
-        moved = self.reporter.end_unfinished(set(cut_short.task_run_ids), cut_short.kind, cut_short.why)
+    def _cut(self, interrupted_runs: InterruptedTaskRuns) -> None:
+        moved = self.reporter.end_unfinished(
+            set(interrupted_runs.task_run_ids), interrupted_runs.kind, interrupted_runs.why
+        )
         if moved:
             self.log("info", f"{moved} task runs were cut short by the end of the flow run")

@@ -35,9 +35,9 @@ class ResultRecovery:
         client: the live run's client.
         run_key: the live run's id.
         final_state: finds the final state of a Dask key, where this process has it.
-        fates: what is known of the jobs.
+        job_outcomes: what is known of the jobs.
         log: writes to the flow run's log; level and text.
-        last_words: is told when a worker has vanished.
+        ended_task_runs: is told when a worker has vanished.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class ResultRecovery:
         client: Client,
         run_key: str,
         final_state: Callable[[str], Any | None],
-        fates: JobOutcomes,
+        job_outcomes: JobOutcomes,
         log: Callable[[str, str], None],
-        last_words: EndedTaskRuns,
+        ended_task_runs: EndedTaskRuns,
     ) -> None:
         self._client = client
         self._run_key = run_key
         self._final_state = final_state
-        self._fates = fates
+        self._fates = job_outcomes
         self._log = log
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="htcdask-recall")
         client.subscribe_topic(f"{TOPIC}-{run_key}", self._heard)
-        client.subscribe_topic(WORKER_LOST, lambda _event: last_words.worker_lost())
+        client.subscribe_topic(WORKER_LOST, lambda _event: ended_task_runs.worker_lost())
 
     def close(self) -> None:
         """Answer no more."""

@@ -100,12 +100,12 @@ class ContextPublisher:
         with self._lock:
             return self._held
 
-    def places(self) -> list[MetadataKey]:
+    def metadata_keys(self) -> list[MetadataKey]:
         """Where the scheduler holds what this object left there."""
         with self._lock:
             return list(self._places)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Remove this run's part of the metadata."""
         with self._lock:
             self._tasks, self._contexts = _Described(), _Described()

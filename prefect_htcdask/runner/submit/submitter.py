@@ -114,8 +114,8 @@ class Submitter:
     def __init__(self, connection: Connection, run_id: str, api_url: str | None, offers: Offers | None = None) -> None:
         self._connection = connection
         self.offers = offers
-        self._described = ContextPublisher(connection.client, run_id, api_url)
-        self._in_hand = LargeStates(connection)
+        self._publisher = ContextPublisher(connection.client, run_id, api_url)
+        self._large_states = LargeStates(connection)
         self._options = NO_OPTIONS
 
     def submit(
@@ -127,8 +127,8 @@ class Submitter:
         resources: Mapping[str, float] | None = None,
     ) -> Submitted:
         """Submit one task run that asks Dask for `resources`."""
-        envelope = self._described.envelope(task, self.offers)
-        upload = partial(self._in_hand.upload, resources=resources)
+        envelope = self._publisher.envelope(task, self.offers)
+        upload = partial(self._large_states.upload, resources=resources)
         needed = UpstreamFutures(self._connection.client, upload=upload)
         task_run_id, spec = self._describe_call(task, envelope, parameters, wait_for, dependencies or {}, needed)
         spec.options = self._send_options(resources)
@@ -151,10 +151,10 @@ class Submitter:
         Returns:
             what was submitted, in the order of `calls`.
         """
-        envelope = self._described.envelope(task, self.offers)
+        envelope = self._publisher.envelope(task, self.offers)
         wait_for = as_list(wait_for)  # once, should it be an iterator
         shared_inputs = {name: collect_task_run_inputs_sync(value) for name, value in shared.items()}
-        upload = partial(self._in_hand.upload, resources=resources)
+        upload = partial(self._large_states.upload, resources=resources)
         holder = UpstreamFutures(self._connection.client, upload=upload)
         shared = {name: holder.replace(value) for name, value in shared.items()}
         # Values with upstream states in them differ from plain ones in nothing but that Dask has to fill them.
@@ -204,9 +204,9 @@ class Submitter:
         del anchor
         return submitted
 
-    def places(self) -> list[MetadataKey]:
+    def metadata_keys(self) -> list[MetadataKey]:
         """Where the scheduler holds what this object left there."""
-        return self._described.places()
+        return self._publisher.metadata_keys()
 
     def close(self, forget: bool) -> None:
         """Keep nothing on the cluster any more.
@@ -214,9 +214,9 @@ class Submitter:
         Args:
             forget: remove this run's envelopes and shared parameters from a scheduler that lives on.
         """
-        self._in_hand.close()
+        self._large_states.close()
         if forget:
-            self._described.forget()
+            self._publisher.clear()
 
     def _describe_call(
         self,
@@ -266,7 +266,7 @@ class Submitter:
     def _share(self, shared: dict[str, Any]) -> tuple[Any, dict[str, Any], Future[Any] | None]:
         """Bring shared parameters where workers find them: inline, at the scheduler, or as Dask data."""
         blob = dumps(shared)
-        reference = self._described.put_within(blob, METADATA_LIMIT, METADATA_TOTAL)
+        reference = self._publisher.put_within(blob, METADATA_LIMIT, METADATA_TOTAL)
         if reference is not None:
             return reference, {}, None
         key = f"shared_parameters-{uuid.uuid4()}"

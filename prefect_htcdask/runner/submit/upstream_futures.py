@@ -25,7 +25,7 @@ class UpstreamFutures:
     """Collects the upstream futures of a call, and puts `Upstream` in their places.
 
     A future whose state this process has already is replaced by the state itself, or by Dask data that stands for it
-    (`states_in_hand`): it would make Dask run a finished task again, if the worker that held the state is gone. The
+    (`LargeStates`): it would make Dask run a finished task again, if the worker that held the state is gone. The
     others' results stay on the cluster for as long as this object is held: until the graph that needs them is sent,
     another thread may collect them.
 

@@ -121,12 +121,12 @@ class Artifacts:
             summary: the last that the supervisor told; empty where it was lost.
         """
         last: dict[str, Content | None] = {}
-        account = summary.get("report")
-        if account is not None:
+        reconciler = summary.get("report")
+        if reconciler is not None:
             try:
                 last[REPORT] = contents.report(self._describe(summary))
-                last[JOBS] = contents.jobs(account)
-                last[PROGRESS] = contents.progress(account, over=True)
+                last[JOBS] = contents.jobs(reconciler)
+                last[PROGRESS] = contents.progress(reconciler, over=True)
             except Exception as exc:  # no report is worth a flow
                 self._complain(exc)
         if DASHBOARD in self._wanted:
