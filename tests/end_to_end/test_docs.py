@@ -172,11 +172,36 @@ def test_settings_that_a_page_names_exist(page: Path) -> None:
     assert {(group, field) for group, field in named if field not in FIELDS[group]} <= others
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
+FOR_CONTRIBUTORS = [
+    CHECKOUT / "CONTRIBUTING.md",
+    *(CHECKOUT / "docs" / name for name in ("architecture.md", "end-of-a-flow.md", "how-it-works.md", "upstream.md")),
+    CHECKOUT / "docs" / "glossary.md",
+    *sorted((CHECKOUT / "docs" / "decisions").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_outside_of_the_documents_lead_somewhere(name: str) -> None:
     """Those of the documents are checked by the strict build."""
-    text = (CHECKOUT / "README.md").read_text()
+    text = (CHECKOUT / name).read_text()
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     assert targets and all((CHECKOUT / target.partition("#")[0]).exists() for target in targets)
+
+
+@pytest.mark.parametrize("page", FOR_CONTRIBUTORS, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Paths count from the package, or from the checkout."""
+    for name in set(re.findall(r"`([a-z_]+/[a-z_/]*(?:\.py)?)`", page.read_text())):
+        assert (CHECKOUT / "prefect_htcdask" / name).exists() or (CHECKOUT / name).exists(), name
+
+
+def test_limits_of_the_end_of_a_flow_are_where_its_page_says() -> None:
+    """A row of a table that names modules has no other constants than these define."""
+    for row in re.findall(r"^\|.*", (CHECKOUT / "docs" / "end-of-a-flow.md").read_text(), re.MULTILINE):
+        modules = re.findall(r"`([a-z_]+/[a-z_/]*\.py)`", row)
+        code = "".join((CHECKOUT / "prefect_htcdask" / name).read_text() for name in modules)
+        for constant in re.findall(r"`(_?[A-Z]{2}[A-Z_]+)`", row) if modules else ():
+            assert re.search(rf"^{constant} = ", code, re.MULTILINE), row
 
 
 def test_every_diagnosis_has_a_section_and_no_other_has() -> None:
