@@ -1,4 +1,4 @@
-"""Asks HTCondor why jobs wait: one of them, the pool's slots and its accounting, for `idle_diagnosis`."""
+"""Asks HTCondor why jobs wait: one of them, the pool's slots and its accounting, for `diagnosis_idle`."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class RunDirectory:
         )
 
     def touch(self) -> None:
-        """Show that the cluster lives: what is old is pruned (`run_files.prune`)."""
+        """Show that the cluster lives: what is old is pruned (`run_directory.prune`)."""
         with suppress(OSError):
             os.utime(self.path)
 

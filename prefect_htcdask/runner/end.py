@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+SLOW = 10.0
+"""Seconds that an end takes at most without a word of where they went."""
+
 logger = logging.getLogger("prefect.task_runner.htcdask")
 
 
@@ -17,8 +20,7 @@ class Stage:
     Attributes:
         name: what is done, for the log.
         run: does it.
-        limit: seconds that it takes at most, for the page ``docs/end-of-a-flow.md``; `None`: as long as the user's
-            own code takes, or what has a limit of its own in Dask.
+        limit: seconds that it takes at most; `None`: it has no limit of ours, or none is needed.
         complaint: what to say where it fails; without one, its failure tells a user nothing.
         is_fatal: whether its failure is the flow run's, once the later stages are through.
     """
@@ -41,6 +43,7 @@ def run_stages(stages: Sequence[Stage], log: Callable[[str, str], None]) -> None
         BaseException: what a fatal stage raised, or what interrupted any of them, such as a second Ctrl-C; the first.
     """
     first: BaseException | None = None
+    spent: list[tuple[Stage, float]] = []
     for stage in stages:
         began = time.monotonic()
         try:
@@ -54,6 +57,14 @@ def run_stages(stages: Sequence[Stage], log: Callable[[str, str], None]) -> None
                 logger.debug("%s failed: %s", stage.name, exc)
         except BaseException as exc:
             first = first or exc
-        logger.debug("the flow run's end: %s took %.2f s", stage.name, time.monotonic() - began)
+        spent.append((stage, time.monotonic() - began))
+    if (total := sum(seconds for _, seconds in spent)) > SLOW:
+        where = ", ".join(_words(stage, seconds) for stage, seconds in spent if seconds >= 1)
+        log("info", f"The end of the flow run took {total:.0f} s: {where}")
     if first is not None:
         raise first
+
+
+def _words(stage: Stage, seconds: float) -> str:
+    limit = f" (at most {stage.limit:.0f} s)" if stage.limit else ""
+    return f"{stage.name} {seconds:.0f} s{limit}"

@@ -32,8 +32,8 @@ from prefect_htcdask.runner.preflight import check_versions
 from prefect_htcdask.runner.states.cancelling import TIMEOUT as CANCELLING_TIMEOUT
 from prefect_htcdask.runner.states.cancelling import end_cancelling
 from prefect_htcdask.runner.states.ended_task_runs import EndedTaskRuns
-from prefect_htcdask.runner.states.reconcile import INTERRUPTED_TIMEOUT, PATIENCE, InterruptedTaskRuns, StateReconciler
-from prefect_htcdask.runner.states.reporter import Ended, Started, StateReporter
+from prefect_htcdask.runner.states.reconcile import InterruptedTaskRuns, StateReconciler, first_attempt
+from prefect_htcdask.runner.states.reporter import AT_MOST, Ended, Started, StateReporter
 from prefect_htcdask.runner.states.result_recovery import ResultRecovery
 from prefect_htcdask.runner.states.unawaited import cancel_or_wait, executing
 from prefect_htcdask.runner.submit.submitter import Submitter
@@ -270,7 +270,7 @@ class FlowRunSession:
             error: the exception with which the flow left the runner, if it did.
         """
         interrupted = error is not None or self._cancelled
-        settling = INTERRUPTED_TIMEOUT if interrupted else PATIENCE
+        settling = first_attempt(interrupted) + AT_MOST
         report = "The Dask performance report could not be written"
         stages = [
             Stage("asking which task runs have started", lambda: self._mark_running(left), ANSWER if left else 0.0),

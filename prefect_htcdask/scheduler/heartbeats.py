@@ -3,7 +3,7 @@
 TCP tells late, since the connection to a worker ends at the gateway's proxy: after 150 s with that one's keepalive, and
 after minutes where data is under way. Heartbeats tell sooner, but they come from the process that runs the tasks, and a
 task that keeps the interpreter's lock holds them up for as long as it likes, as calls of PyROOT do. So the guard of the
-worker's job speaks for a worker that cannot (`condor.worker_start`): of one that is silent beside that, nobody hears.
+worker's job speaks for a worker that cannot (`worker.start`): of one that is silent beside that, nobody hears.
 
 It travels by value to the scheduler (see `demand`): it imports nothing of this package.
 """

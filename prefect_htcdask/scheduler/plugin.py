@@ -37,7 +37,7 @@ SPREAD_INTERVAL = 0.25
 
 DRAIN = "htcdask-drain"
 QUIET = "htcdask-quiet"
-"""A message of this name on the stream to a worker of ours has it finish what it runs, and leave (`worker_leave`)."""
+"""A message of this name on the stream to a worker has it finish what it runs, and leave (`graceful_shutdown`)."""
 
 LEAVING = (Status.closing_gracefully, Status.closing)
 
@@ -162,7 +162,7 @@ class DemandPlugin(SchedulerPlugin):
               error) and `spent` (seconds that these took);
             - `unfinished`: tasks that have not ended;
             - `unmatched`: ready tasks that no group can run, by what they ask for;
-            - `durations`: mean seconds by task name, at most `kinds.MOST_NAMES`;
+            - `durations`: mean seconds by task name, at most `task_kinds.MOST_NAMES`;
             - `in_hand`: for each busy worker its tasks that have or want a thread, at least 1;
             - `joined`: all workers; `idle`: for each without a task, since how many seconds; `holding`: those of the
               idle that hold results; `closing`: those that take no more tasks and leave;

@@ -123,7 +123,7 @@ class JobEventHandler:
 
 
 def unmatched(wish: str, count: int, groups: Iterable[WorkerGroup]) -> str:
-    """That tasks ask for what no worker of any group offers, as `kinds.Kinds.unserved` puts it."""
+    """That tasks ask for what no worker of any group offers, as `task_kinds.Kinds.unserved` puts it."""
     tasks = f"{count} waiting task{'s'[: count > 1]}"
     name, _, address = wish.partition("=")
     if name == "worker" and "://" in address:

@@ -1,7 +1,7 @@
 """The supervisor's loop: look at jobs and scheduler, decide, act; and clean up when it is over.
 
 Desired state against actual state, once per interval or when something wakes it (as in dask_gateway_server's
-`db_base` backend). All decisions come from `scaling.policy`; all HTCondor calls go through `condor`.
+`db_base` backend). All decisions come from `policy`; all HTCondor calls go through `condor`.
 """
 
 from __future__ import annotations

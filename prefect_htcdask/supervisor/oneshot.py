@@ -33,7 +33,7 @@ def call(schedd: ScheddAddress, operation: str, *arguments: Any, timeout: float 
         schedd: how to reach the schedd.
         operation: ``remove``, ``query``, ``history`` or ``user``; or ``explain``.
         arguments: the method's positional arguments; for ``explain`` a list of the arguments of
-            `condor.idle_jobs.IdleJobs.explain`, answered by a list of diagnoses as dictionaries, or `None`.
+            `condor.analyze.IdleJobs.explain`, answered by a list of diagnoses as dictionaries, or `None`.
         timeout: seconds to wait at most.
 
     Raises:

@@ -17,7 +17,7 @@ from prefect.logging.handlers import APILogHandler
 from prefect_htcdask.worker.names import job_of_worker
 
 LOGGERS = ("distributed", "htcdask")
-"""Dask's, and that of the worker's start script (`condor.worker_start.say`)."""
+"""Dask's, and that of the worker's start script (`worker.start.say`)."""
 
 BURST = 10
 INTERVAL = 30.0

@@ -1,7 +1,7 @@
 """What many task runs have in common, fetched from the scheduler and hydrated once per worker process.
 
 The *envelope* of a task holds the task and says where the context is that it runs in, which all tasks of a flow run
-share (`worker_context`).
+share (`context`).
 """
 
 from __future__ import annotations

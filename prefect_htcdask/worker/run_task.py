@@ -1,8 +1,8 @@
 """What runs on a Dask worker: a Prefect task run, in the context that the flow's process described.
 
-Preparing that context is what makes a stock prefect-dask task slow, so it is done once for many task runs (`envelopes`,
-`worker_context`). The module is also a Dask preload (``--preload prefect_htcdask.worker.run_task``): its teardown sends
-off the events and logs that are still queued, so that none dies with the worker.
+Preparing that context is what makes a stock prefect-dask task slow, so it is done once for many task runs
+(`context_cache`, `context`). The module is also a Dask preload (``--preload prefect_htcdask.worker.run_task``): its
+teardown sends off the events and logs that are still queued, so that none dies with the worker.
 """
 
 from __future__ import annotations

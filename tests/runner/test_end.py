@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from prefect_htcdask.runner.end import Stage, run_stages
@@ -37,3 +39,18 @@ def test_a_second_ctrl_c_ends_one_stage_alone() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_stages([Stage("waiting", interrupted), Stage("settling", lambda: done.append("settled"))], print)
     assert done == ["settled"]
+
+
+def test_a_slow_end_says_where_the_time_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    logged: list[str] = []
+
+    def takes(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr("prefect_htcdask.runner.end.time", SimpleNamespace(monotonic=lambda: now[0]))
+    quick = [Stage("closing", lambda: takes(9.0), 20.0), Stage("telling", lambda: takes(0.5))]
+    run_stages(quick, lambda level, text: logged.append(text))
+    assert logged == []
+    run_stages([*quick, Stage("settling", lambda: takes(3.0))], lambda level, text: logged.append(text))
+    assert logged == ["The end of the flow run took 12 s: closing 9 s (at most 20 s), settling 3 s"]

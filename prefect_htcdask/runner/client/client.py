@@ -1,8 +1,8 @@
 """A Dask client whose futures outlive a broken connection to the scheduler.
 
 Dask's own client cancels all of its futures then (distributed, `Client._reconnect`). This one leaves them pending,
-connects again, and asks the scheduler for what it has kept (`kept_work`); what that does not know is submitted again
-(`resubmission`). Submits wait meanwhile. When the connection does not come back in time, all of them fail.
+connects again, and asks the scheduler for what it has kept (`client_recovery`); what that does not know is submitted
+again (`task_spec`). Submits wait meanwhile. When the connection does not come back in time, all of them fail.
 """
 
 from __future__ import annotations

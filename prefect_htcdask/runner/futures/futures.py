@@ -1,7 +1,7 @@
 """Futures of task runs on Dask.
 
 A state, and the result in it, stays on its worker until someone asks: `wait`, `result`, `state` or a done-callback; a
-small one also comes a little ahead, where someone asks for one after the other (`read_ahead`).
+small one also comes a little ahead, where someone asks for one after the other (`prefetch`).
 From then on the flow's process holds it and the Dask future is released, so that a task run whose result was collected
 is never run again because its worker died. The `gatherer` brings it.
 """

@@ -72,7 +72,7 @@ class PendingResult:
         dask_future: a `CollectedFuture` from when Dask has let go.
         packed: the final state, from when it is in hand.
         callbacks: called once it is.
-        place: its number in the order of submits (`read_ahead`).
+        place: its number in the order of submits (`prefetch`).
         following: the record of the next submit, if that is still there.
     """
 

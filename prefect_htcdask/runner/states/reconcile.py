@@ -69,10 +69,11 @@ class StateReconciler:
 
     def reconcile(self, interrupted_runs: InterruptedTaskRuns) -> None:
         """Settle now; where the API is away, go on in a thread for which the process waits."""
-        patience = INTERRUPTED_TIMEOUT if interrupted_runs.interrupted else PATIENCE
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + _patience(interrupted_runs.interrupted)
         try:
-            self._settle(interrupted_runs, self.reporter.close(min(patience / 2, 10.0)), events=True)
+            self._settle(
+                interrupted_runs, self.reporter.close(first_attempt(interrupted_runs.interrupted)), events=True
+            )
         except Exception as exc:
             logger.info("Prefect does not answer, task runs are settled with it when it does: %s", exc)
             threading.Thread(target=self._go_on, args=(interrupted_runs, deadline), name="htcdask-account").start()
@@ -121,3 +122,16 @@ class StateReconciler:
         )
         if moved:
             self.log("info", f"{moved} task runs were cut short by the end of the flow run")
+
+
+def first_attempt(interrupted: bool) -> float:
+    """Seconds for this process's own reports to be sent, before the Prefect API is looked at.
+
+    Args:
+        interrupted: whether the flow was interrupted or cancelled.
+    """
+    return min(_patience(interrupted) / 2, 10.0)
+
+
+def _patience(interrupted: bool) -> float:
+    return INTERRUPTED_TIMEOUT if interrupted else PATIENCE

@@ -1,8 +1,8 @@
-"""The flow's side of `worker_runtime`: a Prefect task becomes a Dask task.
+"""The flow's side of `run_task`: a Prefect task becomes a Dask task.
 
-What many calls have in common travels once: the context of the flow run, the task (`descriptions`) and, in a `map`,
-the parameters that every call shares. They are left in the scheduler's task metadata, from where each worker process
-fetches what it has not seen (`scheduler_metadata`). A call itself is a few hundred bytes.
+What many calls have in common travels once: the context of the flow run and the task (`serialized_context`) and, in a
+`map`, the parameters that every call shares. They are left in the scheduler's task metadata, from where each worker
+process fetches what it has not seen (`metadata_cache`). A call itself is a few hundred bytes.
 
 The Dask tasks name nothing but functions of Dask itself, since a gateway's scheduler unpickles the graph and has
 neither Prefect nor this package nor the user's modules.

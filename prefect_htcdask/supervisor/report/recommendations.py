@@ -1,4 +1,4 @@
-"""What to change, as far as the numbers of a flow run tell: pure rules over what `supervisor.progress` accounts for.
+"""What to change, as far as the numbers of a flow run tell: pure rules over what `report.progress` accounts for.
 
 Each rule is about one worker group and gives at most one sentence, which names the setting. A rule keeps silent where
 there is too little to go by: who is told of trifles reads no more.
