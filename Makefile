@@ -8,10 +8,11 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults faults-report bench docs lint clean
+.PHONY: help venv check demo test test-faults faults-report bench docs lint clean
 
 help:
 	@echo "make demo               run a CMS dimuon analysis on HTCondor workers behind a Dask Gateway, here"
+	@echo "make check              lint, types, and every quick test that starts no daemon; about 90 s"
 	@echo "make test               every test, on a real pool, gateway and Prefect server; ARGS='-k name' for some,"
 	@echo "                        JOBS=n in so many processes at once ($(JOBS)); JOBS=0 one after the other"
 	@echo "make test-faults        every row of the fault matrix: what is left after each kind of end; about 30 minutes"
@@ -29,6 +30,10 @@ venv:
 
 demo: venv
 	@$(VENV) -m tools.demo
+
+check: lint
+	@$(VENV) -m pytest -n $(JOBS) -q --durations=0 --durations-min=5 \
+		-m "not (pool or prefect_api or local_pool or daemons or slow or faults or faults_long or soak)" $(ARGS)
 
 test: venv
 	@$(VENV) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)

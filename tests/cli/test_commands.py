@@ -38,6 +38,7 @@ def test_every_command_has_help(command: list[str]) -> None:
     assert all(word in result.stdout for word in COMMANDS if not command)
 
 
+@pytest.mark.daemons
 def test_up_status_down(tmp_path: Path) -> None:
     fields = {"DIRECTORY": str(tmp_path), "USE_CONFIGURED_POOL": "false", "IDLE_TIMEOUT": "2m"}
     own = {f"{PREFIX}_{field}": value for field, value in fields.items()}
@@ -73,6 +74,7 @@ def test_up_status_down(tmp_path: Path) -> None:
     assert run("status", **own).returncode == 1
 
 
+@pytest.mark.daemons
 def test_status_fails_where_a_part_does_not_answer(
     embedded: EmbeddedEndpoint, embedded_settings: EmbeddedSettings
 ) -> None:

@@ -17,6 +17,8 @@ from prefect_htcdask.settings import EmbeddedSettings
 from tests.cli.test_commands import run
 from tests.support.terminal import SHOW_CURSOR, UP_A_LINE, in_terminal
 
+pytestmark = pytest.mark.daemons
+
 NewCluster = Callable[..., HTCGatewayCluster]
 OFTEN = ("--watch", "--interval", str(LEAST_INTERVAL))
 FOOTER = "Ctrl-C ends it"

@@ -120,6 +120,7 @@ def test_an_installed_htcondor_is_used(tmp_path: Path, monkeypatch: pytest.Monke
     assert (found.release, found.unpacked, found.version) == (real.release, False, real.version)
 
 
+@pytest.mark.daemons
 def test_brought_from_debian_once_and_then_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_condor: None
 ) -> None:
@@ -142,6 +143,7 @@ def test_brought_from_debian_once_and_then_kept(
     assert told == []
 
 
+@pytest.mark.daemons
 def test_a_damaged_copy_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_condor: None) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     broken = tmp_path / "prefect-htcdask" / f"condor-1.0-{module.SUITE}-{module.platform.machine()}"

@@ -25,6 +25,8 @@ from prefect_htcdask.settings import EmbeddedSettings
 from tests.support.pool_fixtures import living
 from tests.support.waiting import slowness, wait_until
 
+pytestmark = pytest.mark.daemons
+
 START_FROM_ELSEWHERE = """
 import sys
 from prefect_htcdask.embedded import ensure_running

@@ -31,6 +31,8 @@ from tests.embedded.test_embedded import (
 )
 from tests.support.pool_fixtures import living
 
+pytestmark = pytest.mark.daemons
+
 __all__ = ["own"]  # a fixture
 
 

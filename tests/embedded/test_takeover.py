@@ -24,6 +24,8 @@ from tests.embedded.test_embedded import COUNT_JOBS, in_pool, keeper_with, own, 
 from tests.support.stranger import stranger
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.daemons
+
 __all__ = ["own"]  # a fixture
 
 TAKEN = """

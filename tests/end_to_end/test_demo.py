@@ -15,6 +15,8 @@ import pytest
 
 from tools import demo as demo_module
 
+pytestmark = pytest.mark.daemons
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

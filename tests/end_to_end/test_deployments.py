@@ -31,6 +31,8 @@ from tests.support.cluster_fixtures import gateway_clusters, jobs_of
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import PATIENCE, wait_until
 
+pytestmark = pytest.mark.daemons
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 

@@ -261,6 +261,7 @@ def test_the_reference_has_every_command_with_its_options() -> None:
     assert "- `--dry-run`: Only say what would be removed" in text
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_the_site_builds_without_a_warning_and_needs_no_other_host(tmp_path: Path) -> None:
     done = subprocess.run(

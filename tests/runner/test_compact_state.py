@@ -115,6 +115,7 @@ def test_what_pickle_does_not_take_is_kept_as_it_is() -> None:
     assert (light.state.id, light.state.message, light.state.data) == (state.id, "here", None)
 
 
+@pytest.mark.slow
 def test_it_takes_a_fraction_of_the_memory() -> None:
     state = Completed(data=record(0), state_details=StateDetails(task_run_id=uuid4()))
 

@@ -139,6 +139,7 @@ def test_a_flow_whose_events_arrive_asks_once(
     assert [one for one in asked if "csrf-token" not in one] == ["POST /api/task_runs/filter"]
 
 
+@pytest.mark.slow
 def test_an_api_that_is_away_at_the_end_is_told_when_it_is_back(tmp_path: Path) -> None:
     port = free_port()
     said: list[tuple[str, str]] = []
@@ -169,6 +170,7 @@ def test_an_api_that_is_away_at_the_end_is_told_when_it_is_back(tmp_path: Path) 
     assert said == [("info", "1 task runs were cut short by the end of the flow run")]
 
 
+@pytest.mark.slow
 def test_an_api_that_stays_away_is_given_up_and_the_log_says_what_helps(caplog: pytest.LogCaptureFixture) -> None:
     said: list[tuple[str, str]] = []
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
@@ -182,6 +184,7 @@ def test_an_api_that_stays_away_is_given_up_and_the_log_says_what_helps(caplog: 
     assert "prefect-htcdask sweep" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_api_that_does_not_answer_holds_a_cancelled_flow_up_for_seconds_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -282,6 +282,7 @@ def _plugins(client: Client) -> dict[str, list[tuple[str, int]]]:
     return dict(client.run(plugins))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files_are_shared", [False, True])
 def test_workers_run_the_last_version_and_are_sent_it_once(
     files_are_shared: bool, scheduler: tuple[Path, str], tmp_path: Path
@@ -353,6 +354,7 @@ def _set_up(plugin: Any, directory: Path, how: str = "") -> str:
     return done.stdout.decode().strip()
 
 
+@pytest.mark.slow
 def test_the_code_reaches_a_worker_that_has_not_even_this_package(tmp_path: Path) -> None:
     source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
     _write(source, {"alone.py": "import prefect\n@prefect.flow\ndef main(): ...\n"})
@@ -363,6 +365,7 @@ def test_the_code_reaches_a_worker_that_has_not_even_this_package(tmp_path: Path
     assert found.startswith(f"{elsewhere}/prefect_htcdask_code/")
 
 
+@pytest.mark.slow
 def test_the_same_path_of_another_user_is_not_shared(tmp_path: Path) -> None:
     """On an execute host, who may write below /tmp could have the same files there, and others beside them."""
     source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
