@@ -219,3 +219,11 @@ def test_public_names_exist() -> None:
 
     for name in prefect_htcdask.__all__:
         assert getattr(prefect_htcdask, name) is not None
+
+
+def test_no_test_imports_a_test() -> None:
+    for path in sorted((CHECKOUT / "tests").rglob("*.py")):
+        found = re.findall(
+            r"^\s*(?:from|import) tests(?:\.\w+)*(?:\.| import )test_\w+", path.read_text(), re.MULTILINE
+        )
+        assert found == [], f"{path}: what several tests use lies in tests/support"

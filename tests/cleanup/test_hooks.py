@@ -30,8 +30,8 @@ from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.gateway.run_directory import record_cluster
-from tests.runner.test_events import events_of, names_of
 from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_of
+from tests.support.prefect_events import events_of, names_of
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import wait_until
 

@@ -20,8 +20,8 @@ from prefect_htcdask.cleanup.logs import worker_logs
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.settings import HTCDaskSettings
-from tests.cli.test_commands import run
 from tests.support.cluster_fixtures import SMALL, jobs_of
+from tests.support.command_line import run
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import wait_until
 

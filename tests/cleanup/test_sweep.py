@@ -30,8 +30,8 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.gateway.run_directory import ClusterRecord, cluster_traces, record_cluster, run_directory
 from prefect_htcdask.settings import load_settings
-from tests.cli.test_commands import run
 from tests.support.cluster_fixtures import Stopwatch, gateway_clusters, jobs_of
+from tests.support.command_line import run
 from tests.support.plain_flow import PlainFlow, unfinished
 from tests.support.prefect_fixtures import PrefectServer, nothing
 from tests.support.waiting import wait_until

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from prefect_htcdask.embedded import EmbeddedEndpoint, status
 from prefect_htcdask.settings import EmbeddedSettings
+from tests.support.command_line import run
 
 PREFIX = "PREFECT_INTEGRATIONS_HTCDASK_EMBEDDED"
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "prefect_htcdask.cli", *arguments],
-        env={**os.environ, "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 COMMANDS = ("up", "down", "status", "jobs", "sweep", "doctor")

@@ -16,8 +16,8 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.ports import free_port
 from prefect_htcdask.settings import ENV_PREFIX, load_settings
 from prefect_htcdask.settings.sources import stated_settings
-from tests.cli.test_commands import run
 from tests.support.cluster_fixtures import SMALL, gateway_clusters, jobs_of
+from tests.support.command_line import run
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.terminal import in_terminal
 from tests.support.waiting import wait_until

@@ -14,7 +14,7 @@ from prefect_htcdask.cli.watch import INTERRUPTED, LEAST_INTERVAL
 from prefect_htcdask.embedded import EmbeddedEndpoint, status
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.settings import EmbeddedSettings
-from tests.cli.test_commands import run
+from tests.support.command_line import run
 from tests.support.terminal import SHOW_CURSOR, UP_A_LINE, in_terminal
 
 pytestmark = pytest.mark.daemons

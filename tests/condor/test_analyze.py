@@ -17,8 +17,8 @@ from prefect_htcdask.condor.diagnosis import Category
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
-from tests.cli.test_commands import run
 from tests.support.cluster_fixtures import jobs_named, jobs_of, texts
+from tests.support.command_line import run
 from tests.support.waiting import wait_until
 
 NewCluster = Callable[..., HTCGatewayCluster]

@@ -21,8 +21,8 @@ from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGateway, HTCGatewayCluster
 from prefect_htcdask.settings import load_settings
-from tests.condor.test_submit_description import describe
 from tests.support.cluster_fixtures import jobs_of
+from tests.support.submit_descriptions import describe
 from tests.support.waiting import wait_until
 
 SECRET = "s3cr3t-of-a-worker"

@@ -30,12 +30,10 @@ from prefect_htcdask.condor.submit_description import (
     quote_arguments,
     quote_environment,
     settings_in,
-    submit_description,
 )
 from prefect_htcdask.worker.names import job_of_worker, worker_name
+from tests.support.submit_descriptions import describe
 from tests.support.waiting import wait_until
-
-FILES = JobFiles("/run", "start.py", ("/run/a", "/run/b"), ("b",), "/run/jobs.log")
 
 # What HTCondor, ClassAds or a submit file might take for more than text.
 FRAGMENTS = [
@@ -44,18 +42,6 @@ FRAGMENTS = [
     "@=end", "é", "漢", "👩\u200d🔬", "\u00a0", "\u2028", "\x00", "\x01", "\x7f", "\x85", "a", "Z", "0", "-", "true",
 ]  # fmt: skip
 names = st.one_of(st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join), st.text(max_size=30))
-
-
-def describe(**changes: Any) -> dict[str, str]:
-    spec = WorkerSpec(**{"python": "/usr/bin/python3", **changes.pop("spec", {})})
-    arguments: dict[str, Any] = {
-        "cluster_name": "c0ffee",
-        "group": "default",
-        "flow_run": FlowRunTag("0-1", "run", "flow", 2),
-        "lease_expires": 1234,
-        "lost_schedd_lease": 600.0,
-    }
-    return submit_description(spec, changes.pop("files", FILES), **{**arguments, **changes})
 
 
 def expected(name: str) -> str:

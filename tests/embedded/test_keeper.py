@@ -19,7 +19,7 @@ from prefect_htcdask.embedded.gateway_server import list_clusters
 from prefect_htcdask.embedded.state import Process, State, StateDirectory
 from prefect_htcdask.gateway import GatewayClusterError, HTCGatewayCluster
 from prefect_htcdask.settings import EmbeddedSettings, load_settings
-from tests.embedded.test_embedded import (
+from tests.support.own_pool import (
     COUNT_JOBS,
     SUBMIT,
     in_pool,

@@ -9,7 +9,7 @@ import pytest
 from prefect_htcdask.embedded.condor_binaries import installed
 from prefect_htcdask.embedded.progress import Fetched, occasionally, telling_of_files
 from prefect_htcdask.settings import ENV_PREFIX
-from tests.cli.test_commands import run
+from tests.support.command_line import run
 from tests.support.terminal import in_terminal
 from tests.support.waiting import wait_until
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -26,54 +21,13 @@ from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.embedded.pool_query import query_pool
 from prefect_htcdask.gateway import HTCGatewayCluster
-from tests.end_to_end.test_flows import back_to_back, write_nanoaod
 from tests.support.cluster_fixtures import gateway_clusters, jobs_of
+from tests.support.nanoaod import back_to_back, write_nanoaod
+from tests.support.prefect_command import CHECKOUT, prefect, process_worker
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import PATIENCE, wait_until
 
 pytestmark = pytest.mark.daemons
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
-
-
-def prefect(*arguments: str) -> str:
-    """Run Prefect's command in the checkout, as deployments/prefect.yaml says."""
-    done = subprocess.run(
-        [*PREFECT, *arguments],
-        cwd=CHECKOUT,
-        env={**os.environ, "PWD": str(CHECKOUT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@contextmanager
-def process_worker(log: Path, environment: Mapping[str, str] = os.environ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process worker of the pool; it runs elsewhere than in the checkout, as a service does."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*PREFECT, "worker", "start", "--pool", "htcdask", "--name", "test"],
-            cwd=log.parent,
-            env={**environment, "PREFECT_WORKER_QUERY_SECONDS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(120)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(60)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from prefect_htcdask.embedded import ensure_running, stop
 from prefect_htcdask.settings import EmbeddedSettings
 from tests.faults.arena import Arena, kill, kill_at_once
 from tests.faults.flow_process import FlowProcess
+from tests.faults.leases import LATE, LEASE, SHORT_LEASE
 from tests.faults.row import Row, flow_message
-from tests.faults.test_flow_process import LATE, LEASE, SHORT_LEASE
 from tests.support.waiting import wait_until
 from tools.prefect_server import PrefectServer
 

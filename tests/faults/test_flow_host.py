@@ -14,8 +14,8 @@ import pytest
 
 from tests.faults.arena import Arena
 from tests.faults.flow_process import FlowProcess
+from tests.faults.jobs import finish
 from tests.faults.row import Row
-from tests.faults.test_workers import finish
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]

@@ -15,24 +15,18 @@ from typing import Any
 import pytest
 
 from prefect_htcdask.settings import ENV_PREFIX
-from tests.end_to_end.test_deployments import PREFECT, process_worker
 from tests.faults.arena import Arena, kill, kill_at_once
 from tests.faults.flow_process import FlowProcess
+from tests.faults.jobs import jobs_of
+from tests.faults.leases import LATE, LEASE, SCHEDULER_LEASE, SHORT_LEASE
 from tests.faults.row import Row, flow_message, task_run_messages
-from tests.faults.test_together import jobs_of
+from tests.support.prefect_command import PREFECT, process_worker
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long
 
 NewFlow = Callable[..., FlowProcess]
-LEASE = 8.0
-SCHEDULER_LEASE = 16.0
-SHORT_LEASE = {
-    f"{ENV_PREFIX}LEASE_DURATION": f"{LEASE:.0f} s",
-    f"{ENV_PREFIX}LEASE_SCHEDULER": f"{SCHEDULER_LEASE:.0f} s",
-}
-LATE = 60.0  # a running job is given a minute more: its shadow hears of a renewal late
 
 
 def cancel(arena: Arena, flow: FlowProcess) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from prefect_htcdask.condor.submit_description import cluster_digest
 from tests.faults.arena import Arena
 from tests.faults.flow_process import FlowProcess
 from tests.faults.row import Row
+from tests.support.secret_search import files, holding, readable
 from tests.support.waiting import wait_until
 from tools.prefect_server import prefect_server
 
@@ -22,30 +23,6 @@ pytestmark = [pytest.mark.pool, pytest.mark.faults]
 
 NewFlow = Callable[..., FlowProcess]
 LOGIN = "admin:the-key-of-the-Prefect-API"
-
-
-def holding(text: str, secrets: dict[str, str]) -> list[str]:
-    """Names of the secrets that stand in a text."""
-    return [name for name, secret in secrets.items() if secret in text]
-
-
-def files(*directories: Path) -> Iterator[Path]:
-    for directory in directories:
-        for path in directory.rglob("*"):
-            if path.is_file() and not path.is_symlink():
-                yield path
-
-
-def readable(paths: Iterable[Path], secrets: dict[str, str]) -> list[str]:
-    """Files with a secret that are for others than their owner, by their own mode."""
-    found = []
-    for path in paths:
-        with suppress(FileNotFoundError):
-            names = holding(path.read_bytes().decode(errors="replace"), secrets)
-            mode = path.stat().st_mode & 0o777
-            if names and mode & 0o177:
-                found.append(f"{path} (mode {mode:o}): {', '.join(names)}")
-    return found
 
 
 def test_secrets_are_nowhere_to_be_read(

@@ -13,6 +13,7 @@ import pytest
 from prefect_htcdask.gateway import HTCGatewayCluster
 from tests.faults.arena import Arena, kill, kill_at_once
 from tests.faults.flow_process import FlowProcess
+from tests.faults.jobs import jobs_of
 from tests.faults.row import Row
 from tests.support.waiting import wait_until
 
@@ -20,15 +21,6 @@ pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long
 
 NewFlow = Callable[..., FlowProcess]
-
-
-def jobs_of(arena: Arena, flow: FlowProcess) -> list[str]:
-    """Ids of the jobs that carry a flow run's id."""
-    return sorted(
-        f"{job['ClusterId']}.{job['ProcId']}"
-        for job in arena.jobs("PrefectFlowRunId")
-        if job["PrefectFlowRunId"] == flow.flow_run_id
-    )
 
 
 @long

@@ -11,6 +11,7 @@ import pytest
 from prefect_htcdask.settings import ENV_PREFIX
 from tests.faults.arena import Arena, kill
 from tests.faults.flow_process import FlowProcess
+from tests.faults.jobs import finish
 from tests.faults.row import Row, flow_message, task_run_messages
 from tests.faults.wrapped_python import small_scratch
 from tests.support.waiting import wait_until
@@ -19,15 +20,6 @@ pytestmark = [pytest.mark.pool, pytest.mark.faults]
 long = pytest.mark.faults_long
 
 NewFlow = Callable[..., FlowProcess]
-
-
-def finish(arena: Arena, row: Row, flow: FlowProcess, again: int) -> None:
-    """Let the flow end well, and measure."""
-    flow.let_go()
-    row.expect(flow.wait(120) == 0, f"the flow failed: {flow.tail(5)}")
-    row.gone(arena, flow.said("ended")["time"], 20, 20)
-    row.judge(arena, [flow], ["Completed"], again=again)
-    row.check()
 
 
 def test_worker_killed(arena: Arena, row: Row, new_flow: NewFlow) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from prefect import flow, get_client, task
+from prefect import flow, task
 from prefect.runtime import flow_run as flow_run_runtime
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -26,47 +26,13 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.runner import flow_run
 from prefect_htcdask.runner.ui.artifact_contents import jobs, progress
 from prefect_htcdask.runner.ui.artifacts import Artifacts, artifact_key
+from tests.support.artifacts import artifacts_of, message
 from tests.support.cluster_fixtures import SMALL, jobs_of
 from tests.support.plain_flow import PlainFlow
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
-
-
-def artifacts_of(flow_run_id: Any) -> dict[str, dict[str, Any]]:
-    """A flow run's artifacts at the API, by their keys without the flow's name."""
-    with get_client(sync_client=True) as client:
-        answer = client._client.post(
-            "/artifacts/filter", json={"flow_runs": {"id": {"any_": [str(flow_run_id)]}}, "limit": 100}
-        )
-        answer.raise_for_status()
-    # Prefect keeps some results as artifacts without a key.
-    return {one["key"]: one for one in answer.json() if one["key"]}
-
-
-def message(number: int, jobs: int = 60) -> dict[str, Any]:
-    row = {
-        "id": "1.0",
-        "group": "default",
-        "state": "running",
-        "host": "slot1@a",
-        "submitted": 1.0,
-        "start": 1_795_000_000.0,
-        "end": None,
-        "reason": "",
-        "core_hours": 0.1 * number,
-        "memory_mib": 310.0,
-        "request_mib": 2048.0,
-    }
-    return {
-        "kind": "progress",
-        "tasks": {"done": number, "known": 10_000},
-        "queued": 3,
-        "workers": {"default": {"pending": 1, "running": 2, "idle": 3}},
-        "states": {"running": jobs},
-        "jobs": [{**row, "id": f"1.{index}"} for index in range(min(jobs, 50))],
-    }
 
 
 class Counter:
@@ -116,15 +82,6 @@ def counter(prefect_server: PrefectServer) -> Iterator[Counter]:
     one = Counter(prefect_server.url)
     yield one
     one.close()
-
-
-@pytest.fixture
-def flow_run_id() -> UUID:
-    @flow
-    def computing() -> Any:
-        return flow_run_runtime.id
-
-    return UUID(computing())
 
 
 @pytest.fixture

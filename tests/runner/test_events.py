@@ -25,29 +25,11 @@ from prefect.states import Crashed
 from prefect_htcdask import HTCDaskTaskRunner
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
-from tests.end_to_end.test_deployments import CHECKOUT, prefect
 from tests.support.cluster_fixtures import SMALL, jobs_of
+from tests.support.prefect_command import CHECKOUT, prefect
+from tests.support.prefect_events import events_of, names_of
 from tests.support.prefect_fixtures import PrefectServer
 from tests.support.waiting import wait_until
-
-
-def events_of(flow_run_id: str) -> list[dict[str, Any]]:
-    """Our events at the API that are related to a flow run, in order."""
-    query = {
-        "filter": {
-            "event": {"prefix": ["htcdask."]},
-            "related": {"id": [f"prefect.flow-run.{flow_run_id}"]},
-        },
-        "limit": 50,
-    }
-    with get_client(sync_client=True) as client:
-        answer = client._client.post("/events/filter", json=query)
-        answer.raise_for_status()
-    return sorted(answer.json()["events"], key=lambda event: event["occurred"])
-
-
-def names_of(flow_run_id: str) -> set[str]:
-    return {event["event"] for event in events_of(flow_run_id)}
 
 
 @pytest.fixture

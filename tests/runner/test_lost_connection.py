@@ -19,10 +19,10 @@ from prefect_htcdask.errors import HTCDaskError, TaskRunLost
 from prefect_htcdask.runner import flow_run
 from prefect_htcdask.runner.client import client as reconnection
 from prefect_htcdask.runner.submit import large_states
+from tests.support.marked_tasks import after, gated, history, marked, runs
 from tests.support.this_flow import client_of_this_flow, run_of_this_flow
 from tests.support.waiting import wait_until
 from tests.support.wire import PATIENCE, Wire, nothing_is_kept, pool, wire
-from tests.worker.test_rerun import after, gated, history, marked, runs
 
 __all__ = ["pool", "wire"]
 

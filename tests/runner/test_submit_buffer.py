@@ -20,10 +20,10 @@ from prefect.states import Completed
 from prefect_htcdask import HTCDaskTaskRunner
 from prefect_htcdask.runner import flow_run as sessions
 from prefect_htcdask.runner.client import submit_buffer, task_spec
+from tests.support.marked_tasks import marked, runs
 from tests.support.this_flow import client_of_this_flow, graphs
 from tests.support.waiting import wait_until
 from tests.support.wire import PATIENCE, Wire, pool, wire
-from tests.worker.test_rerun import marked, runs
 
 __all__ = ["pool", "wire"]
 

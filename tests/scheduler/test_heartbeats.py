@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.scheduler import heartbeats, plugin
 from prefect_htcdask.scheduler.heartbeats import INTERVAL, Heartbeats
-from tests.scheduler.test_plugin_answers import wait
 from tests.support.cluster_fixtures import texts
-from tests.support.dask_cluster import dask_cluster, gate
+from tests.support.dask_cluster import dask_cluster, gate, wait
 
 looks = st.lists(st.tuples(st.floats(0.1, 1000), st.booleans()), max_size=40)
 

@@ -20,8 +20,8 @@ from prefect_htcdask.embedded import EmbeddedEndpoint, ensure_running, stop
 from prefect_htcdask.embedded.condor_binaries import condor_binaries
 from prefect_htcdask.embedded.pool import pool_user
 from prefect_htcdask.settings import EmbeddedSettings
-from tests.faults.test_secrets import files, holding, readable
 from tests.support.prefect_fixtures import PrefectServer
+from tests.support.secret_search import files, holding, readable
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.pool

@@ -20,8 +20,8 @@ from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.worker.graceful_shutdown import RESCHEDULED
-from prefect_htcdask.worker.names import job_of_worker
 from tests.support.cluster_fixtures import Stopwatch, jobs_of, texts
+from tests.support.vacating import vacate
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.pool
@@ -123,14 +123,6 @@ def no_mark_is_forgiven(dask_scheduler: Any) -> None:
 @travels
 def suspicions(dask_scheduler: Any) -> dict[str, int]:
     return {str(key): task.suspicious for key, task in dask_scheduler.tasks.items() if task.suspicious}
-
-
-def vacate(queue: ScheddClient, worker: str, action: Any = htcondor2.JobAction.Vacate) -> str:
-    """Evict the job of a worker, as condor_vacate_job does; returns the job's id."""
-    job = job_of_worker(worker)
-    assert job is not None
-    assert queue.locate().act(action, [job])["TotalSuccess"] == 1
-    return job
 
 
 def ends(cluster: HTCGatewayCluster) -> Counter[str]:

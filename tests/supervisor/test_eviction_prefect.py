@@ -18,8 +18,8 @@ from prefect.runtime import task_run as task_run_runtime
 from prefect_htcdask import HTCDaskTaskRunner
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.embedded import EmbeddedEndpoint
-from tests.supervisor.test_eviction import vacate
 from tests.support.cluster_fixtures import SMALL, Stopwatch
+from tests.support.vacating import vacate
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.pool, pytest.mark.usefixtures("htcdask_environment", "prefect_api")]

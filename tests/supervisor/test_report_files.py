@@ -16,7 +16,7 @@ from prefect_htcdask.supervisor.protocol import ReportPlan, SupervisorConfig, fr
 from prefect_htcdask.supervisor.report.files import write_report
 from prefect_htcdask.supervisor.report.markdown import FILES
 from prefect_htcdask.supervisor.report.progress import Progress
-from tests.supervisor.test_loop import ANSWER, Rounds
+from tests.support.supervisor_rounds import ANSWER, Rounds
 
 ANSWERS = {
     **ANSWER,

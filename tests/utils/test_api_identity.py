@@ -22,8 +22,8 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.gateway import HTCGatewayCluster
 from prefect_htcdask.settings import load_settings
 from prefect_htcdask.utils.api_identity import api_identity, current_api, ephemeral_identity
-from tests.cli.test_commands import run
 from tests.support.cluster_fixtures import gateway_clusters, jobs_of
+from tests.support.command_line import run
 from tests.support.plain_flow import PlainFlow
 from tests.support.prefect_fixtures import PrefectServer, nothing
 from tests.support.waiting import wait_until
