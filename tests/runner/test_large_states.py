@@ -218,7 +218,7 @@ def test_nothing_is_held_while_the_connection_is_waited_for(runner: HTCDaskTaskR
         (large,) = in_hand(1)
         client = client_of_this_flow()
         with futures.ThreadPoolExecutor(1) as pool, client._sending:
-            states = run_of_this_flow().submitter._in_hand
+            states = run_of_this_flow().submitter._large_states
             sending = pool.submit(states.upload, large.pending_result, None)
             wait_until(states._lock.locked, 20, "it is being sent")
             assert not futures.wait([sending], timeout=0.2).done
