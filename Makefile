@@ -12,7 +12,7 @@ JOBS ?= 2
 
 help:
 	@echo "make demo               run a CMS dimuon analysis on HTCondor workers behind a Dask Gateway, here"
-	@echo "make check              lint, types, and every quick test that starts no daemon; about 90 s"
+	@echo "make check              lint, types, and every quick test that starts no daemon; 2 minutes"
 	@echo "make test               every test, on a real pool, gateway and Prefect server; ARGS='-k name' for some,"
 	@echo "                        JOBS=n in so many processes at once ($(JOBS)); JOBS=0 one after the other"
 	@echo "make test-faults        every row of the fault matrix: what is left after each kind of end; about 30 minutes"
