@@ -18,7 +18,14 @@ from prefect_htcdask.embedded import endpoint
 settings.register_profile("beside-daemons", settings.get_profile(settings.get_current_profile_name()), deadline=None)
 settings.load_profile("beside-daemons")
 
-pytest_plugins = ["tests.support.cluster_fixtures", "tests.support.pool_fixtures", "tests.support.prefect_fixtures"]
+pytest_plugins = [
+    "tests.support.artifacts",
+    "tests.support.cluster_fixtures",
+    "tests.support.own_pool",
+    "tests.support.pool_fixtures",
+    "tests.support.prefect_fixtures",
+    "tests.support.wire",
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -25,15 +25,12 @@ from tests.support.own_pool import (
     in_pool,
     keeper_tree,
     keeper_with,
-    own,
     start_cluster,
     until,
 )
 from tests.support.pool_fixtures import living
 
 pytestmark = pytest.mark.daemons
-
-__all__ = ["own"]  # a fixture
 
 
 @pytest.mark.parametrize("name", ["condor", "gateway", "proxy"])

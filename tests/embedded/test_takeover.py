@@ -20,13 +20,11 @@ from prefect_htcdask.embedded.state import StateDirectory
 from prefect_htcdask.gateway.endpoints import Endpoints
 from prefect_htcdask.settings import EmbeddedSettings
 from prefect_htcdask.supervisor.gateway_http import EmbeddedAuth
-from tests.support.own_pool import COUNT_JOBS, in_pool, keeper_with, own, start_cluster, until
+from tests.support.own_pool import COUNT_JOBS, in_pool, keeper_with, start_cluster, until
 from tests.support.stranger import stranger
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.daemons
-
-__all__ = ["own"]  # a fixture
 
 TAKEN = """
 from prefect_htcdask.embedded import gateway_server

@@ -22,9 +22,7 @@ from prefect_htcdask.runner.submit import large_states
 from tests.support.marked_tasks import after, gated, history, marked, runs
 from tests.support.this_flow import client_of_this_flow, run_of_this_flow
 from tests.support.waiting import wait_until
-from tests.support.wire import PATIENCE, Wire, nothing_is_kept, pool, wire
-
-__all__ = ["pool", "wire"]
+from tests.support.wire import PATIENCE, Wire, nothing_is_kept
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -23,9 +23,7 @@ from prefect_htcdask.runner.client import submit_buffer, task_spec
 from tests.support.marked_tasks import marked, runs
 from tests.support.this_flow import client_of_this_flow, graphs
 from tests.support.waiting import wait_until
-from tests.support.wire import PATIENCE, Wire, pool, wire
-
-__all__ = ["pool", "wire"]
+from tests.support.wire import PATIENCE, Wire
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

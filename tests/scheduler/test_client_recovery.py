@@ -13,14 +13,12 @@ from prefect_htcdask.scheduler import client_recovery
 from prefect_htcdask.scheduler.pickle_by_value import install
 from tests.support.dask_cluster import dask_cluster, gate
 from tests.support.waiting import wait_until
-from tests.support.wire import PATIENCE, Wire, nothing_is_kept, pool
-
-__all__ = ["pool"]
+from tests.support.wire import PATIENCE, Wire, nothing_is_kept
 
 
-def test_work_is_kept_for_a_time_only_and_for_those_who_asked(pool: distributed.LocalCluster) -> None:
+def test_work_is_kept_for_a_time_only_and_for_those_who_asked(dask_pool: distributed.LocalCluster) -> None:
     """A flow's process that is killed leaves its tasks in a warm pool no longer than that."""
-    scheduler: Any = pool.scheduler
+    scheduler: Any = dask_pool.scheduler
 
     def future_of(client: distributed.Client) -> distributed.Future[Any]:
         future = client.submit(max, [1, len(str(client.id))], pure=False)
@@ -32,8 +30,8 @@ def test_work_is_kept_for_a_time_only_and_for_those_who_asked(pool: distributed.
         cast(Any, client).loop.add_callback(cast(Any, client).scheduler_comm.abort)
 
     with (
-        distributed.Client(pool, set_as_default=False) as asked,
-        distributed.Client(pool, set_as_default=False) as not_,
+        distributed.Client(dask_pool, set_as_default=False) as asked,
+        distributed.Client(dask_pool, set_as_default=False) as not_,
     ):
         install(asked, client_recovery.ClientRecoveryPlugin())
         asked.sync(cast(Any, asked).scheduler.htcdask_keep, client=asked.id, seconds=2)

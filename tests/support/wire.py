@@ -89,7 +89,7 @@ class Wire:
 
 
 @pytest.fixture
-def pool() -> Iterator[distributed.LocalCluster]:
+def dask_pool() -> Iterator[distributed.LocalCluster]:
     """Two workers of one thread, whose own connections to the scheduler nobody touches."""
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
@@ -98,9 +98,9 @@ def pool() -> Iterator[distributed.LocalCluster]:
 
 
 @pytest.fixture
-def wire(pool: distributed.LocalCluster) -> Iterator[Wire]:
+def wire(dask_pool: distributed.LocalCluster) -> Iterator[Wire]:
     """What lies between the flow's process and the scheduler."""
-    with closing(Wire(pool.scheduler)) as made:
+    with closing(Wire(dask_pool.scheduler)) as made:
         yield made
 
 

@@ -19,10 +19,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 
 from prefect_htcdask.runner.ui.artifacts import Artifacts
 from prefect_htcdask.utils.prefect_client import open_async_client, open_client, prefect_api
-from tests.support.artifacts import artifacts_of, flow_run_id, message
+from tests.support.artifacts import artifacts_of, message
 from tests.support.waiting import wait_until
-
-__all__ = ["flow_run_id"]
 
 SERVER_KEEPS = 5.0
 """Seconds for which uvicorn keeps an idle connection (``timeout_keep_alive``)."""
