@@ -125,8 +125,6 @@ def _configure(wanted: FlowLogging, before: FlowLogging) -> None:
     """Make the handlers; where they cannot be made here, those that there are stay."""
     from prefect.logging.configuration import PROCESS_LOGGING_CONFIG
 
-    from prefect_htcdask.worker.console import without_highlighting
-
     try:
         # The worker's own loggers and Dask's stay, whatever the flow's process does with its own.
         logging.config.dictConfig(
@@ -149,7 +147,6 @@ def _configure(wanted: FlowLogging, before: FlowLogging) -> None:
         left.propagate = True
     PROCESS_LOGGING_CONFIG.clear()
     PROCESS_LOGGING_CONFIG.update(wanted.config, incremental=False)
-    without_highlighting()
 
 
 def _host() -> str:

@@ -1,61 +1,25 @@
-"""What a worker job's process asks of its kernel, its interpreter and Dask, as one that has many small tasks to do."""
+"""What a worker job's process asks of its interpreter and of Dask, as one that has many small tasks to do."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import platform
-import struct
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-SLICE = 0.05
-"""Seconds that a worker asks to run for at a time, where others wait for the core, too."""
 
 TICK = ("20ms", "100ms")
 """How often Dask looks how late its event loop is: by default, and in our workers."""
 
 
-def be_a_batch_process() -> None:
-    """Have the kernel schedule this process, and what it starts, as a batch job: it wakes without interrupting others.
+def log_without_colours() -> None:
+    """Have Prefect not look for words to colour in what this process logs, which goes to a file.
 
-    A Dask worker wakes for every message. Where there are more of them than cores, each then drives another one out of
-    the core's caches, and a no-op task run takes an eighth more CPU time. Neither the nice value nor the share of
-    the cores is affected. A job that its site has given another policy keeps that.
+    For each record, it would try a dozen regular expressions, a twentieth of a no-op task run's CPU time. A flow whose
+    own `PREFECT_LOGGING_COLORS` is set has it on its workers too. Called before Prefect is imported.
 
-    It also asks for slices of `SLICE`: where there are more workers than cores, the kernel's own of 1 to 3 ms have each
-    find the caches full of another one's data after every task run, for another sixth of CPU time.
-
-    Source: sched(7), "SCHED_BATCH: Scheduling batch processes".
+    Source: prefect.logging.handlers, `PrefectConsoleHandler`.
     """
-    with suppress(AttributeError, OSError):  # another system than Linux, or one whose sandbox forbids it
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-            _ask_for_slices(SLICE)
-
-
-_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "ppc64le": 355}
-"""The system call's number, by machine: glibc has a function of that name since 2.41 only, and Python has none."""
-
-_SCHED_ATTR = struct.Struct("=IIQiIQQQ")
-"""`struct sched_attr`: size, policy, flags, nice value, priority, runtime, deadline and period."""
-
-
-def _ask_for_slices(seconds: float) -> None:
-    """Ask the kernel to let this thread, and what it starts, run for that long before another one has its turn.
-
-    Of the cores it gets the same share as before, and a process that wakes with a shorter slice does not wait for its
-    end. Kernels before 6.12 take no notice, and so do those that know no such call.
-
-    Source: Linux 6.12, "sched/eevdf: Use sched_attr::sched_runtime to set request/slice suggestion": 0.1 to 100 ms.
-    """
-    if (number := _SCHED_SETATTR.get(platform.machine())) is None:
-        return
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_BATCH, 0, nice, 0, round(1e9 * seconds), 0, 0)
-    ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.c_int(0), attributes, ctypes.c_uint(0))
+    os.environ.setdefault("PREFECT_LOGGING_COLORS", "false")
 
 
 def collect_seldom() -> None:

@@ -178,12 +178,10 @@ async def dask_setup(worker: Worker) -> None:
 
     import prefect_htcdask.worker.engine  # noqa: F401
     from prefect_htcdask.worker.api_log_handler import relay
-    from prefect_htcdask.worker.console import without_highlighting
     from prefect_htcdask.worker.prefect_services import keep_trying, send_in_batches
 
     keep_trying()
     send_in_batches(EventsWorker, APILogWorker)
-    without_highlighting()
     # What has been imported by now stays: no later collection has to look at it again, for an eighth of a second each.
     gc.collect()
     gc.freeze()

@@ -418,11 +418,13 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
     import asyncio
 
     configure_dask(sandbox)
-    from prefect_htcdask.worker import graceful_shutdown, names, process
+    from prefect_htcdask.worker import names, process
 
-    process.be_a_batch_process()
+    process.log_without_colours()
     process.collect_seldom()
     process.tick_seldom()
+    from prefect_htcdask.worker import graceful_shutdown
+
     job_id, starts = job_identity()
     worker = graceful_shutdown.HTCondorWorker(
         config["scheduler_address"],

@@ -1,4 +1,4 @@
-"""What a worker asks of its kernel and its interpreter, in a process of its own."""
+"""What a worker asks of its interpreter and of Dask, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,59 +14,40 @@ import pytest
 from distributed.system_monitor import SystemMonitor
 
 from prefect_htcdask.worker import process
-from tests.support import time_slices
 
-ASKING = """
-import gc, os, subprocess, sys, threading
+COLLECTING = """
+import gc
 from prefect_htcdask.worker import process as worker_process
-from tests.support.time_slices import slice_of_this_thread
-
-before, after = (getattr(os, name) for name in sys.argv[1:])
-os.sched_setscheduler(0, before, os.sched_param(0))
-nice, thresholds = os.nice(3), gc.get_threshold()
-worker_process.be_a_batch_process()
+thresholds = gc.get_threshold()
 worker_process.collect_seldom()
-found = []
-
-def look():
-    found.append([os.sched_getscheduler(0), slice_of_this_thread()])
-
-look()
-thread = threading.Thread(target=look)
-thread.start()
-thread.join()
-child = "import os; from tests.support.time_slices import *; print([os.sched_getscheduler(0), slice_of_this_thread()])"
-found.append(eval(subprocess.run([sys.executable, "-c", child], capture_output=True).stdout))
-assert found == [[after, found[0][1]]] * 3, found
-print(found[0][1])
-assert os.nice(0) == nice
 assert all(now == 3 * then for now, then in zip(gc.get_threshold(), thresholds, strict=True))
 """
 
 
+def test_garbage_is_collected_as_seldom_as_by_dask_worker() -> None:
+    subprocess.run([sys.executable, "-c", COLLECTING], timeout=60, check=True)
+
+
+PRINTING = """
+import logging
+from prefect_htcdask.worker import process as worker_process
+
+worker_process.log_without_colours()
+import prefect.main
+print(*(type(handler.console.highlighter).__name__ for handler in logging.root.handlers))
+"""
+
+
 @pytest.mark.parametrize(
-    "before, after", [("SCHED_OTHER", "SCHED_BATCH"), ("SCHED_BATCH", "SCHED_BATCH"), ("SCHED_IDLE", "SCHED_IDLE")]
+    "asked, highlighter", [({}, "NullHighlighter"), ({"PREFECT_LOGGING_COLORS": "true"}, "PrefectConsoleHighlighter")]
 )
-def test_an_ordinary_process_becomes_a_batch_process(before: str, after: str) -> None:
-    """With the threads and processes that it starts, and with its slices; a site that gave it less still does."""
+def test_a_log_is_not_searched_for_words_to_colour(asked: dict[str, str], highlighter: str) -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_LOGGING_")}
+    environment = plain | asked
     done = subprocess.run(
-        [sys.executable, "-c", ASKING, before, after], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", PRINTING], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
-    assert done.returncode == 0, done.stderr
-    asks = before == "SCHED_OTHER" and time_slices.KNOWN
-    assert (int(done.stdout) == 1e9 * process.SLICE) == asks, done.stdout
-
-
-def test_one_that_may_not_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mock, since no sandbox that forbids the call can be had everywhere."""
-
-    def refuse(*_: object) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    process.be_a_batch_process()
-    monkeypatch.delattr(os, "sched_setscheduler")
-    process.be_a_batch_process()
+    assert done.stdout.strip() == highlighter
 
 
 @pytest.mark.parametrize("asked, ticks", [({}, 10), ({"DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "50ms"}, 20)])
