@@ -16,7 +16,7 @@ from typing import Any
 import dask
 from distributed import Scheduler
 
-from prefect_htcdask.gateway.supervisor_config import scheduler_plugin
+from prefect_htcdask.gateway.supervisor_config import scheduler_plugins
 from prefect_htcdask.scheduler.plugin import PLUGIN_NAME
 
 CALIBRATION = 200_000
@@ -84,7 +84,8 @@ async def main(mode: str) -> None:
     timed: dict[str, Timed] = {}
     clock, wrapper = clock_cost(), wrapper_cost()
     if mode != "none":
-        await scheduler.register_scheduler_plugin(scheduler_plugin(0.0, {"default": {}}), idempotent=True)
+        for name, plugin in scheduler_plugins(0.0, {"default": {}}).items():
+            await scheduler.register_scheduler_plugin(plugin, name=name, idempotent=True)
     if mode == "timed":
         plugin: Any = scheduler.plugins[PLUGIN_NAME]
         plugin.transition = timed["transition"] = Timed(plugin.transition)

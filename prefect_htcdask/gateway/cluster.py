@@ -21,11 +21,10 @@ from prefect_htcdask.gateway.run_directory import cluster_directory, record_clus
 from prefect_htcdask.gateway.scale_requests import adapt_request, hold_request, scale_request, worker_count
 from prefect_htcdask.gateway.supervisor_config import (
     gateway_access,
-    scheduler_plugin,
+    scheduler_plugins,
     start_supervisor,
     supervisor_config,
 )
-from prefect_htcdask.scheduler.plugin import PLUGIN_NAME
 from prefect_htcdask.scheduler.worker_groups import OFFERS_METADATA
 from prefect_htcdask.settings import HTCDaskSettings, WorkerSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
@@ -263,13 +262,13 @@ class HTCGatewayCluster(GatewayCluster):
         return start_supervisor(self.settings, self.parts.schedd, self.specs, self._take_message)
 
     async def _give_workers_to_supervisor(self) -> None:
-        """Install the scheduler plugin, then hand the cluster over."""
+        """Install the scheduler's plugins, then hand the cluster over."""
         assert self._supervisor is not None
         await in_thread(self._supervisor.wait_checked)
         offers = worker_offers(self.settings)
         lease = self.settings.lease
-        plugin = scheduler_plugin(lease.duration, offers, lease.scheduler_duration)
-        await self.scheduler_comm.register_scheduler_plugin(plugin=plugin, name=PLUGIN_NAME, idempotent=True)
+        for name, plugin in scheduler_plugins(lease.duration, offers, lease.scheduler_duration).items():
+            await self.scheduler_comm.register_scheduler_plugin(plugin=plugin, name=name, idempotent=True)
         plan = supervisor_config(
             self,
             specs=self.specs,

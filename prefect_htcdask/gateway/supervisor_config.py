@@ -18,6 +18,7 @@ from prefect_htcdask.condor.submit_description import FlowRunTag, WorkerSpec
 from prefect_htcdask.gateway.checks import local_versions
 from prefect_htcdask.gateway.run_directory import early_log, prune
 from prefect_htcdask.scheduler import plugin as demand_module
+from prefect_htcdask.scheduler import worker_loss
 from prefect_htcdask.scheduler.pickle_by_value import pickled_by_value
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.settings.report import ReportSettings
@@ -54,22 +55,22 @@ def start_supervisor(
     return SupervisorHandle(Preflight(schedd=schedd, groups=specs), logs, pass_on)
 
 
-def scheduler_plugin(
+def scheduler_plugins(
     lease: float,
     offers: Mapping[str, Mapping[str, float]] | None = None,
     scheduler_lease: float | None = None,
-) -> bytes:
-    """The scheduler's plugin, pickled by value: the scheduler's image needs nothing of ours.
+) -> dict[str, bytes]:
+    """The scheduler's plugins by name, pickled by value: the scheduler's image needs nothing of ours.
 
     Args:
         lease: seconds that a supervisor owns the cluster without a renewal.
         offers: the Dask resources that one worker of each group offers; `None`: one group that all tasks belong to.
         scheduler_lease: seconds that the cluster lives without one; `lease` by default.
     """
-    modules = [importlib.import_module(name) for name in demand_module.BY_VALUE_MODULES]
+    modules = [worker_loss, *(importlib.import_module(name) for name in demand_module.BY_VALUE_MODULES)]
+    plugins = worker_loss.WorkerLossPlugin(), demand_module.DemandPlugin(lease, offers, scheduler_lease)
     with pickled_by_value(modules):
-        plugin: bytes = cloudpickle.dumps(demand_module.DemandPlugin(lease, offers, scheduler_lease))
-    return plugin
+        return {plugin.name: cloudpickle.dumps(plugin) for plugin in plugins}
 
 
 def gateway_access(cluster: GatewayCluster) -> GatewayAccess:

@@ -18,8 +18,8 @@ from prefect_htcdask.runner.preflight import check_api_reachable, warn_of_local_
 from prefect_htcdask.runner.submit import source_code
 from prefect_htcdask.runner.ui.console import StartConsole, log_console
 from prefect_htcdask.scheduler.client_recovery import ClientRecoveryPlugin
-from prefect_htcdask.scheduler.lost_tasks import LostTasksPlugin
 from prefect_htcdask.scheduler.pickle_by_value import install
+from prefect_htcdask.scheduler.worker_loss import WorkerLossPlugin
 from prefect_htcdask.settings import CodeSettings, HTCDaskSettings
 from prefect_htcdask.utils.api_identity import current_api
 from prefect_htcdask.worker import code_plugin
@@ -88,7 +88,7 @@ def open_run(runner: RunnerOptions, key: str, context: FlowRunContext | None) ->
         client = undo.enter_context(ReconnectingClient(target, **options))
         flow = context.flow if context is not None else None
         _send_code(client, flow, runner.code.data_files, with_package=cluster is None)
-        install(client, LostTasksPlugin())
+        install(client, WorkerLossPlugin())
         install(client, ClientRecoveryPlugin())
         if client.dashboard_link:
             logger.info("The Dask dashboard is available at %s", client.dashboard_link)

@@ -3,12 +3,9 @@
 Dask forgets what a client wanted as soon as its connection is closed, though the tasks run on and the client is about
 to connect again (distributed, `Scheduler.remove_client`). Here another client stands in for it meanwhile, one without a
 connection, as Dask's own queues and variables have them. A client asks for that, and takes its leave when it closes.
+Workers that are lost at the same time are held against no task: it tells the plugin of `worker_loss`, if that is there.
 
-What breaks a client's connection, such as the end of a gateway's proxy, may break those of all workers with it, one
-after the other. Then a task may be handed from one to the next, and be taken for what kills them (`KilledWorker`). So
-what a lost worker says against its tasks counts only once it is seen that no client was lost at the same time.
-
-It travels by value to the scheduler: it imports nothing of this package.
+It travels by value to the scheduler: of this package it imports a name only.
 """
 
 from __future__ import annotations
@@ -20,12 +17,10 @@ from typing import Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 
+from prefect_htcdask.scheduler.worker_loss import WORKER_LOSS
+
 KEEP, RESUME, LEAVE = "htcdask_keep", "htcdask_resume", "htcdask-leave"
 """Names of the scheduler's handlers: two that are asked, and one of the stream from a client."""
-
-
-AT_ONCE = 1.0
-"""Seconds between the losses of connections that are taken to have the same cause."""
 
 
 class ClientRecoveryPlugin(SchedulerPlugin):
@@ -38,8 +33,6 @@ class ClientRecoveryPlugin(SchedulerPlugin):
         self.scheduler: Any = None
         self.seconds: dict[str, float] = {}
         self.timers: dict[str, Any] = {}
-        self.client_lost = -AT_ONCE
-        self.marked: dict[str, list[tuple[Any, int]]] = {}
 
     async def start(self, scheduler: Any) -> None:
         """Take requests."""
@@ -57,33 +50,17 @@ class ClientRecoveryPlugin(SchedulerPlugin):
         self.seconds.pop(client, None)
 
     def log_event(self, topic: str, msg: Any) -> None:
-        """Hear of losses, before the scheduler hands on what a worker had, or forgets what a client wanted."""
-        if topic != "all" or not isinstance(msg, dict):
-            return
-        if msg.get("action") == "remove-client":
+        """Hear of the loss of a client before the scheduler forgets what it wanted."""
+        if topic == "all" and isinstance(msg, dict) and msg.get("action") == "remove-client":
             self.on_client_lost(msg["client"])
-        elif msg.get("action") == "remove-worker" and not msg["expected"]:
-            tasks = [self.scheduler.tasks[key] for key in msg["processing-tasks"] if key in self.scheduler.tasks]
-            self.marked[msg["worker"]] = [(task, task.suspicious) for task in tasks]
-
-    def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
-        """Take the marks of a lost worker back for a moment, those that others have not taken back already."""
-        marked = [task for task, marks in self.marked.pop(worker, []) if 0 < task.suspicious == marks]
-        if marked:
-            add_marks(marked, -1)
-            asyncio.get_running_loop().call_later(AT_ONCE, self.judge, marked, time.monotonic())
-
-    def judge(self, marked: list[Any], lost_at: float) -> None:
-        """A lost worker's marks stay, unless a client was lost at the same time."""
-        if abs(self.client_lost - lost_at) > AT_ONCE:
-            add_marks((task for task in marked if self.scheduler.tasks.get(task.key) is task), 1)
 
     def on_client_lost(self, client: str) -> None:
         """Stand in for it."""
         state = self.scheduler.clients.get(client)
         if client not in self.seconds or state is None:
             return
-        self.client_lost = time.monotonic()
+        if (worker_loss := self.scheduler.plugins.get(WORKER_LOSS)) is not None:
+            worker_loss.client_lost()
         keys = [task.key for task in state.wants_what]
         self.scheduler.client_desires_keys(keys=keys, client=placeholder_client(client))
         self.stop_timer(client)
@@ -121,13 +98,6 @@ class ClientRecoveryPlugin(SchedulerPlugin):
         timer = self.timers.pop(client, None)
         if timer is not None:
             timer.cancel()
-
-
-def add_marks(tasks: Iterable[Any], number: int) -> None:
-    """Add to the number of workers that a task is suspected to have killed."""
-    for task in tasks:
-        task.suspicious += number
-        task.prefix.suspicious += number
 
 
 def placeholder_client(client: str) -> str:

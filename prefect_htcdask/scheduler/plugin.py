@@ -21,14 +21,12 @@ from distributed.scheduler import heartbeat_interval
 from prefect_htcdask.scheduler.demand import DemandCounter
 from prefect_htcdask.scheduler.heartbeats import INTERVAL, WORKER_TTL, Heartbeats
 from prefect_htcdask.scheduler.stealing import rebalance
-from prefect_htcdask.scheduler.suspicious_tasks import SuspiciousTasks
 
 PLUGIN_NAME = "htcdask"
 WORKER_PREFIX = "htcdask-"
 
 BY_VALUE_MODULES = tuple(
-    f"{__package__}.{name}"
-    for name in ("plugin", "demand", "task_kinds", "worker_groups", "heartbeats", "stealing", "suspicious_tasks")
+    f"{__package__}.{name}" for name in ("plugin", "demand", "task_kinds", "worker_groups", "heartbeats", "stealing")
 )
 """Modules whose functions and classes are to be pickled by value with the plugin."""
 
@@ -74,7 +72,6 @@ class DemandPlugin(SchedulerPlugin):
         self.scheduler: Any = None
         self.counter: Any = None
         self.transition: Any = None
-        self.suspicions = SuspiciousTasks()
         self.task: Any = None
         self.spreading: Any = None
         self.listening: Any = None
@@ -88,18 +85,15 @@ class DemandPlugin(SchedulerPlugin):
         self.renew(time.monotonic())
         earlier = scheduler.plugins.get(PLUGIN_NAME)
         if earlier is not None:
-            for attribute in ("owner", "epoch", "request_number", "requests", "suspicions"):
+            for attribute in ("owner", "epoch", "request_number", "requests"):
                 setattr(self, attribute, getattr(earlier, attribute, getattr(self, attribute)))
             await earlier.close()
         scheduler.handlers["htcdask_demand"] = self.demand
         scheduler.handlers["htcdask_claim"] = self.claim
         scheduler.handlers["htcdask_scale"] = self.scale
         scheduler.handlers["htcdask_retire"] = self.retire
-        scheduler.handlers["htcdask_pardon"] = self.pardon
         scheduler.handlers["htcdask_alive"] = self.alive
         scheduler.handlers["htcdask_quiet"] = self.quiet
-        for address in scheduler.workers:
-            self.suspicions.add_worker(scheduler, address)
         gateway = scheduler.services.get("gateway")
         check = getattr(gateway, "check_idle_task", None)
         if check is not None:
@@ -220,10 +214,6 @@ class DemandPlugin(SchedulerPlugin):
         alive = self.owner is not None and time.monotonic() < self.expires
         return {"owner": self.owner if alive else None, "number": self.request_number}
 
-    async def pardon(self, names: list[str]) -> None:
-        """Hold the loss of these workers against no task: HTCondor took them away."""
-        self.suspicions.pardon(self.scheduler, names)
-
     async def alive(self, address: str) -> bool:
         """A worker lives, whose own process is too busy to say so; returns whether it is one of this scheduler's."""
         ws = self.scheduler.workers.get(address)
@@ -309,12 +299,10 @@ class DemandPlugin(SchedulerPlugin):
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         """It is idle from now."""
-        self.suspicions.add_worker(scheduler, worker)
         self.counter.last_busy[worker] = time.monotonic()
 
     def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
-        """Forget it, and hold its loss against the tasks that it had begun alone."""
-        self.suspicions.remove_worker(scheduler, worker)
+        """Forget it."""
         self.counter.last_busy.pop(worker, None)
 
     def restart(self, scheduler: Any) -> None:

@@ -19,7 +19,7 @@ import cloudpickle
 from distributed import get_worker
 from distributed.utils import sync
 
-from prefect_htcdask.scheduler.lost_tasks import LOST_ANNOTATION
+from prefect_htcdask.scheduler.worker_loss import LOST_ANNOTATION
 
 TOPIC = "htcdask-recall"
 """Start of the name of the scheduler's topic for a live run's questions; the run's id follows."""
@@ -36,7 +36,7 @@ logger = logging.getLogger("prefect_htcdask.worker.rerun")
 
 
 def loss_of_this_task() -> Mapping[str, Any] | None:
-    """The mark that `LostTasksPlugin` left on the Dask task that this thread runs, if it did."""
+    """The mark that `WorkerLossPlugin` left on the Dask task that this thread runs, if it did."""
     worker = get_worker()
     task = worker.state.tasks.get(worker.get_current_task())
     return (task.annotations or {}).get(LOST_ANNOTATION) if task is not None else None

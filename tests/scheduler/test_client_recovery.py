@@ -11,6 +11,7 @@ import distributed
 
 from prefect_htcdask.scheduler import client_recovery
 from prefect_htcdask.scheduler.pickle_by_value import install
+from prefect_htcdask.scheduler.worker_loss import AT_ONCE, WorkerLossPlugin
 from tests.support.dask_cluster import dask_cluster, gate
 from tests.support.waiting import wait_until
 from tests.support.wire import PATIENCE, Wire, nothing_is_kept
@@ -58,7 +59,8 @@ def test_tasks_are_not_blamed_for_workers_that_were_lost_with_the_client() -> No
     async def losing() -> list[tuple[str, int]]:
         async with dask_cluster() as cluster:
             scheduler: Any = cluster.scheduler
-            await scheduler.register_scheduler_plugin(client_recovery.ClientRecoveryPlugin(), idempotent=True)
+            for plugin in (WorkerLossPlugin(), client_recovery.ClientRecoveryPlugin()):
+                await scheduler.register_scheduler_plugin(plugin, idempotent=True)
             with closing(Wire(scheduler)) as wire:
                 for number in range(16):
                     cluster.workers.append(
@@ -73,7 +75,7 @@ def test_tasks_are_not_blamed_for_workers_that_were_lost_with_the_client() -> No
                     )
                     wire.cut()
                     await cluster.until(lambda: not scheduler.workers, "all workers are lost")
-                    await asyncio.sleep(2 * client_recovery.AT_ONCE)
+                    await asyncio.sleep(2 * AT_ONCE)
                     found = [(task.state, task.suspicious) for task in scheduler.tasks.values()]
                     gate(0).set()
                     del futures
@@ -86,14 +88,15 @@ def test_tasks_are_blamed_for_a_worker_that_is_lost_alone() -> None:
     async def losing() -> list[int]:
         async with dask_cluster() as cluster:
             scheduler: Any = cluster.scheduler
-            await scheduler.register_scheduler_plugin(client_recovery.ClientRecoveryPlugin(), idempotent=True)
+            for plugin in (WorkerLossPlugin(), client_recovery.ClientRecoveryPlugin()):
+                await scheduler.register_scheduler_plugin(plugin, idempotent=True)
             worker = await cluster.add_worker()
             future = cluster.client.submit(wait_at_gate, 1, key="wait-1")
             await cluster.until(lambda: scheduler.workers[worker.address].processing, "it is at work")
             scheduler.stream_comms[worker.address].abort()
             await cluster.until(lambda: not scheduler.workers, "the worker is lost")
             await cluster.until(lambda: scheduler.tasks["wait-1"].suspicious, "it is blamed")
-            await asyncio.sleep(client_recovery.AT_ONCE)
+            await asyncio.sleep(AT_ONCE)
             gate(0).set()
             assert future.key == "wait-1"
             return [task.suspicious for task in scheduler.tasks.values()]

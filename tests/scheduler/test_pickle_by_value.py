@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
-from prefect_htcdask.gateway.supervisor_config import scheduler_plugin
+from prefect_htcdask.gateway.supervisor_config import scheduler_plugins
 
 ELSEWHERE = '''
-import asyncio, importlib.abc, json, sys
+import asyncio, importlib.abc, json, pickle, sys
 
 class Missing(importlib.abc.MetaPathFinder):
     """A package that is not installed."""
@@ -30,13 +31,13 @@ async def main():
         pass
     else:
         sys.exit("the package can be imported here, so that this tests nothing")
-    with open(sys.argv[1], "rb") as file:
-        plugin = file.read()
+    plugins = pickle.load(open(sys.argv[1], "rb"))
     async with (
         Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0", dashboard=False) as scheduler,
         rpc(scheduler.address) as remote,
     ):
-        await remote.register_scheduler_plugin(plugin=plugin, name="htcdask", idempotent=True)
+        for name, plugin in plugins.items():
+            await remote.register_scheduler_plugin(plugin=plugin, name=name, idempotent=True)
         granted = await remote.htcdask_claim(owner="test")
         async with Client(scheduler.address, asynchronous=True, set_as_default=False) as client:
             waiting = [client.submit(abs, 1, resources={"GPU": 1}, pure=False) for _ in range(3)]
@@ -54,6 +55,7 @@ async def main():
                 while scheduler.tasks:
                     await asyncio.sleep(0.01)
                 retired = await remote.htcdask_retire(names=["htcdask-1.0"], idle_only=True)
+                await remote.htcdask_pardon(names=["htcdask-1.0-0"])
         recounts = scheduler.plugins["htcdask"].counter.recounts
     mine = sorted(name for name in sys.modules if name.startswith("prefect"))
     print(json.dumps([before, result, wish, after, retired, recounts, mine]))
@@ -63,8 +65,8 @@ asyncio.run(main())
 
 
 def test_it_works_where_this_package_is_not(tmp_path: Path) -> None:
-    pickled = tmp_path / "plugin"
-    pickled.write_bytes(scheduler_plugin(60.0, {"cpu": {}, "gpu": {"GPU": 1}}))
+    pickled = tmp_path / "plugins"
+    pickled.write_bytes(pickle.dumps(scheduler_plugins(60.0, {"cpu": {}, "gpu": {"GPU": 1}})))
     script = tmp_path / "elsewhere.py"
     script.write_text(ELSEWHERE)
     run = subprocess.run([sys.executable, script, pickled], capture_output=True, text=True, timeout=60, cwd=tmp_path)

@@ -373,7 +373,8 @@ def test_killed_workers_are_replaced_and_their_results_kept_elsewhere(
             marks.begins("long", n)
             os.kill(int(marks.lines("long")[n - 1].split()[1]), signal.SIGKILL)
             marks.begins("long", n + 1)
-            assert client.run_on_scheduler(suspicions) == {str(long.key): n}
+            blamed = {str(long.key): n}
+            wait_until(lambda blamed=blamed: client.run_on_scheduler(suspicions) == blamed, 10, "a mark for each")
         marks.let_go("long")
         assert long.result(timeout=30) == "long"
     assert len(re.findall("ended by signal SIGKILL", texts(messages, "log"))) >= 1

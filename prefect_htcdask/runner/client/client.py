@@ -29,7 +29,7 @@ from prefect_htcdask.runner.client.submit_buffer import BufferedClient, SubmitBu
 from prefect_htcdask.runner.client.task_spec import TaskSpec, graphs, tasks_to_resubmit
 from prefect_htcdask.runner.client.uploaded_state import UploadedState
 from prefect_htcdask.scheduler.client_recovery import KEEP, LEAVE, RESUME
-from prefect_htcdask.scheduler.lost_tasks import LOST_ANNOTATION
+from prefect_htcdask.scheduler.worker_loss import LOST_ANNOTATION
 from prefect_htcdask.utils.aio import in_thread
 
 ATTEMPT = 10.0

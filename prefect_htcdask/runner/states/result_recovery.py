@@ -18,7 +18,7 @@ from distributed import Client
 
 from prefect_htcdask.runner.futures.crash_reasons import JobOutcomes
 from prefect_htcdask.runner.states.ended_task_runs import EndedTaskRuns
-from prefect_htcdask.scheduler.lost_tasks import WORKER_LOST
+from prefect_htcdask.scheduler.worker_loss import WORKER_LOST
 from prefect_htcdask.worker.metadata_cache import METADATA_ROOT
 from prefect_htcdask.worker.rerun import TOPIC
 
