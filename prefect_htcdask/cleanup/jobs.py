@@ -7,8 +7,9 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from prefect_htcdask.condor.diagnosis import SPOOLING, Category, diagnose_hold
+from prefect_htcdask.condor.diagnosis import Category, diagnose_hold
 from prefect_htcdask.condor.event_times import SERVER_TIME, by_our_clock, seconds_ahead
+from prefect_htcdask.condor.job_codes import JobState, state_of
 from prefect_htcdask.condor.submit_description import (
     API_ATTRIBUTE,
     CLUSTER_ATTRIBUTE,
@@ -22,8 +23,6 @@ from prefect_htcdask.gateway.run_directory import cluster_traces, failures_in, r
 from prefect_htcdask.scheduler.task_kinds import DEFAULT_GROUP
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor import oneshot
-
-STATES = {1: "idle", 2: "running", 3: "removed", 4: "completed", 5: "held", 6: "running", 7: "suspended"}
 
 _PROJECTION = [
     "ClusterId",
@@ -194,17 +193,15 @@ def _settings_of(group: str, groups: set[str]) -> str:
 
 
 def _worker_job(ad: dict[str, Any]) -> WorkerJob:
-    state, held = STATES.get(ad["JobStatus"], "unknown"), None
-    running = state == "running"
     code, subcode = (int(ad.get(name) or 0) for name in ("HoldReasonCode", "HoldReasonSubCode"))
-    if state == "held" and code == SPOOLING:
-        state = "idle"  # as soon as its input is there
-    if state == "held":
+    state, held = state_of(ad["JobStatus"], code), None
+    running = state is JobState.RUNNING
+    if state is JobState.HELD:
         group = str(ad.get(GROUP_ATTRIBUTE) or DEFAULT_GROUP)
         held = diagnose_hold(code, subcode, str(ad.get("HoldReason") or ""), _settings_of(group, {group}))
     return WorkerJob(
         job_id=f"{ad['ClusterId']}.{ad['ProcId']}",
-        state=state,
+        state=state.value,
         host=str(ad.get("RemoteHost") or ""),
         submitted=float(ad.get("QDate") or 0),
         started=float(ad["JobCurrentStartDate"]) if running and ad.get("JobCurrentStartDate") else None,

@@ -1,7 +1,6 @@
 """Why a worker does not run: from what HTCondor says to a category, a summary and what to do.
 
 Pure: from codes and counts to a `Diagnosis`. The categories are stable; automations may match on them.
-Hold codes: HTCondor manual, job ClassAd attributes, HoldReasonCode.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ import enum
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from prefect_htcdask.condor.job_codes import HoldCode
 
 
 class Category(str, enum.Enum):
@@ -58,58 +59,91 @@ class Diagnosis:
         return f"{self.summary} ({self.remedy})" if self.remedy else self.summary
 
 
-SPOOLING = 16
-"""Hold code of a job whose input is still being spooled: the schedd lets it go by itself."""
-
 # `{worker}` stands for where the job's settings are.
 _HOLDS: dict[int, tuple[Category, str]] = {
-    1: (Category.HELD_BY_USER, "someone held it: condor_release lets it go on"),
-    3: (
+    HoldCode.USER_REQUEST: (Category.HELD_BY_USER, "someone held it: condor_release lets it go on"),
+    HoldCode.JOB_POLICY: (
         Category.HELD_POLICY,
         "its own PERIODIC_HOLD or a site policy held it: ask the site, or change {worker}.extra_submit",
     ),
-    5: (Category.HELD_POLICY, "a policy of its own cannot be evaluated: change {worker}.extra_submit"),
-    6: (
+    HoldCode.JOB_POLICY_UNDEFINED: (
+        Category.HELD_POLICY,
+        "a policy of its own cannot be evaluated: change {worker}.extra_submit",
+    ),
+    HoldCode.FAILED_TO_CREATE_PROCESS: (
         Category.HELD_EXECUTABLE,
         "the execute host could not start it: check {worker}.python and {worker}.container_image",
     ),
-    7: (Category.HELD_TRANSFER, "output files did not come back: is there room on this host?"),
-    8: (Category.HELD_TRANSFER, "its input cannot be opened: is condor.directory readable by the schedd?"),
-    12: (
+    HoldCode.UNABLE_TO_OPEN_OUTPUT: (
+        Category.HELD_TRANSFER,
+        "output files did not come back: is there room on this host?",
+    ),
+    HoldCode.UNABLE_TO_OPEN_INPUT: (
+        Category.HELD_TRANSFER,
+        "its input cannot be opened: is condor.directory readable by the schedd?",
+    ),
+    HoldCode.TRANSFER_OUTPUT_ERROR: (
         Category.HELD_TRANSFER,
         "files could not be brought back: is this host's staging directory writable by the schedd?",
     ),
-    13: (
+    HoldCode.TRANSFER_INPUT_ERROR: (
         Category.HELD_TRANSFER,
         "input files could not be read: set condor.spool where the schedd cannot read this host's files",
     ),
-    14: (Category.HELD_TRANSFER, "its initial directory does not exist on the schedd: set condor.spool"),
-    SPOOLING: (Category.HELD_TRANSFER, "its input is still being spooled"),
-    19: (Category.HELD_POLICY, "a hook of the execute host held it: ask the site"),
-    21: (
+    HoldCode.IWD_ERROR: (
+        Category.HELD_TRANSFER,
+        "its initial directory does not exist on the schedd: set condor.spool",
+    ),
+    HoldCode.SPOOLING_INPUT: (Category.HELD_TRANSFER, "its input is still being spooled"),
+    HoldCode.HOOK_PREPARE_JOB_FAILURE: (Category.HELD_POLICY, "a hook of the execute host held it: ask the site"),
+    HoldCode.STARTD_HELD_JOB: (
         Category.HELD_POLICY,
         "the execute host's WANT_HOLD policy held it: ask the site, or ask for more resources",
     ),
-    22: (Category.HELD_TRANSFER, "its event log cannot be written: is condor.directory writable by the schedd?"),
-    26: (Category.HELD_POLICY, "a system policy held it: ask the site, or ask for more resources"),
-    27: (Category.HELD_POLICY, "a system policy cannot be evaluated: ask the site"),
-    32: (Category.HELD_TRANSFER, "its input is larger than the pool allows: ask the site"),
-    33: (Category.HELD_TRANSFER, "its output is larger than the pool allows: ask the site"),
-    34: (Category.HELD_MEMORY, "it used more memory than it asked for: raise {worker}.memory"),
-    35: (Category.HELD_CONTAINER, "the container image could not be run: check {worker}.container_image"),
-    45: (Category.HELD_CONTAINER, "the execute host's container test failed: check {worker}.container_image"),
-    46: (Category.HELD_POLICY, "it ran longer than allowed: set {worker}.lifetime below the pool's limit"),
-    47: (Category.HELD_POLICY, "it ran longer than allowed: set {worker}.lifetime below the pool's limit"),
-    48: (Category.HELD_POLICY, "a hook of the schedd held it: ask the site"),
+    HoldCode.UNABLE_TO_INIT_USER_LOG: (
+        Category.HELD_TRANSFER,
+        "its event log cannot be written: is condor.directory writable by the schedd?",
+    ),
+    HoldCode.SYSTEM_POLICY: (Category.HELD_POLICY, "a system policy held it: ask the site, or ask for more resources"),
+    HoldCode.SYSTEM_POLICY_UNDEFINED: (Category.HELD_POLICY, "a system policy cannot be evaluated: ask the site"),
+    HoldCode.MAX_TRANSFER_INPUT_SIZE_EXCEEDED: (
+        Category.HELD_TRANSFER,
+        "its input is larger than the pool allows: ask the site",
+    ),
+    HoldCode.MAX_TRANSFER_OUTPUT_SIZE_EXCEEDED: (
+        Category.HELD_TRANSFER,
+        "its output is larger than the pool allows: ask the site",
+    ),
+    HoldCode.JOB_OUT_OF_RESOURCES: (
+        Category.HELD_MEMORY,
+        "it used more memory than it asked for: raise {worker}.memory",
+    ),
+    HoldCode.INVALID_DOCKER_IMAGE: (
+        Category.HELD_CONTAINER,
+        "the container image could not be run: check {worker}.container_image",
+    ),
+    HoldCode.FAILED_TO_RUN_CONTAINER_TEST: (
+        Category.HELD_CONTAINER,
+        "the execute host's container test failed: check {worker}.container_image",
+    ),
+    HoldCode.JOB_DURATION_EXCEEDED: (
+        Category.HELD_POLICY,
+        "it ran longer than allowed: set {worker}.lifetime below the pool's limit",
+    ),
+    HoldCode.JOB_EXECUTE_EXCEEDED: (
+        Category.HELD_POLICY,
+        "it ran longer than allowed: set {worker}.lifetime below the pool's limit",
+    ),
+    HoldCode.HOOK_SHADOW_PREPARE_JOB_FAILURE: (Category.HELD_POLICY, "a hook of the schedd held it: ask the site"),
 }
 
 
 # By code and subcode, where the subcode tells more: 102 and 104 are those of HTCondor's own limits of memory and disk.
 _MEMORY, _DISK = 102, 104
 _LIMITS: dict[tuple[int, int], tuple[Category, str]] = {
-    (21, _MEMORY): _HOLDS[34],
+    (HoldCode.STARTD_HELD_JOB, _MEMORY): _HOLDS[HoldCode.JOB_OUT_OF_RESOURCES],
     **dict.fromkeys(
-        [(21, _DISK), (34, _DISK)],
+        [(HoldCode.STARTD_HELD_JOB, _DISK), (HoldCode.JOB_OUT_OF_RESOURCES, _DISK)],
         (Category.DISK_FULL, "it used more disk than it asked for: raise {worker}.disk, or keep less data in it"),
     ),
 }

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,19 +15,9 @@ from typing import Any, Protocol
 
 import htcondor2
 
-from prefect_htcdask.condor.diagnosis import SPOOLING
 from prefect_htcdask.condor.event_times import SERVER_TIME, EventTimes, by_our_clock, seconds_ahead
+from prefect_htcdask.condor.job_codes import HoldCode, JobState, JobStatus
 from prefect_htcdask.condor.schedd import ScheddClient, ScheddError
-
-
-class JobState(str, enum.Enum):
-    """Where a job stands. Everything but the last two is in the queue."""
-
-    IDLE = "idle"
-    RUNNING = "running"
-    HELD = "held"
-    REMOVED = "removed"
-    EXITED = "exited"
 
 
 @dataclass
@@ -124,7 +113,7 @@ def apply(table: JobTable, event: str, job_id: str, when: float, data: Mapping[s
     before = record.state
     if not record.in_queue:
         return None
-    if event == "JOB_HELD" and int(data.get("HoldReasonCode") or 0) == SPOOLING:
+    if event == "JOB_HELD" and int(data.get("HoldReasonCode") or 0) == HoldCode.SPOOLING_INPUT:
         return None
     if event in _RUN_ENDS and before is JobState.RUNNING and record.started is not None:
         record.run_seconds += max(0.0, when - record.started)
@@ -329,14 +318,14 @@ class EventLogReader:
             log.close()
 
 
-_STATUS = {
-    1: "RELEASED_OR_IDLE",
-    2: "EXECUTE",
-    3: "JOB_ABORTED",
-    4: "JOB_TERMINATED",
-    5: "JOB_HELD",
-    6: "EXECUTE",
-    7: "EXECUTE",
+_STATUS: dict[int, str] = {
+    JobStatus.IDLE: "RELEASED_OR_IDLE",
+    JobStatus.RUNNING: "EXECUTE",
+    JobStatus.REMOVED: "JOB_ABORTED",
+    JobStatus.COMPLETED: "JOB_TERMINATED",
+    JobStatus.HELD: "JOB_HELD",
+    JobStatus.TRANSFERRING_OUTPUT: "EXECUTE",
+    JobStatus.SUSPENDED: "EXECUTE",
 }
 _PROJECTION = [
     "ClusterId",
@@ -445,7 +434,7 @@ class QueueReader:
             self._ahead = seconds_ahead(float(ads[0][SERVER_TIME]), asked, time.time())
         queued = self._by_job(ads)
         gone = {record.job_id for record in table.records.values() if record.in_queue} - queued.keys()
-        lost = {"JobStatus": 3, "RemoveReason": "no longer in the queue, nor in the history"}
+        lost = {"JobStatus": JobStatus.REMOVED, "RemoveReason": "no longer in the queue, nor in the history"}
         past = self._by_job(self._schedd.history(self._constraint, _PROJECTION)) if gone else {}
         return queued, {job_id: past.get(job_id, lost) for job_id in gone}
 
@@ -529,7 +518,8 @@ class DoubtingReader:
         queued, ended = self._queue.look(table)
         if not self._at_once:
             # A removed or completed job is in the queue until its worker has ended, and the log tells of that.
-            queued = {job_id: ad for job_id, ad in queued.items() if ad.get("JobStatus") not in (3, 4)}
+            leaving = JobStatus.REMOVED, JobStatus.COMPLETED
+            queued = {job_id: ad for job_id, ad in queued.items() if ad.get("JobStatus") not in leaving}
         ads = {**queued, **ended}
         untold = {job_id: events for job_id, ad in ads.items() if (events := _steps(table.records.get(job_id), ad))}
         sure = untold if self._at_once else {job: what for job, what in untold.items() if self._untold.get(job) == what}

@@ -16,6 +16,7 @@ from typing import Any
 from prefect_htcdask.condor import own_files
 from prefect_htcdask.condor.own_files import Known, OwnDirectory
 from prefect_htcdask.condor.submit_description import JobFiles
+from prefect_htcdask.utils.private_file import write_private
 from prefect_htcdask.worker import start
 
 _START_SCRIPT = "htcdask_worker.py"
@@ -178,14 +179,6 @@ class RunDirectory:
         text = _STARTED.split(text)[-1]
         whole = text.splitlines()[1:] if size > _TAIL else text.splitlines()
         return [line for line in whole if line.strip()][-lines:]
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, from its first byte on."""
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(text)
 
 
 def zip_package(target: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from prefect_htcdask.condor.staging import write_private
+from prefect_htcdask.utils.private_file import write_private
 
 _PREFIX = "htcdask-token-"
 _TOKEN = "token"

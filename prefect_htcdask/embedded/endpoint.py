@@ -27,7 +27,8 @@ from prefect_htcdask.embedded.orphans import end_leftovers
 from prefect_htcdask.embedded.pool import pool_user
 from prefect_htcdask.embedded.pool_query import query_pool
 from prefect_htcdask.embedded.progress import Progress
-from prefect_htcdask.embedded.state import Process, State, StateDirectory, write_private
+from prefect_htcdask.embedded.state import Process, State, StateDirectory
+from prefect_htcdask.utils.private_file import write_private
 
 if TYPE_CHECKING:
     from prefect_htcdask.settings import EmbeddedSettings

@@ -22,7 +22,7 @@ from typing import Any
 from prefect_htcdask.embedded.errors import EmbeddedError
 from prefect_htcdask.embedded.listeners import check_embedded_gateway
 from prefect_htcdask.embedded.ports import free_port, listening_socket
-from prefect_htcdask.embedded.state import write_private
+from prefect_htcdask.utils.private_file import write_private
 
 _CONFIG = '''\
 """Configuration of the embedded Dask Gateway. Generated; it holds secrets."""

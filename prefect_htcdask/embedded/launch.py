@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect_htcdask.embedded.condor_binaries import CondorBinaries
-from prefect_htcdask.embedded.state import StateDirectory, write_private
+from prefect_htcdask.embedded.state import StateDirectory
+from prefect_htcdask.utils.private_file import write_private
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from prefect_htcdask.embedded.errors import EmbeddedError
+from prefect_htcdask.utils.private_file import write_private
 
 APPLICATION = "prefect-htcdask"
 
@@ -206,15 +206,3 @@ class StateDirectory:
     def keeper_lock(self) -> FileLock:
         """Held by the keeper for its life."""
         return FileLock(self.path / "keeper.lock", timeout=0)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file of mode 0600 whole or not at all."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -23,6 +23,7 @@ from prefect_htcdask.condor.staging import EVENT_LOG, FAILURES_FILE, LOGS, STAGE
 from prefect_htcdask.condor.submit_description import FlowRunTag, cluster_digest
 from prefect_htcdask.settings import HTCDaskSettings
 from prefect_htcdask.supervisor.report.markdown import FILES as REPORT_FILES
+from prefect_htcdask.utils.private_file import write_private
 
 logger = logging.getLogger(__name__)
 
@@ -186,11 +187,7 @@ def record_cluster(directory: Path, flow_run: FlowRunTag, *, lease: float) -> No
         pid=os.getpid(),
         started=psutil.Process().create_time(),
     )
-    temporary = directory / f".{_RECORD}.{os.getpid()}"
-    descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        json.dump(asdict(record), stream)
-    temporary.replace(directory / _RECORD)
+    write_private(directory / _RECORD, json.dumps(asdict(record)))
 
 
 def cluster_traces(settings: HTCDaskSettings, since: float) -> list[ClusterTrace]:

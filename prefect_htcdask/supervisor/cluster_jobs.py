@@ -7,10 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from prefect_htcdask.condor.job_codes import JobStatus
 from prefect_htcdask.condor.schedd import ScheddClient
-
-REMOVED = 3
-"""JobStatus of a job that is being removed."""
 
 
 class ClusterJobs:
@@ -57,7 +55,7 @@ class ClusterJobs:
         Raises:
             ScheddError: the schedd did not take it.
         """
-        constraint = f"{self.constraint} && JobStatus == {REMOVED}"
+        constraint = f"{self.constraint} && JobStatus == {JobStatus.REMOVED.value}"
         count: int = await self.call(self.schedd.forget, constraint, reason)
         return count
 

@@ -14,11 +14,12 @@ from prefect_htcdask.condor.diagnosis import (
     diagnose_hold,
     diagnose_removal,
 )
-from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState
+from prefect_htcdask.condor.job_codes import HoldCode, JobState
+from prefect_htcdask.condor.job_events import JobChange, JobRecord
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.supervisor.job_message import job_message
 from prefect_htcdask.supervisor.worker_group import WorkerGroup
-from prefect_htcdask.supervisor.worker_table import HELD_BY_USER, WorkerTable
+from prefect_htcdask.supervisor.worker_table import WorkerTable
 
 
 class JobEventHandler:
@@ -51,7 +52,10 @@ class JobEventHandler:
             fate = self._take_one(change)
             if fate is not None:
                 fates.setdefault(fate, []).append(change.job_id)
-            if change.what == "held" and self._worker_table.table.records[change.job_id].hold_code != HELD_BY_USER:
+            if (
+                change.what == "held"
+                and self._worker_table.table.records[change.job_id].hold_code != HoldCode.USER_REQUEST
+            ):
                 held.append(change.job_id)
         for (level, text), job_ids in fates.items():
             jobs = ", ".join(job_ids[:3]) + (f" and {len(job_ids) - 3} more" if len(job_ids) > 3 else "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from prefect_htcdask.condor.diagnosis import Diagnosis
-from prefect_htcdask.condor.job_events import JobRecord, JobState
+from prefect_htcdask.condor.job_codes import JobState
+from prefect_htcdask.condor.job_events import JobRecord
 from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect_htcdask.condor.analyze import IdleJobs
-from prefect_htcdask.condor.job_events import DoubtingReader, EventLogReader, JobReader, JobState, QueueReader
+from prefect_htcdask.condor.job_codes import HoldCode, JobState
+from prefect_htcdask.condor.job_events import DoubtingReader, EventLogReader, JobReader, QueueReader
 from prefect_htcdask.condor.schedd import ScheddClient
 from prefect_htcdask.condor.staging import RunDirectory
 from prefect_htcdask.condor.submit_description import cluster_constraint, cluster_digest
@@ -31,7 +32,7 @@ from prefect_htcdask.supervisor.report.progress import Progress
 from prefect_htcdask.supervisor.rpc import GatewayLink, SchedulerLink
 from prefect_htcdask.supervisor.shutdown import Shutdown
 from prefect_htcdask.supervisor.worker_group import WorkerGroup, idle_job_caps
-from prefect_htcdask.supervisor.worker_table import HELD_BY_USER, WorkerTable
+from prefect_htcdask.supervisor.worker_table import WorkerTable
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class Supervisor:
         for record in self.worker_table.table.in_state(JobState.RUNNING):
             self.groups[self.worker_table.group_of(record)].started(record)
         held = self.worker_table.table.in_state(JobState.HELD)
-        self._held.update(record.job_id for record in held if record.hold_code != HELD_BY_USER)
+        self._held.update(record.job_id for record in held if record.hold_code != HoldCode.USER_REQUEST)
 
     # The loop
 

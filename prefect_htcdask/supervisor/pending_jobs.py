@@ -9,7 +9,8 @@ from typing import Any
 
 from prefect_htcdask.condor.analyze import IdleJobs
 from prefect_htcdask.condor.diagnosis import Category, Diagnosis, diagnose_never_joined
-from prefect_htcdask.condor.job_events import JobRecord, JobState
+from prefect_htcdask.condor.job_codes import JobState
+from prefect_htcdask.condor.job_events import JobRecord
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.submit_description import group_constraint
 from prefect_htcdask.supervisor.worker_group import WorkerGroup

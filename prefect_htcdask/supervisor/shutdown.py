@@ -8,9 +8,10 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from prefect_htcdask.condor.job_codes import JobStatus
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.condor.staging import RunDirectory
-from prefect_htcdask.supervisor.cluster_jobs import REMOVED, ClusterJobs
+from prefect_htcdask.supervisor.cluster_jobs import ClusterJobs
 from prefect_htcdask.supervisor.notifier import Notifier
 from prefect_htcdask.supervisor.protocol import SupervisorConfig
 from prefect_htcdask.supervisor.rpc import GatewayLink, SchedulerLink
@@ -138,7 +139,7 @@ class Shutdown:
                     if left is None:
                         await self.read_jobs(True)
                         return True
-                    if left != REMOVED:
+                    if left != JobStatus.REMOVED:
                         await self.jobs.remove("prefect_htcdask: closed")
             except ScheddError as exc:
                 logger.info("%s", exc)

@@ -12,13 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobState, JobTable
+from prefect_htcdask.condor.job_codes import HoldCode, JobState
+from prefect_htcdask.condor.job_events import JobChange, JobRecord, JobTable
 from prefect_htcdask.supervisor.policy import Demand, Supply
 from prefect_htcdask.worker.names import job_of_worker, worker_name
-
-# HoldReasonCode
-HELD_BY_USER = 1
-HELD_FOR_MEMORY = 34
 
 # Seconds until a worker that could not be retired is asked again, the first time and at most.
 _FIRST_STAY = 2.0
@@ -137,7 +134,9 @@ class Worker:
             self.wait = max(0.0, self.job.last_start - self.job.submitted)
         if self.is_leaving or self.has_joined:
             return False
-        return change.what in ("exited", "removed") or (change.what == "held" and self.job.hold_code != HELD_BY_USER)
+        return change.what in ("exited", "removed") or (
+            change.what == "held" and self.job.hold_code != HoldCode.USER_REQUEST
+        )
 
 
 @dataclass
@@ -222,7 +221,8 @@ class WorkerTable:
             for record in [self.table.records[change.job_id]]
             if record.starts
             and (
-                change.what in ("evicted", "removed") or (change.what == "held" and record.hold_code != HELD_FOR_MEMORY)
+                change.what in ("evicted", "removed")
+                or (change.what == "held" and record.hold_code != HoldCode.JOB_OUT_OF_RESOURCES)
             )
         ]
 

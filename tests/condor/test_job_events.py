@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_htcdask.condor.job_events import JobRecord, JobState, JobTable, apply, events_of_ad
+from prefect_htcdask.condor.job_codes import JobState
+from prefect_htcdask.condor.job_events import JobRecord, JobTable, apply, events_of_ad
 
 JOB = "7.0"
 EVENTS = [

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from prefect_htcdask.condor.address import ScheddAddress
+from prefect_htcdask.condor.job_codes import JobStatus
 from prefect_htcdask.condor.schedd import ScheddError
 from prefect_htcdask.supervisor import shutdown
-from prefect_htcdask.supervisor.cluster_jobs import REMOVED
 from prefect_htcdask.supervisor.shutdown import Shutdown
 from prefect_htcdask.supervisor.worker_table import WorkerTable
 
@@ -38,7 +38,7 @@ class Jobs:
             self.refusals -= 1
             raise ScheddError("the schedd cannot be reached")
         self.done.append(reason)
-        self.left = None if self.goes_when == "removed" else REMOVED
+        self.left = None if self.goes_when == "removed" else JobStatus.REMOVED
         return 1
 
     async def forget(self, reason: str) -> int:

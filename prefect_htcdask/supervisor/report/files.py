@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefect_htcdask.condor.staging import write_private
 from prefect_htcdask.supervisor.protocol import SupervisorConfig
 from prefect_htcdask.supervisor.report.markdown import FILES, markdown
 from prefect_htcdask.supervisor.report.plot import svg, why_none
+from prefect_htcdask.utils.private_file import write_private
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefect_htcdask.condor.diagnosis import diagnose_hold
-from prefect_htcdask.condor.job_events import JobState
+from prefect_htcdask.condor.job_codes import JobState
 from prefect_htcdask.condor.submit_description import MIB, WorkerSpec
 from prefect_htcdask.supervisor.worker_table import Worker, WorkerTable, run_seconds, submission_order
 
