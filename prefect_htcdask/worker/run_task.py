@@ -173,15 +173,11 @@ def executing_keys(dask_worker: Worker) -> list[str]:
 
 async def dask_setup(worker: Worker) -> None:
     """Dask preload: import Prefect before the first task run has to wait for it, and have events outlast an outage."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
     import prefect_htcdask.worker.engine  # noqa: F401
     from prefect_htcdask.worker.api_log_handler import relay
-    from prefect_htcdask.worker.prefect_services import keep_trying, send_in_batches
+    from prefect_htcdask.worker.prefect_services import keep_trying
 
     keep_trying()
-    send_in_batches(EventsWorker, APILogWorker)
     # What has been imported by now stays: no later collection has to look at it again, for an eighth of a second each.
     gc.collect()
     gc.freeze()
