@@ -1,20 +1,19 @@
 """What the task runs of a flow run have in common, described once and left at the scheduler for its workers.
 
-A task is described once; the context that it runs in (settings, flow run, task run that submits) once for all tasks.
+A task stands there once for as long as it does not change; the context that it runs in (settings, flow run, task run
+that submits) once for all tasks.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
-import sys
 import threading
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from types import CellType, CodeType, FunctionType
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import cloudpickle
@@ -32,7 +31,7 @@ INLINE_LIMIT = 2 * 1024
 """Bytes that are rather sent along than left at the scheduler."""
 
 MAX_DESCRIBED = 64
-"""Tasks, and contexts, whose descriptions are remembered; what they describe stays alive for that."""
+"""Contexts whose descriptions are remembered; what they describe stays alive for that."""
 
 
 @runtime_checkable
@@ -58,7 +57,6 @@ class ContextPublisher:
         self._run_id = run_id
         self._api_url = api_url
         self._lock = threading.Lock()
-        self._tasks = _Described()
         self._contexts = _Described()
         self._left: dict[tuple[int, str], tuple[MetadataKey, Callable[[], Any]]] = {}
         self._places: list[MetadataKey] = []
@@ -66,21 +64,11 @@ class ContextPublisher:
 
     def envelope(self, task: Task[Any, Any], offers: Offers | None) -> MetadataKey:
         """Make sure that the scheduler holds the envelope of `task` in the present context; return where."""
-        context = self._context(offers)
         # A task is an ordinary object that a flow may change between two submits, and so is what its function refers
-        # to; identities tell, as long as what they are of is kept alive beside them.
-        attributes = list(parts(task))
-        identity = (context, id(task), *map(id, attributes))
-        with self._lock:
-            known = self._tasks.find(identity)
-        if known is not None:
-            return known
-        # Another object with the same options, as of each round of a loop, is described in the same words. Other
-        # functions that are may still have a cache each.
-        place = self._leave_once(cloudpickle.dumps({"task": task, "context": context}), _weakly(task))
-        with self._lock:
-            self._tasks.keep(identity, place, (task, attributes))
-        return place
+        # to: its bytes tell. Another object with the same options, as of each round of a loop, has the same bytes;
+        # other functions that have may still have a cache each.
+        described = cloudpickle.dumps({"task": task, "context": self._context(offers)})
+        return self._leave_once(described, _weakly(task))
 
     def put(self, blob: bytes) -> bytes | MetadataKey:
         """Leave bytes at the scheduler, unless they are few; returns them, or where they are."""
@@ -108,7 +96,7 @@ class ContextPublisher:
     def clear(self) -> None:
         """Remove this run's part of the metadata."""
         with self._lock:
-            self._tasks, self._contexts = _Described(), _Described()
+            self._contexts = _Described()
             self._left.clear()
             self._places.clear()
             self._held = 0
@@ -189,55 +177,6 @@ def _for_workers(settings_context: dict[str, Any]) -> dict[str, Any]:
 
 
 _DATABASE_VARIABLES = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
-
-
-def parts(task: Task[Any, Any]) -> Iterator[Any]:
-    """What a task consists of: its attributes, what is in those that are collections, and what its function refers to.
-
-    Not seen is what is changed in place: a list or an object that the function uses and that gets other contents.
-    """
-    for value in vars(task).values():
-        yield value
-        if isinstance(value, (list, tuple, set, frozenset)):
-            yield from value
-    yield from referred_to(task.fn, set())
-
-
-def referred_to(function: Any, seen: set[int]) -> Iterator[Any]:
-    """The values of the names that a function uses which travels by value, and those of such functions among them."""
-    code = getattr(function, "__code__", None)
-    if code is None or id(function) in seen or not _travels_by_value(function):
-        return
-    seen.add(id(function))
-    values = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
-    names = function.__globals__
-    values += [names[name] for name in _names(code) if name in names]
-    for value in values:
-        yield value
-        if isinstance(value, FunctionType):
-            yield from referred_to(value, seen)
-
-
-_EMPTY = CellType()
-
-
-def _travels_by_value(function: Any) -> bool:
-    """Whether cloudpickle carries a function itself: its module does not have it, as `@task` puts a task there."""
-    module = str(function.__module__)
-    packages = (module[:end] for end, letter in enumerate(f"{module}.") if letter == ".")
-    if module == "__main__" or not cloudpickle.list_registry_pickle_by_value().isdisjoint(packages):
-        return True
-    found: Any = sys.modules.get(module)
-    for name in function.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is not function
-
-
-@functools.lru_cache(maxsize=1024)
-def _names(code: CodeType) -> tuple[str, ...]:
-    """The global names in a function's code, and in that of the functions in it."""
-    inner = (one for one in code.co_consts if isinstance(one, CodeType))
-    return tuple(dict.fromkeys([*code.co_names, *(name for one in inner for name in _names(one))]))
 
 
 class _Described:
