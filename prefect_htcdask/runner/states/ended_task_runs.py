@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 from prefect.client.schemas.objects import State, StateType
@@ -29,8 +28,7 @@ WITHIN = 30.0
 REMEMBERED = 5_000
 """Task runs, the latest, of which all is remembered; of earlier ones, the kind of their final state."""
 
-_KINDS = 50  # names of states that are told apart; a flow may give every state a name of its own
-_Kind = tuple[StateType, str] | None
+_Kind: TypeAlias = "tuple[StateType, str] | None"
 
 
 class _End(NamedTuple):
@@ -49,15 +47,15 @@ class _End(NamedTuple):
 class EndedTaskRuns:
     """Remembers how task runs ended, and which of them may have been cut off by the loss of a worker.
 
-    The latest are held whole, but for their results. Of all others 8 bytes are kept: half of the id, filed under the
-    kind of the end.
+    The latest are held whole, but for their results; of all others type and name of the final state, where it is known.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._recent: OrderedDict[UUID, _End] = OrderedDict()
         self._unsure: dict[UUID, _End] = {}
-        self._earlier: dict[_Kind, array[int]] = {}
+        self._earlier: dict[UUID, _Kind] = {}
+        self._kinds: dict[_Kind, _Kind] = {}
 
     def ended(self, results: Iterable[PendingResult]) -> None:
         """Take task runs that have ended; a second time, when their final states are known."""
@@ -76,16 +74,9 @@ class EndedTaskRuns:
                 self._recent[task_run_id] = ended
                 self._recent.move_to_end(task_run_id)
             while len(self._recent) > REMEMBERED:
-                _, ended = self._recent.popitem(last=False)
-                self._file(ended)
-
-    def _file(self, ended: _End) -> None:
-        kind: _Kind = None
-        if ended.state is not None:
-            kind = ended.state.type, ended.state.name
-            if kind not in self._earlier and len(self._earlier) >= _KINDS:
-                kind = ended.state.type, ended.state.type.value.capitalize()
-        self._earlier.setdefault(kind, array("Q")).append(_half(ended.task_run_id))
+                task_run_id, ended = self._recent.popitem(last=False)
+                kind = (ended.state.type, ended.state.name) if ended.state is not None else None
+                self._earlier[task_run_id] = self._kinds.setdefault(kind, kind)
 
     def worker_lost(self) -> None:
         """A worker has vanished: which task runs it had is not known, so all that ended lately are unsure."""
@@ -115,19 +106,12 @@ class EndedTaskRuns:
         until = time.monotonic() - before
         with self._lock:
             found: list[Ended] = []
-            wanted: dict[int, UUID] = {}
             for task_run_id in task_run_ids:
-                if task_run_id not in self._recent:
-                    wanted[_half(task_run_id)] = task_run_id
-                elif self._recent[task_run_id].when <= until:
-                    found.append(self._recent[task_run_id].told())
-            # Whose state was known only later stands in both places: what is known comes first.
-            for kind in sorted(self._earlier, key=lambda kind: kind is None) if wanted else ():
-                state: State[Any] | None = State(type=kind[0], name=kind[1]) if kind is not None else None
-                for half in wanted.keys() & set(self._earlier[kind]):
-                    found.append(Ended(wanted.pop(half), "", None, state))
+                if task_run_id in self._recent:
+                    if self._recent[task_run_id].when <= until:
+                        found.append(self._recent[task_run_id].told())
+                elif task_run_id in self._earlier:
+                    kind = self._earlier[task_run_id]
+                    state: State[Any] | None = State(type=kind[0], name=kind[1]) if kind is not None else None
+                    found.append(Ended(task_run_id, "", None, state))
             return found
-
-
-def _half(task_run_id: UUID) -> int:
-    return task_run_id.int & 0xFFFF_FFFF_FFFF_FFFF
