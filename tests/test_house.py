@@ -133,6 +133,46 @@ def test_rooms_know_only_the_libraries_that_they_are_for(name: str) -> None:
     assert libraries(name) & set().union(*LIBRARIES.values()) <= allowed
 
 
+INHERITED = {
+    "gateway.cluster": {"_init_internal", "_cluster_options", "_cluster_kwargs", "_clients"},
+    "runner.task_runner": {"_cluster", "_started"},
+    "scheduler.stealing": {"_get_prefix_duration"},
+    "condor.schedd": {"_addr"},
+}
+"""Private names of other libraries that stay where they are: attributes of base classes; what runs on the scheduler, and
+imports nothing; and the address of a schedd in HTCondor's bindings."""
+
+PUBLIC_UNDERSCORES = {"_exit", "_asdict", "_replace", "_fields"}
+"""Names of Python's standard library that are public."""
+
+
+@each_module
+def test_what_is_private_to_others_is_used_in_compat_only(name: str) -> None:
+    room = room_of(name)
+    if room == "compat":
+        return
+    tree = ast.parse(MODULES[name].read_text())
+    for module in imports(name):
+        assert module.startswith((NAME, "_")) or "._" not in module, f"{name} imports {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(NAME):
+            private = [alias.name for alias in node.names if re.match("_[a-z]", alias.name)]
+            assert not private, f"{name} imports {private} from {node.module}"
+    own = INHERITED.get(name.removeprefix(f"{NAME}."), set()) | PUBLIC_UNDERSCORES
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                own.add(node.attr)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            own.add(node.target.id)
+        elif isinstance(node, ast.Assign) and any(getattr(one, "id", "") == "__slots__" for one in node.targets):
+            own |= {one.value for one in ast.walk(node.value) if isinstance(one, ast.Constant)}
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr)}
+    assert used <= own, f"{name} uses {sorted(used - own)}"
+
+
 def test_rooms_are_small_enough_to_be_learnt() -> None:
     for directory in {path.parent for path in MODULES.values()}:
         assert len(list(directory.glob("*.py"))) <= MAX_FILES, directory

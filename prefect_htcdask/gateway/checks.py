@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from dask_gateway import Gateway, GatewayClusterError
 
+from prefect_htcdask.compat.dask_gateway import cluster_options
 from prefect_htcdask.embedded.listeners import ForeignListenerError
 from prefect_htcdask.settings import SettingsError
 from prefect_htcdask.supervisor.gateway_http import web_proxy
@@ -30,7 +31,7 @@ async def ask_for_options(gateway: Gateway) -> Any:
     named = f"the gateway at gateway.address = {gateway.address!r}" + (f", by way of {proxy}," if proxy else "")
     hint = f"; if it is to be asked directly, add its host to no_proxy (of {proxy.variable})" if proxy else ""
     try:
-        return await gateway._cluster_options()
+        return await cluster_options(gateway)
     except ForeignListenerError as exc:
         raise GatewayUnreachable(str(exc)) from exc
     except aiohttp.ClientHttpProxyError as exc:

@@ -11,11 +11,12 @@ from typing import Any
 from dask_gateway import GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
+from prefect_htcdask.compat.dask_gateway import forget_loop, stop_cluster
 from prefect_htcdask.condor.submit_description import WorkerJobError
 from prefect_htcdask.gateway.checks import GatewayUnreachable
 from prefect_htcdask.gateway.cluster import HTCGatewayCluster
 from prefect_htcdask.gateway.endpoints import Endpoints, resolve_endpoints
-from prefect_htcdask.gateway.finalizers import close_when_collected, forget_loop
+from prefect_htcdask.gateway.finalizers import close_when_collected
 from prefect_htcdask.gateway.scale_requests import worker_count
 from prefect_htcdask.settings import HTCDaskSettings, SettingsError, WorkerSettings, load_settings
 from prefect_htcdask.supervisor import oneshot
@@ -171,7 +172,7 @@ class HTCGateway(CheckedGateway):
 
     async def _stop_cluster_and_jobs(self, cluster_name: str) -> None:
         # The scheduler first: a supervisor that hears no demand submits nothing in place of what is removed.
-        await self._stop_cluster(cluster_name)
+        await stop_cluster(self, cluster_name)
         await in_thread(oneshot.remove_jobs, self.parts.schedd, cluster_name)
 
     def __repr__(self) -> str:

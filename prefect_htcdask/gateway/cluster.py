@@ -12,11 +12,12 @@ from typing import Any
 from dask_gateway import GatewayCluster, GatewayClusterError
 from dask_gateway.auth import GatewayAuth
 
+from prefect_htcdask.compat.dask_gateway import forget_loop, stop_cluster, submit, use_class
 from prefect_htcdask.condor.submit_description import FlowRunTag
 from prefect_htcdask.gateway.checks import ask_for_options, check_scheduler_versions
 from prefect_htcdask.gateway.dask_client import InterruptibleClient
 from prefect_htcdask.gateway.endpoints import Endpoints, resolve_endpoints, worker_offers, worker_specs
-from prefect_htcdask.gateway.finalizers import PrivateGateway, close_when_collected, forget_loop
+from prefect_htcdask.gateway.finalizers import PrivateGateway, close_when_collected
 from prefect_htcdask.gateway.run_directory import cluster_directory, record_cluster
 from prefect_htcdask.gateway.scale_requests import adapt_request, hold_request, scale_request, worker_count
 from prefect_htcdask.gateway.supervisor_config import (
@@ -188,7 +189,7 @@ class HTCGatewayCluster(GatewayCluster):
     async def _start_async(self) -> None:
         if self.status in ("closing", "closed"):
             return
-        self.gateway.__class__ = PrivateGateway
+        use_class(self.gateway, PrivateGateway)
         if not self._connected:
             # Both take about a second: the checks run while the gateway starts the scheduler.
             self._supervisor = await in_thread(self._start_supervisor)
@@ -235,9 +236,7 @@ class HTCGatewayCluster(GatewayCluster):
         """Have the gateway start a cluster, and register it with the supervisor before anything else can happen."""
         assert self._supervisor is not None
         self.status = "starting"
-        asking = asyncio.ensure_future(
-            self.gateway._submit(cluster_options=self._cluster_options, **self._cluster_kwargs)
-        )
+        asking = asyncio.ensure_future(submit(self.gateway, self._cluster_options, self._cluster_kwargs))
         try:
             self.name = await asyncio.shield(asking)
         except asyncio.CancelledError:
@@ -401,13 +400,13 @@ class HTCGatewayCluster(GatewayCluster):
                 await in_thread(supervisor.detach)
         elif self._shutdown_wanted and self.name is not None and self._connected:
             # The scheduler first: its owner submits nothing in place of what is removed.
-            await self.gateway._stop_cluster(self.name)
+            await stop_cluster(self.gateway, self.name)
             await in_thread(oneshot.remove_jobs, self.parts.schedd, self.name)
             return
         if self._shutdown_wanted and self.name is not None:
             # A supervisor that owns the cluster has asked already, and asks on until the gateway answers.
             try:
-                await asyncio.wait_for(self.gateway._stop_cluster(self.name), GATEWAY_TIMEOUT)
+                await asyncio.wait_for(stop_cluster(self.gateway, self.name), GATEWAY_TIMEOUT)
             except Exception as exc:
                 level = logging.INFO if self.summary else logging.ERROR
                 logger.log(level, "gateway cluster %s was not stopped: %s", self.name, str(exc) or type(exc).__name__)

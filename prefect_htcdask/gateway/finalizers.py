@@ -12,6 +12,7 @@ from typing import Any
 
 from dask_gateway import Gateway, GatewayClusterError
 
+from prefect_htcdask.compat.dask_gateway import is_open
 from prefect_htcdask.supervisor.gateway_http import CheckedGateway
 
 
@@ -47,11 +48,6 @@ class PrivateGateway(CheckedGateway):
         """Nothing: a cluster and its client are collected together, in any order."""
 
 
-def forget_loop(gateway: Gateway) -> None:
-    """Mark a synchronous client as closed: dask_gateway's `__del__` then leaves it alone."""
-    gateway.__dict__.pop("_loop_runner", None)
-
-
 def close_when_collected(thing: Any, gateway: Gateway | None) -> None:
     """What `__del__` of a cluster or client does: close it, if that is still to be done, off every event loop.
 
@@ -59,6 +55,6 @@ def close_when_collected(thing: Any, gateway: Gateway | None) -> None:
         thing: the object that is collected, with a method `close`.
         gateway: its client, or `None` where it was never made.
     """
-    if gateway is None or sys.is_finalizing() or "_loop_runner" not in gateway.__dict__ or gateway.asynchronous:
+    if gateway is None or sys.is_finalizing() or not is_open(gateway):
         return
     threading.Thread(target=thing.close, name="htcdask-collected", daemon=True).start()

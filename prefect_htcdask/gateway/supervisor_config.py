@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle
 from dask_gateway import GatewayCluster
 
+from prefect_htcdask.compat.dask_gateway import public_address
 from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.submit_description import FlowRunTag, WorkerSpec
 from prefect_htcdask.gateway.checks import local_versions
@@ -79,7 +80,7 @@ def gateway_access(cluster: GatewayCluster) -> GatewayAccess:
     return GatewayAccess(
         address=gateway.address,
         proxy_address=gateway.proxy_address,
-        public_address=gateway._public_address,
+        public_address=public_address(gateway),
         auth=gateway.auth,
         cluster_name=cluster.name,
         scheduler_address=cluster.scheduler_address or "",

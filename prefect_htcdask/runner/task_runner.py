@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import distributed
-from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
 from prefect.client.schemas.objects import RunInput
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, PrefectFutureList
@@ -17,6 +16,7 @@ from prefect.utilities.engine import collect_task_run_inputs_sync
 from prefect.utilities.importtools import from_qualified_name
 from prefect_dask.task_runners import DaskTaskRunner
 
+from prefect_htcdask.compat.prefect import stop_if_suspended
 from prefect_htcdask.gateway.scale_requests import is_unbounded
 from prefect_htcdask.runner import flow_run as sessions
 from prefect_htcdask.runner.futures.futures import HTCDaskFuture, HTCDaskFutureList
@@ -224,7 +224,7 @@ class HTCDaskTaskRunner(DaskTaskRunner):
             SettingsError: a setting cannot work.
         """
         self._require_started()
-        raise_if_flow_run_suspension_requested()
+        stop_if_suspended()
         inputs = {k: collect_task_run_inputs_sync(v, max_depth=0) for k, v in parameters.items()}
         calls, shared = expand_mapping(task, parameters)
         resources = self._resources_of(task)

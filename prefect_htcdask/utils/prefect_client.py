@@ -16,6 +16,7 @@ import httpx
 from prefect.client.orchestration import PrefectClient, SyncPrefectClient, get_client
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from prefect_htcdask.compat.prefect import http_client
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.utils.web_proxies import client_proxy
 
@@ -74,7 +75,7 @@ async def open_async_client() -> AsyncIterator[PrefectClient]:
 
 def send_again_where_kept(client: SyncPrefectClient) -> None:
     """Have a client send a request again at once that failed on a connection which it had kept."""
-    http: Any = client._client
+    http: Any = http_client(client)
     if not isinstance(http.send, partial):
         http.send = partial(_send, http.send)
 

@@ -6,7 +6,6 @@ kept open per thread.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import threading
 from collections import OrderedDict
@@ -58,11 +57,12 @@ class Prototypes:
 
 def hydrate(blob: bytes) -> Prototypes:
     """Build the prototypes of `prefect.context.hydrated_context`, without entering any of them."""
-    from prefect._internal.result_records import ResultRecordMetadata
     from prefect.context import FlowRunContext, TaskRunContext
     from prefect.flows import Flow
     from prefect.logging.configuration import ensure_logging_setup
     from prefect.tasks import Task
+
+    from prefect_htcdask.compat.prefect import ResultRecordMetadata
 
     content: dict[str, Any] = cloudpickle.loads(blob)
     context = content["context"]
@@ -118,9 +118,10 @@ def task_context(prototypes: Prototypes, call: Call) -> Iterator[None]:
     Whatever a task run may change is new for each: the links from results to states, which Prefect keys by `id`, must
     not outlive the task run, or a later object at the same address would inherit them.
     """
-    from prefect._flow_run_suspension import FlowRunSuspensionRequest
-    from prefect.context import AssetContext, _deployment_id, _deployment_parameters, tags
+    from prefect.context import AssetContext, tags
     from prefect.results import default_cache
+
+    from prefect_htcdask.compat.prefect import deployment, no_suspension
 
     with ExitStack() as stack:
         stack.enter_context(_copy_of(prototypes.settings))
@@ -138,7 +139,7 @@ def task_context(prototypes: Prototypes, call: Call) -> Iterator[None]:
                     task_run_assets={},
                     task_run_dynamic_keys={},
                     observed_flow_pauses={},
-                    flow_run_suspension_request=FlowRunSuspensionRequest(),
+                    flow_run_suspension_request=no_suspension(),
                 )
             )
         if prototypes.parent is not None:
@@ -148,11 +149,7 @@ def task_context(prototypes: Prototypes, call: Call) -> Iterator[None]:
             stack.enter_context(tags(*call.tags))
         if call.asset_context:
             stack.enter_context(AssetContext(**call.asset_context))
-        if prototypes.deployment_id is not None:
-            stack.callback(_deployment_id.reset, _deployment_id.set(prototypes.deployment_id))
-        if prototypes.deployment_parameters:
-            parameters = copy.deepcopy(prototypes.deployment_parameters)
-            stack.callback(_deployment_parameters.reset, _deployment_parameters.set(parameters))
+        stack.enter_context(deployment(prototypes.deployment_id, prototypes.deployment_parameters))
         yield
 
 
@@ -177,6 +174,8 @@ def _open_client(key: str) -> Iterator[Any]:
     """Put this thread's open client of an API into the context; the settings in it say which that is."""
     from prefect.context import SettingsContext, SyncClientContext
 
+    from prefect_htcdask.compat.prefect import with_client
+
     clients: OrderedDict[str, Any] = _thread.__dict__.setdefault("clients", OrderedDict())
     context = clients.get(key)
     if context is None:
@@ -193,8 +192,5 @@ def _open_client(key: str) -> Iterator[Any]:
             with suppress(Exception):
                 oldest.client.__exit__(None, None, None)
     clients.move_to_end(key)
-    token = SyncClientContext.__var__.set(context)
-    try:
+    with with_client(context):
         yield context.client
-    finally:
-        SyncClientContext.__var__.reset(token)

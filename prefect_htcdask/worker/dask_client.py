@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import dask
 from dask.utils import parse_timedelta
 from distributed import Client, Future, Worker
 from distributed.utils import in_async_call
 
+from prefect_htcdask.compat.dask import close_soon, own_client, set_client_factory, set_own_client
 from prefect_htcdask.worker.secede import seceded
 
 _WAITS = frozenset({"_gather", "_result", "_exception", "_traceback", "_wait", "_as_completed"})
@@ -42,9 +43,7 @@ class WorkerClient(Client):
 
 def give_own_client(worker: Worker) -> None:
     """Have `distributed.get_client` give the tasks of this worker a client that nobody closes."""
-    own: Any = worker
-    if "_get_client" not in vars(worker):
-        own._get_client = partial(client_of, worker)
+    set_client_factory(worker, partial(client_of, worker))
 
 
 def client_of(worker: Worker, timeout: float | None = None) -> Client:
@@ -62,10 +61,10 @@ def client_of(worker: Worker, timeout: float | None = None) -> Client:
         current = Client.current(allow_global=False)
         if current.status not in _CLOSED and current.scheduler is not None and current.scheduler.address == address:
             return current
-    own: Any = worker
     with _lock:
-        if _is_usable(own._client):
-            return own._client
+        own = own_client(worker)
+        if _is_usable(own):
+            return own
     if timeout is None:
         timeout = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
     # Not within the lock: a thread that connects needs the event loop, which may come by here for itself.
@@ -80,14 +79,13 @@ def client_of(worker: Worker, timeout: float | None = None) -> Client:
         timeout=timeout,
     )
     with _lock:
-        if _is_usable(own._client):
-            worker.loop.add_callback(client._close)
-            return own._client
-        own._client = client
-        # The worker closes it with itself.
-        own._initialized_clients.add(client)
+        own = own_client(worker)
+        if _is_usable(own):
+            close_soon(client, worker)
+            return own
+        set_own_client(worker, client)
     return client
 
 
-def _is_usable(client: Any) -> bool:
+def _is_usable(client: Client | None) -> TypeGuard[Client]:
     return isinstance(client, WorkerClient) and client.status not in _CLOSED

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
 from prefect.client.schemas.objects import State
 from prefect.task_engine import AsyncTaskRunEngine, SyncTaskRunEngine
 from prefect.tasks import Task
 
+from prefect_htcdask.compat.prefect import data_of, put_data, stop_if_suspended
 from prefect_htcdask.errors import UnpicklableResultError
 from prefect_htcdask.worker.pickling import why_unpicklable
-from prefect_htcdask.worker.portable_states import data_of, portable, put_data
+from prefect_htcdask.worker.portable_states import portable
 
 
 def check_result(task: Task[Any, Any], state: State[Any]) -> None:
@@ -69,7 +69,7 @@ def run_sync(
             engine.wait_until_ready()
             with engine.asset_context(), engine.run_context(), engine.transaction_context() as transaction:
                 engine.call_task_fn(transaction)
-            raise_if_flow_run_suspension_requested()
+            stop_if_suspended()
     return engine.state
 
 
@@ -83,7 +83,7 @@ async def run_async(
             await engine.wait_until_ready()
             async with engine.asset_context(), engine.run_context(), engine.transaction_context() as transaction:
                 await engine.call_task_fn(transaction)
-            raise_if_flow_run_suspension_requested()
+            stop_if_suspended()
     return engine.state
 
 

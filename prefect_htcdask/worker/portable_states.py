@@ -11,11 +11,11 @@ import pickle
 from typing import Any
 
 from distributed.protocol.pickle import dumps
-from prefect._internal.result_records import ResultRecord
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 from pydantic import PrivateAttr
 
+from prefect_htcdask.compat.prefect import become, data_of, put_data
 from prefect_htcdask.errors import UnpicklableResultError
 from prefect_htcdask.worker.pickling import dump_exception, load_exception
 
@@ -34,7 +34,7 @@ class PortableState(State[Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         light = copy.copy(self)
-        _become(light, State, None)
+        become(light, State, None)
         put_data(light, None)
         if self._exception is not None:
             return _with_exception, (light, self._exception, self._unreadable)
@@ -55,7 +55,7 @@ def portable(state: State[Any]) -> State[Any]:
     data = data_of(state)
     if type(data) not in _SIMPLE and not isinstance(state, PortableState):
         exception = dump_exception(data) if isinstance(data, BaseException) else None
-        _become(state, PortableState, {"_exception": exception, "_unreadable": False})
+        become(state, PortableState, {"_exception": exception, "_unreadable": False})
     return state
 
 
@@ -63,7 +63,7 @@ def _with_exception(state: State[Any], blob: bytes, unreadable: bool) -> State[A
     put_data(state, load_exception(blob))
     # As it is sent on, such as to a task that it is a parameter of. A worker that could not read a result holds a copy
     # of it for Dask all the same, which anybody may be given.
-    _become(state, PortableState, {"_exception": blob, "_unreadable": unreadable})
+    become(state, PortableState, {"_exception": blob, "_unreadable": unreadable})
     return state
 
 
@@ -83,30 +83,10 @@ def _unreadable(state: State[Any], reason: Exception) -> State[Any]:
     error.__cause__ = reason
     failed: State[Any] = Failed(message=str(error), data=error)
     failed.state_details = state.state_details
-    _become(failed, PortableState, {"_exception": dump_exception(error), "_unreadable": True})
+    become(failed, PortableState, {"_exception": dump_exception(error), "_unreadable": True})
     return failed
 
 
 def is_unreadable(state: State[Any]) -> bool:
     """Whether a state stands for one whose result could not be unpickled here, of which its worker knows nothing."""
     return isinstance(state, PortableState) and state._unreadable
-
-
-def data_of(state: State[Any]) -> Any:
-    """The user's data in a state: the result, where it came in a record, else whatever the state's own data is."""
-    return state.data.result if isinstance(state.data, ResultRecord) else state.data
-
-
-def put_data(state: State[Any], data: Any) -> None:
-    """Put the user's data into a state, as it is: no validation, and no note that the field was set."""
-    if isinstance(state.data, ResultRecord):
-        record = copy.copy(state.data)
-        record.__dict__["result"] = data
-        state.__dict__["data"] = record
-    else:
-        state.__dict__["data"] = data
-
-
-def _become(state: State[Any], cls: type[State[Any]], private: dict[str, Any] | None) -> None:
-    object.__setattr__(state, "__class__", cls)
-    object.__setattr__(state, "__pydantic_private__", private)

@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID
 
@@ -105,14 +105,12 @@ def _recorded(task_run_id: UUID, loss: Mapping[str, Any]) -> Any | None:
 
 def _persisted(state: Any) -> Any | None:
     """A completed state with its result, where that was persisted and can be read from here."""
-    from prefect._internal.result_records import ResultRecordMetadata
-    from prefect.results import ResultStore
-    from prefect.utilities.asyncutils import run_coro_as_sync
+    from prefect_htcdask.compat.prefect import ResultRecordMetadata, read_result
 
     if not isinstance(state.data, ResultRecordMetadata):
         return None
     try:
-        record: Any = run_coro_as_sync(ResultStore._from_metadata(state.data))
+        record = read_result(state.data)
     except Exception as exc:
         # Without a cache key Prefect writes nothing, though the state names a place.
         logger.info("The persisted result %s cannot be read here: %s", state.data.storage_key, exc)
@@ -158,22 +156,16 @@ def _go_on(arguments: Mapping[str, Any], known: Any | None, loss: Mapping[str, A
     """The task run with an AwaitingRetry state, of which the Prefect API is told."""
     from prefect.client.schemas.objects import StateDetails
     from prefect.states import AwaitingRetry
-    from prefect.task_engine import _create_task_run_locally
-    from prefect.types._datetime import now
     from prefect.utilities.engine import emit_task_run_state_change_event
+
+    from prefect_htcdask.compat.prefect import describe_task_run
 
     if known is None:
         # What the lost worker told of it was lost as well.
-        known = _create_task_run_locally(
-            task=arguments["task"],
-            id=arguments["task_run_id"],
-            parameters=arguments["parameters"],
-            wait_for=arguments["wait_for"],
-            extra_task_inputs=arguments["dependencies"],
-        )
+        known = describe_task_run(arguments["task"], arguments)
         known.run_count = loss["times"]
     before = known.state
-    state: Any = AwaitingRetry(message=message, scheduled_time=now("UTC"))
+    state: Any = AwaitingRetry(message=message, scheduled_time=datetime.now(timezone.utc))
     if before is not None and before.timestamp >= state.timestamp:
         # The hosts' clocks may differ, and what is older than the last state is not recorded.
         state.timestamp = before.timestamp + timedelta(microseconds=1)

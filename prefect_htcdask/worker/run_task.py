@@ -35,9 +35,10 @@ logger = logging.getLogger("prefect_htcdask.worker.run_task")
 
 def _fill(value: Any, states: list[Any]) -> Any:
     """Put the states of the upstream task runs where `Upstream` stands for them."""
-    from prefect._internal.result_records import ResultRecord
     from prefect.utilities.annotations import quote
     from prefect.utilities.collections import StopVisiting, visit_collection
+
+    from prefect_htcdask.compat.prefect import ResultRecord
 
     def visit(item: Any) -> Any:
         if isinstance(item, (quote, ResultRecord)):
@@ -95,9 +96,9 @@ def _run_call(
     shared: bytes | tuple[str, ...] | None,
     upstream: list[Any],
 ) -> Any:
-    from prefect._internal.states import exception_to_crashed_state_sync
     from prefect.client.schemas.objects import State
 
+    from prefect_htcdask.compat.prefect import crashed_state
     from prefect_htcdask.worker.engine import final_state, run_async, run_sync
 
     current_call.set(scope)
@@ -133,7 +134,7 @@ def _run_call(
             state = _run_coroutine(run_async(**arguments)) if envelope.task.isasync else run_sync(**arguments)
         except (KeyboardInterrupt, SystemExit, asyncio.CancelledError) as exc:
             # The engine has recorded the crash; the worker itself has to live on for the other tasks.
-            state = exception_to_crashed_state_sync(exc)
+            state = crashed_state(exc)
         return final_state(envelope.task, state)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import distributed
 
+from prefect_htcdask.compat.dask import give_back_resources
 from prefect_htcdask.scheduler.worker_groups import GROUP_RESOURCE
 
 _seceded = threading.local()
@@ -36,17 +37,7 @@ def _leave_group(worker: Any, key: Any) -> None:
     The resource of a group stands for its workers' threads, but Dask lets a task that secedes keep its resources
     (`distributed.worker_state_machine`): tasks that wait for others of their group would keep those out for ever.
     """
-    task = worker.state.tasks.get(key)
-    if task is None or not task.resource_restrictions:
-        return
-    kept = {}
-    for name, amount in task.resource_restrictions.items():
-        if name.startswith(GROUP_RESOURCE):
-            worker.state.available_resources[name] += amount
-        else:
-            kept[name] = amount
-    # What Dask gives back when the task ends.
-    task.resource_restrictions = kept
+    give_back_resources(worker, key, lambda name: name.startswith(GROUP_RESOURCE))
 
 
 @contextmanager

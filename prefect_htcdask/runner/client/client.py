@@ -22,9 +22,17 @@ from dask.base import annotate
 from distributed import Future
 from prefect_dask.client import PrefectDaskClient
 
+from prefect_htcdask.compat.dask import (
+    connect,
+    connect_timeout,
+    drop_pending_messages,
+    scheduler_id,
+    send,
+    send_to_scheduler,
+    subscribed_topics,
+)
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.gateway.dask_client import InterruptibleClient
-from prefect_htcdask.runner.client.graph import send
 from prefect_htcdask.runner.client.submit_buffer import BufferedClient, SubmitBuffer
 from prefect_htcdask.runner.client.task_spec import TaskSpec, graphs, tasks_to_resubmit
 from prefect_htcdask.runner.client.uploaded_state import UploadedState
@@ -98,7 +106,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
     @property
     def timeout(self) -> float:
         """Seconds in which Dask's own client would have to connect."""
-        return float(cast(Any, self)._timeout)
+        return connect_timeout(self)
 
     @property
     def lost_lately(self) -> bool:
@@ -147,7 +155,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
         if self._policy is not None and self.status != "closed":
             # The scheduler need not wait for this client to come back.
             with suppress(Exception):
-                self._send_to_scheduler({"op": LEAVE})
+                send_to_scheduler(self, {"op": LEAVE})
         await super()._close(fast=fast)
         self._there.set()
 
@@ -181,7 +189,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
 
     async def _take_up(self, policy: ReconnectPolicy, lost_at: float, held: list[str]) -> str:
         """Connect, and have all that is unfinished go on; returns why that came to nothing."""
-        scheduler_id = self._identity()
+        scheduler = scheduler_id(self)
         deadline = lost_at + policy.patience
         pauses = iter(_PAUSES)
         pause = _PAUSES[0]
@@ -194,7 +202,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
                 return "was lost"
             try:
                 await self._connect(min(left, ATTEMPT))
-                if scheduler_id and self._identity() not in (None, scheduler_id):
+                if scheduler and scheduler_id(self) not in (None, scheduler):
                     return "was lost: another scheduler answers there now, which knows nothing of this flow run"
                 keys = [key for key in held if key in self.futures and self.futures[key].status == "pending"]
                 seconds = policy.patience + STAND_IN
@@ -219,10 +227,6 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
             return ""
         return ""  # closed by this side
 
-    def _identity(self) -> str | None:
-        identity: Any = cast(Any, self)._scheduler_identity
-        return identity.get("id") if identity else None
-
     async def _connect(self, timeout: float) -> None:
         comm = self.scheduler_comm
         if comm is not None and comm.comm.closed():
@@ -230,11 +234,8 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
         # What was on its way to the old connection is submitted again where the scheduler has not got it; sent from
         # here it would come before that on which it depends.
         await asyncio.sleep(0)
-        buffer: Any = cast(Any, self)._pending_msg_buffer
-        buffer[:] = [message for message in buffer if not self._is_ours(message)]
-        await cast(Any, self)._ensure_connected(timeout=timeout)
-        if self.scheduler_comm is None:
-            raise OSError("no connection")
+        drop_pending_messages(self, self._is_ours)
+        await connect(self, timeout)
 
     def _is_ours(self, message: dict[str, Any]) -> bool:
         return message.get("op") == "update-graph" and any(
@@ -243,8 +244,8 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
 
     async def _go_on(self, policy: ReconnectPolicy, keys: list[str], known: set[str], lost_at: float) -> None:
         """Submit again what the scheduler does not know, and hear again what is told to this client."""
-        for topic in list(cast(Any, self)._event_handlers):
-            self._send_to_scheduler({"op": "subscribe-topic", "topic": topic, "client": self.id})
+        for topic in subscribed_topics(self):
+            send_to_scheduler(self, {"op": "subscribe-topic", "topic": topic, "client": self.id})
         lost: list[TaskSpec] = []
         states: list[UploadedState] = []
         for key in keys:

@@ -10,8 +10,9 @@ from typing import Any, cast
 from distributed import Client, Future
 from distributed.utils_comm import retry_operation
 
+from prefect_htcdask.compat.dask import send
 from prefect_htcdask.runner.client.client import ReconnectingClient
-from prefect_htcdask.runner.client.graph import no_large_graph_warning, send
+from prefect_htcdask.runner.client.graph import no_large_graph_warning
 from prefect_htcdask.runner.client.task_spec import TaskSpec
 from prefect_htcdask.runner.client.uploaded_state import UploadedState
 

@@ -18,8 +18,8 @@ from typing import Any, Protocol, cast
 from dask.base import annotate
 from distributed import Client, Future
 
+from prefect_htcdask.compat.dask import send
 from prefect_htcdask.errors import TaskRunLost
-from prefect_htcdask.runner.client.graph import send
 from prefect_htcdask.runner.client.task_spec import TaskSpec
 
 INTERVAL = 0.05

@@ -14,10 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import cloudpickle
-from dask._task_spec import Alias, DataNode, List
-from dask._task_spec import Task as GraphTask
 from dask.utils import apply
 from distributed.utils import import_term
+
+from prefect_htcdask.compat.dask import Alias, DataNode, GraphTask, List
 
 RUN_CALL = "prefect_htcdask.worker.run_task.run_call"
 LOADS = "pickle.loads"

@@ -10,7 +10,8 @@ from typing import Any
 from dask.base import annotate
 from distributed import Client, Future
 
-from prefect_htcdask.runner.client.graph import no_large_graph_warning, send
+from prefect_htcdask.compat.dask import send
+from prefect_htcdask.runner.client.graph import no_large_graph_warning
 from prefect_htcdask.runner.client.task_spec import loads_node
 
 URGENT = 1_000_000

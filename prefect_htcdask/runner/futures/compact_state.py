@@ -14,10 +14,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from prefect._internal.result_records import ResultRecord
 from prefect.client.schemas.objects import State, StateType
 
-from prefect_htcdask.worker.portable_states import data_of, put_data
+from prefect_htcdask.compat.prefect import ResultRecord, data_of, put_data
 
 _lock = threading.Lock()
 

@@ -7,10 +7,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import distributed
 
+from prefect_htcdask.compat.dask import error_of
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.runner.futures.pending_result import PendingResult
 from prefect_htcdask.worker.names import job_of_worker
@@ -81,8 +82,7 @@ class JobOutcomes:
 
 def last_worker(result: PendingResult) -> str | None:
     """Name of the worker with which Dask gave a task up, after several that died with it; else `None`."""
-    wrapped = cast(Any, result.dask_future)
-    error = wrapped._state.exception if wrapped.status == "error" else None
+    error = error_of(result.dask_future)
     if not isinstance(error, distributed.KilledWorker):
         return None
     last: Any = error.last_worker
@@ -94,8 +94,7 @@ def crash_exception(result: PendingResult, job_outcomes: JobOutcomes | None = No
     """The exception with which a task run ended that Dask could not bring to a state of its own."""
     wrapped = result.dask_future
     about = f"task run {result.task_run_id} ({result.task_name or 'unnamed'})"
-    if wrapped.status == "error":
-        error = cast(BaseException, cast(Any, wrapped)._state.exception)
+    if (error := error_of(wrapped)) is not None:
         if not isinstance(error, distributed.KilledWorker):
             return error
         if error.task != wrapped.key:

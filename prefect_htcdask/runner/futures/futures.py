@@ -15,11 +15,11 @@ from typing import Any, TypeVar, cast
 from uuid import UUID
 
 import distributed
-from prefect._flow_run_suspension import raise_if_flow_run_suspension_requested
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect_dask.task_runners import PrefectDaskFuture
 
+from prefect_htcdask.compat.prefect import stop_if_suspended
 from prefect_htcdask.errors import TaskRunLost
 from prefect_htcdask.runner.futures.compact_state import CompactState
 from prefect_htcdask.runner.futures.gatherer import Gatherer, gatherer_of
@@ -94,7 +94,7 @@ class HTCDaskFuture(PrefectDaskFuture[R]):
         """
         if self.packed is None:
             self.gatherer.wait(self.pending_result, timeout)
-        raise_if_flow_run_suspension_requested()
+        stop_if_suspended()
 
     def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
         """Wait for the task run's result.

@@ -24,12 +24,12 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
+from prefect_htcdask.compat.dask import on_end, wait_for_end
 from prefect_htcdask.errors import HTCDaskError
 from prefect_htcdask.runner.client.connection import Connection, connection_of
 from prefect_htcdask.runner.futures.batching import MAX_BATCH, batch_delay, batch_size
 from prefect_htcdask.runner.futures.compact_state import CompactState
 from prefect_htcdask.runner.futures.crash_reasons import JobOutcomes, crash_exception, last_worker
-from prefect_htcdask.runner.futures.done_events import on_end
 from prefect_htcdask.runner.futures.pending_result import PENDING_STATUSES, PendingResult
 from prefect_htcdask.runner.futures.prefetch import Prefetcher
 from prefect_htcdask.runner.futures.result_sizes import ResultSizes
@@ -289,7 +289,7 @@ class Gatherer:
         self._look()
 
     async def _enqueue_when_back(self, result: PendingResult) -> None:
-        await cast(Any, result.dask_future)._state.wait()
+        await wait_for_end(result.dask_future)
         self._enqueue(result)
 
     async def _gather_and_look(self, batch: list[PendingResult]) -> None:

@@ -10,7 +10,6 @@ neither Prefect nor this package nor the user's modules.
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import re
 import uuid
@@ -19,12 +18,10 @@ from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from dask._task_spec import DataNode
 from dask.base import get_annotations
 from dask.utils import key_split
 from distributed import Future
 from distributed.protocol.pickle import dumps
-from prefect._internal.uuid7 import uuid7
 from prefect.client.schemas.objects import State
 from prefect.context import (
     AssetContext,
@@ -32,9 +29,11 @@ from prefect.context import (
     TagsContext,
 )
 from prefect.tasks import MaterializingTask, Task
-from prefect.utilities.annotations import BaseAnnotation, allow_failure, opaque, quote, unmapped
+from prefect.utilities.annotations import BaseAnnotation
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
+from prefect_htcdask.compat.dask import DataNode
+from prefect_htcdask.compat.prefect import make_annotations_picklable, new_task_run_id
 from prefect_htcdask.runner.client.connection import Connection
 from prefect_htcdask.runner.client.task_spec import NO_OPTIONS, SendOptions, SharedData, TaskSpec
 from prefect_htcdask.runner.submit.large_states import LargeStates
@@ -74,14 +73,7 @@ def key_prefix(name: str) -> str:
     return safe if safe and key_split(f"{safe}-{example}") == safe else f"task_{safe}".rstrip("_")
 
 
-def _reduce_annotation(annotation: Any) -> tuple[type[Any], tuple[Any]]:
-    return type(annotation), (annotation.unwrap(),)
-
-
-# Annotations are tuples whose constructor takes the one value in them, which pickle does not know: it would hand them
-# their own tuple, and a task would get a tuple round its argument.
-for _annotation in (allow_failure, opaque, quote, unmapped):
-    copyreg.pickle(_annotation, _reduce_annotation)
+make_annotations_picklable()
 
 
 class Submitted(NamedTuple):
@@ -233,7 +225,7 @@ class Submitter:
         replaced: Mapping[str, Any] | None = None,
     ) -> tuple[UUID, TaskSpec]:
         """One task run as a Dask task; `needed`, which takes what it needs, is to be held until it is sent."""
-        task_run_id = uuid7()
+        task_run_id = new_task_run_id()
         inputs = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
         inputs.update(shared_inputs or {})
         for name, more in dependencies.items():

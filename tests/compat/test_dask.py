@@ -11,7 +11,7 @@ from typing import Any
 import distributed
 import pytest
 
-from prefect_htcdask.runner.futures.done_events import CallbackEvent, on_end
+from prefect_htcdask.compat.dask import CallbackEvent, on_end
 from tests.support.waiting import wait_until
 
 

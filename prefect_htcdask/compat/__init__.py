@@ -1,0 +1,1 @@
+"""What this package uses of Prefect, Dask and dask_gateway that is private to them: gone through at each release."""
