@@ -139,8 +139,8 @@ INHERITED = {
     "scheduler.stealing": {"_get_prefix_duration"},
     "condor.schedd": {"_addr"},
 }
-"""Private names of other libraries that stay where they are: attributes of base classes; what runs on the scheduler, and
-imports nothing; and the address of a schedd in HTCondor's bindings."""
+"""Private names of other libraries that stay where they are: attributes of base classes; what runs on the scheduler,
+and imports nothing; and the address of a schedd in HTCondor's bindings."""
 
 PUBLIC_UNDERSCORES = {"_exit", "_asdict", "_replace", "_fields"}
 """Names of Python's standard library that are public."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from urllib.parse import urlparse
 
@@ -279,25 +279,14 @@ def worker_spec(worker: WorkerSettings, setting: str = "worker") -> WorkerSpec:
         # HTCondor would look from the cluster's run directory.
         image = os.path.abspath(os.path.expanduser(worker.container_image))
         check_image_file(image, setting)
-    return WorkerSpec(
-        cpus=worker.cpus,
-        memory=worker.memory,
-        disk=worker.disk,
-        gpus=worker.gpus,
-        nthreads=worker.nthreads,
-        container_image=image,
-        python=worker.python or ("python3" if image else sys.executable),
-        environment=dict(worker.environment),
-        requirements=worker.requirements,
-        accounting_group=worker.accounting_group,
-        priority=worker.priority,
-        extra_submit=dict(worker.extra_submit),
-        resources=dict(worker.resources),
-        lifetime=worker.lifetime,
-        lifetime_stagger=0.1 * worker.lifetime
-        if worker.lifetime and worker.lifetime_stagger is None
-        else worker.lifetime_stagger,
-    )
+    stagger = worker.lifetime_stagger
+    if worker.lifetime and stagger is None:
+        stagger = 0.1 * worker.lifetime
+    # What has the same name there is the same.
+    names = type(worker).model_fields.keys() & {field.name for field in fields(WorkerSpec)}
+    same = WorkerSpec(**{name: getattr(worker, name) for name in names - {"python"}})
+    python = worker.python or ("python3" if image else sys.executable)
+    return replace(same, container_image=image, python=python, lifetime_stagger=stagger)
 
 
 def check_image_file(image: str, setting: str = "worker") -> None:
