@@ -179,7 +179,7 @@ class JobReader(Protocol):
     def read(self, table: JobTable) -> list[JobChange]:
         """Changes since the last read."""
 
-    def hurry(self) -> None:
+    def look_at_next_read(self) -> None:
         """Have the next read look in any case."""
 
     def close(self) -> None:
@@ -309,7 +309,7 @@ class EventLogReader:
         current.close()
         return not grown
 
-    def hurry(self) -> None:
+    def look_at_next_read(self) -> None:
         """Reading the log is never put off."""
 
     def close(self) -> None:
@@ -445,7 +445,7 @@ class QueueReader:
             found.setdefault(f"{ad['ClusterId']}.{ad['ProcId']}", by_our_clock(ad, self._ahead))
         return found
 
-    def hurry(self) -> None:
+    def look_at_next_read(self) -> None:
         """Look at the next read, whenever the last one was."""
         self._next = 0.0
 
@@ -532,7 +532,7 @@ class DoubtingReader:
             self._next = now + self._pause
         return take_ads(table, {job_id: ads[job_id] for job_id in sure})
 
-    def hurry(self) -> None:
+    def look_at_next_read(self) -> None:
         """Believe the queue at the next read."""
         self._at_once = True
 

@@ -4,10 +4,10 @@ from prefect_htcdask.embedded.endpoint import (
     EmbeddedEndpoint,
     ensure_running,
     find,
-    last_words_of_scheduler,
+    scheduler_log_tail,
     status,
     stop,
 )
 from prefect_htcdask.embedded.errors import EmbeddedError
 
-__all__ = ["EmbeddedEndpoint", "EmbeddedError", "ensure_running", "find", "last_words_of_scheduler", "status", "stop"]
+__all__ = ["EmbeddedEndpoint", "EmbeddedError", "ensure_running", "find", "scheduler_log_tail", "status", "stop"]

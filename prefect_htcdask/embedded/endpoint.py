@@ -122,7 +122,7 @@ def find(settings: EmbeddedSettings) -> EmbeddedEndpoint | None:
     return _endpoint(directory, state)
 
 
-def last_words_of_scheduler(settings: EmbeddedSettings, cluster_name: str, lines: int = 10) -> str:
+def scheduler_log_tail(settings: EmbeddedSettings, cluster_name: str, lines: int = 10) -> str:
     """The end of a cluster's scheduler's log; empty where there is none.
 
     Args:

@@ -219,9 +219,9 @@ class HTCGatewayCluster(GatewayCluster):
         except GatewayClusterError as exc:
             if not self.parts.embedded or self.name is None:
                 raise
-            from prefect_htcdask.embedded import last_words_of_scheduler
+            from prefect_htcdask.embedded import scheduler_log_tail
 
-            said = last_words_of_scheduler(self.settings.embedded, self.name)
+            said = scheduler_log_tail(self.settings.embedded, self.name)
             why = f"the scheduler said last:\n{said}" if said else "the scheduler has said nothing"
             raise GatewayClusterError(f"{exc} {why}") from exc
 

@@ -50,7 +50,7 @@ WATCH_INTERVAL = 1.0
 ANSWER = 5.0
 """Seconds for workers to say what they run, as an interrupted flow ends."""
 
-VERDICT = 10.0
+FAILURE_GRACE = 10.0
 """Seconds for the supervisor process to say why its cluster does not answer, before a lost connection is the reason."""
 
 # In quotes, since Python 3.10 cannot subscript LoggerAdapter.
@@ -149,7 +149,7 @@ class FlowRunSession:
         """How a lost connection is renewed: for as long as a cluster of this run's lives without its supervisor."""
         return ReconnectPolicy(
             patience=self.client.timeout if self.cluster is None else self.cluster.settings.lease.scheduler_duration,
-            verdict=0.0 if self.cluster is None else VERDICT,
+            failure_grace=0.0 if self.cluster is None else FAILURE_GRACE,
             goes_on=lambda: not self._closed and self.gatherer.failure is None,
             final_state_of=self._final_state,
             results_in_hand=lambda: sum(one.packed is not None for one in list(self._by_key.values())),

@@ -1,4 +1,4 @@
-"""What the worker jobs tell: one line in the flow run's log for all jobs that share a fate, and why workers ended."""
+"""What the worker jobs tell: one line in the log for all jobs that share an outcome, and why workers ended."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class JobEventHandler:
 
     def take(self, changes: Iterable[JobChange]) -> list[str]:
         """Take in changes and say them; returns the ids of jobs held by HTCondor, which are of no use any more."""
-        fates: dict[tuple[str, str], list[str]] = {}
+        outcomes: dict[tuple[str, str], list[str]] = {}
         held = []
         for change in changes:
-            fate = self._take_one(change)
-            if fate is not None:
-                fates.setdefault(fate, []).append(change.job_id)
+            outcome = self._take_one(change)
+            if outcome is not None:
+                outcomes.setdefault(outcome, []).append(change.job_id)
             if (
                 change.what == "held"
                 and self._worker_table.table.records[change.job_id].hold_code != HoldCode.USER_REQUEST
             ):
                 held.append(change.job_id)
-        for (level, text), job_ids in fates.items():
+        for (level, text), job_ids in outcomes.items():
             jobs = ", ".join(job_ids[:3]) + (f" and {len(job_ids) - 3} more" if len(job_ids) > 3 else "")
             self._say({"kind": "log", "level": level, "text": f"HTCondor job{'s'[: len(job_ids) > 1]} {jobs} {text}"})
         return held

@@ -339,7 +339,7 @@ class Supervisor:
         """
         assert self._reader is not None
         if at_once:
-            self._reader.hurry()
+            self._reader.look_at_next_read()
         changes = await self.condor(self._reader.read, self.worker_table.table)
         self._held.update(self.news.take(changes))
         if lost := self.worker_table.evicted(changes):

@@ -162,7 +162,7 @@ def guard(sandbox: Path) -> int:
     config = read_config(sandbox)
     child: subprocess.Popen[bytes] | None = None
     farewell: subprocess.Popen[bytes] | None = None
-    voice: subprocess.Popen[bytes] | None = None
+    heartbeats: subprocess.Popen[bytes] | None = None
     told_at: float | None = None
 
     def pass_on(signum: int, _frame: object) -> None:
@@ -186,21 +186,21 @@ def guard(sandbox: Path) -> int:
             if told_for > vacate_time * _SILENCE and farewell is None and not (sandbox / LEAVING_FILE).exists():
                 # A task that keeps the interpreter's lock: the worker process can hand nothing back itself.
                 farewell = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--deregister"], cwd=sandbox)
-            if (voice is None or voice.poll() is not None) and is_silent(sandbox):
-                voice = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--heartbeat"], cwd=sandbox)
+            if (heartbeats is None or heartbeats.poll() is not None) and is_silent(sandbox):
+                heartbeats = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--heartbeat"], cwd=sandbox)
             if told_for > vacate_time * _OVER:
-                end_family(child, farewell, voice)
+                end_family(child, farewell, heartbeats)
                 say("the worker did not end within its vacate time and was ended")
                 return 0
             if (used := watch.excess(child.pid)) is not None:
-                end_family(child, voice)
+                end_family(child, heartbeats)
                 say(
                     f"the worker used {used / 2**20:.0f} MiB of the {watch.limit / 2**20:.0f} MiB that its job asked "
                     "for and was ended; raise worker.memory, or give it fewer threads"
                 )
                 return EXIT_MEMORY
             continue
-        end_family(voice)
+        end_family(heartbeats)
         if told_at is not None and status == -signal.SIGTERM:
             return 0  # told to leave before it had begun
         # A worker killed by a signal has told nobody why.

@@ -279,6 +279,6 @@ def test_at_the_end_the_queue_is_believed_at_once(log: Path) -> None:
     reader, complaints = doubting(log, Queue())
     table = JobTable()
     apply(table, "EXECUTE", "8.0", 10.0, {})
-    reader.hurry()
+    reader.look_at_next_read()
     (change,) = reader.read(table)
     assert change.what == "removed" and complaints == []

@@ -64,7 +64,7 @@ class ReconnectPolicy:
 
     Attributes:
         patience: seconds for which to try.
-        verdict: seconds in which somebody else may say why it is of no use, before the lost connection is the reason.
+        failure_grace: seconds in which somebody else may say why, before the lost connection is the reason.
         goes_on: whether there is any use in it: not where the run is closing, or its cluster has failed.
         final_state_of: finds the state in which a task ended, by its key, where this process has it.
         results_in_hand: how many of these there are.
@@ -73,7 +73,7 @@ class ReconnectPolicy:
     """
 
     patience: float
-    verdict: float
+    failure_grace: float
     goes_on: Callable[[], bool]
     final_state_of: Callable[[str], Any | None]
     results_in_hand: Callable[[], int]
@@ -302,7 +302,7 @@ class ReconnectingClient(InterruptibleClient, BufferedClient, PrefectDaskClient)
     async def _give_up(self, policy: ReconnectPolicy, why: str) -> None:
         """Fail: every future is cancelled, as Dask's own client does it at once."""
         error = TaskRunLost(f"the connection to the Dask scheduler at {self._address()} {why}")
-        deadline = time.monotonic() + policy.verdict
+        deadline = time.monotonic() + policy.failure_grace
         while policy.goes_on() and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         if policy.goes_on():

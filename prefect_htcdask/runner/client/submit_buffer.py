@@ -61,7 +61,7 @@ class SubmitBuffer:
         self._bytes = 0
         self._sent_at = -math.inf
         self._timer: threading.Timer | None = None
-        self._hurried = False
+        self._at_once = False
 
     def add(self, spec: TaskSpec, holds: object) -> Future[Any]:
         """Send a task soon; returns its future.
@@ -91,8 +91,8 @@ class SubmitBuffer:
         if spec.sent:
             return
         with self._lock:
-            if self._timer is not None and not self._hurried:
-                self._hurried = True
+            if self._timer is not None and not self._at_once:
+                self._at_once = True
                 self._timer.cancel()
                 self._start_timer(0.0)
 
@@ -128,7 +128,7 @@ class SubmitBuffer:
 
     def _send_late(self) -> None:
         with self._lock:
-            self._timer, self._hurried = None, False
+            self._timer, self._at_once = None, False
         # The futures of what could not be sent tell of it.
         with suppress(TaskRunLost):
             self.flush()
@@ -153,7 +153,7 @@ class SubmitBuffer:
                 self._bytes = sum(len(spec.payload) for spec, _ in self._waiting)
                 if self._timer is not None and not self._waiting:
                     self._timer.cancel()
-                    self._timer, self._hurried = None, False
+                    self._timer, self._at_once = None, False
                 elif self._timer is None and self._waiting:
                     self._start_timer(INTERVAL)
 

@@ -31,7 +31,7 @@ class JobOutcomes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._hosts: OrderedDict[str, str] = OrderedDict()
-        self._fates: OrderedDict[str, str] = OrderedDict()
+        self._outcomes: OrderedDict[str, str] = OrderedDict()
         self._lost_tasks: OrderedDict[str, list[str]] = OrderedDict()
 
     def take(self, message: dict[str, Any]) -> None:
@@ -42,10 +42,10 @@ class JobOutcomes:
                 _remember(self._hosts, job, str(message["host"]))
             if what == "started":
                 # What ended its last start is no news any more.
-                self._fates.pop(job, None)
+                self._outcomes.pop(job, None)
             elif what in _ENDS:
                 told = reason.strip()
-                _remember(self._fates, job, told if told.startswith(what) else f"{what}: {told}".rstrip(": "))
+                _remember(self._outcomes, job, told if told.startswith(what) else f"{what}: {told}".rstrip(": "))
 
     def record_lost_task(self, key: str, workers: Iterable[str]) -> None:
         """Take that these workers took a Dask task with them, one after the other."""
@@ -61,7 +61,7 @@ class JobOutcomes:
         """Whether it is known why a worker's job ended; a worker that is none of our jobs has nothing to be known."""
         job = job_of_worker(worker)
         with self._lock:
-            return job is None or job in self._fates
+            return job is None or job in self._outcomes
 
     def describe(self, worker: str) -> str:
         """A worker in words: its job, where that ran and why it ended."""
@@ -69,9 +69,9 @@ class JobOutcomes:
         if job is None:
             return f"worker {worker}"
         with self._lock:
-            host, fate = self._hosts.get(job), self._fates.get(job)
+            host, outcome = self._hosts.get(job), self._outcomes.get(job)
         where = f" on {host}" if host else ""
-        return f"HTCondor job {job}{where}, {fate or 'of whose end HTCondor has not told yet'}"
+        return f"HTCondor job {job}{where}, {outcome or 'of whose end HTCondor has not told yet'}"
 
     async def wait_for(self, worker: str, patience: float = PATIENCE) -> None:
         """Wait until it is known why a worker's job ended, `patience` seconds at most."""

@@ -108,7 +108,7 @@ class _Batch:
 
 
 class JobEvents:
-    """Makes events of the supervisor's messages on jobs: one for all jobs that share a fate at a time.
+    """Makes events of the supervisor's messages on jobs: one for all jobs that share an outcome at a time.
 
     Thousands of workers may start within a minute: the first event of a kind comes at once, later ones ever more
     seldom, each with the number of its jobs. None is left out of the count.
