@@ -69,6 +69,7 @@ class DemandCounter:
     Attributes:
         last_busy: when each worker was last known to have a task, by its address, on the monotonic clock.
         recounts: how often the counts turned out wrong and were made anew.
+        recount_pause: times as long as that took, until it may be done again.
     """
 
     def __init__(self, scheduler: Any, offers: Mapping[str, Mapping[str, float]] | None = None) -> None:
@@ -78,6 +79,7 @@ class DemandCounter:
         self._kind_of = self.kinds.kind_of
         self.last_busy: dict[str, float] = {}
         self.recounts = 0
+        self.recount_pause: float = RECOUNT_PAUSE
         self._ready: dict[Hashable, TaskKind] = {}
         self._in_hand: dict[Hashable, tuple[TaskKind, float]] = {}
         self._waiting: dict[Hashable, WaitingTask] = {}
@@ -119,7 +121,7 @@ class DemandCounter:
             )
             self.count()
             now = monotonic()
-            self._recount_after = now + RECOUNT_PAUSE * (now - begun)
+            self._recount_after = now + self.recount_pause * (now - begun)
 
     # What happens to tasks
 

@@ -26,7 +26,8 @@ GONE_TIMEOUT = 60.0
 """Seconds for jobs that were removed to leave the queue, for which nobody waits."""
 
 _FIRST_PAUSE = 0.1
-_LOG_PATIENCE = 2.0
+LOG_PATIENCE = 2.0
+"""Seconds without a word of the job event log, until the schedd is asked."""
 
 
 async def insist(deadline: float, attempt: Callable[[], Awaitable[bool]]) -> bool:
@@ -56,6 +57,9 @@ class Shutdown:
         ended_because: why it is over.
         owns_jobs: whether the jobs are still this supervisor's.
         stop_cluster: whether the gateway cluster is to stop.
+        settle_time: seconds for jobs and gateway cluster to go, for which the flow waits.
+        gone_timeout: seconds for jobs that were removed to leave the queue, for which nobody waits.
+        log_patience: seconds without a word of the job event log, until the schedd is asked.
         found: jobs that were in the queue at its beginning.
         problems: what was in the way, in words, once it is done.
     """
@@ -71,6 +75,9 @@ class Shutdown:
     ended_because: str
     owns_jobs: bool
     stop_cluster: bool
+    settle_time: float = SETTLE_TIME
+    gone_timeout: float = GONE_TIMEOUT
+    log_patience: float = LOG_PATIENCE
     found: int = 0
     problems: list[str] = field(default_factory=list)
     _stopping: asyncio.Task[bool] | None = None
@@ -83,9 +90,9 @@ class Shutdown:
             deadline = time.monotonic() + self.plan.scheduler_lease
             self._stopping = asyncio.ensure_future(insist(deadline, self.gateway.stop))
         if self.owns_jobs and await self._remove_jobs():
-            await self._wait_until_gone(SETTLE_TIME)
+            await self._wait_until_gone(self.settle_time)
         if self._stopping is not None:
-            await asyncio.wait([self._stopping], timeout=SETTLE_TIME)
+            await asyncio.wait([self._stopping], timeout=self.settle_time)
 
     async def finish(self) -> None:
         """Wait for the last job, delete what the jobs took with them, and let go of everything."""
@@ -93,7 +100,7 @@ class Shutdown:
             patience = 2 * max(group.spec.vacate_time for group in self.plan.groups.values())
             if not await self._wait_until_gone(patience):
                 await self._forget_stuck_jobs()
-            if not await self._wait_until_gone(GONE_TIMEOUT):
+            if not await self._wait_until_gone(self.gone_timeout):
                 left = len(self.worker_table.queued_jobs())
                 self._failed(f"{left} jobs are still in the queue; the lease is on them")
             self.directory.clear_staging()
@@ -125,7 +132,7 @@ class Shutdown:
         """Wait until no job is in the queue, for `timeout` seconds at most; returns whether that is so."""
         deadline = time.monotonic() + timeout
         pause = _FIRST_PAUSE
-        ask_at = time.monotonic() + _LOG_PATIENCE
+        ask_at = time.monotonic() + self.log_patience
         while time.monotonic() < deadline:
             try:
                 await self.read_jobs(False)
@@ -134,7 +141,7 @@ class Shutdown:
                 # submitted that the log has not told of.
                 told = self.jobs.schedd.address.is_local and self.worker_table.queued_jobs()
                 if not told or time.monotonic() >= ask_at:
-                    ask_at = time.monotonic() + _LOG_PATIENCE
+                    ask_at = time.monotonic() + self.log_patience
                     left = await self.jobs.any_left()
                     if left is None:
                         await self.read_jobs(True)

@@ -26,6 +26,7 @@ from prefect_htcdask.embedded import EmbeddedEndpoint
 from prefect_htcdask.runner import flow_run
 from prefect_htcdask.runner.ui.artifact_contents import jobs, progress
 from prefect_htcdask.runner.ui.artifacts import Artifacts, artifact_key
+from prefect_htcdask.utils.prefect_client import TIMEOUT
 from tests.support.artifacts import artifacts_of, message
 from tests.support.cluster_fixtures import SMALL, jobs_of
 from tests.support.plain_flow import PlainFlow
@@ -91,7 +92,9 @@ def behind(counter: Counter) -> contextvars.Context:
         return contextvars.copy_context()
 
 
-def started(flow_run_id: UUID, context: contextvars.Context, log: list[str], interval: float = 1.0) -> Artifacts:
+def started(
+    flow_run_id: UUID, context: contextvars.Context, log: list[str], interval: float = 1.0, timeout: float = TIMEOUT
+) -> Artifacts:
     return Artifacts(
         flow_run_id,
         "Dimuon analysis",
@@ -100,6 +103,7 @@ def started(flow_run_id: UUID, context: contextvars.Context, log: list[str], int
         lambda summary: f"# report\n\n{summary['jobs']} jobs",
         context,
         lambda level, text: log.append(f"{level}: {text}"),
+        timeout,
     )
 
 
@@ -139,12 +143,11 @@ def test_thousands_of_jobs_cost_one_call_in_each_interval(
 
 
 def test_an_api_that_does_not_answer_is_told_once_and_waited_for_by_nobody(
-    flow_run_id: UUID, counter: Counter, behind: contextvars.Context, monkeypatch: pytest.MonkeyPatch
+    flow_run_id: UUID, counter: Counter, behind: contextvars.Context
 ) -> None:
-    monkeypatch.setattr("prefect_htcdask.runner.ui.artifacts.TIMEOUT", 0.5)
     counter.stuck.set()
     log: list[str] = []
-    artifacts = started(flow_run_id, behind, log, interval=0.2)
+    artifacts = started(flow_run_id, behind, log, interval=0.2, timeout=0.5)
     wait_until(lambda: counter.swallowed > 2, 20, "it is tried again")
     begun = time.monotonic()
     artifacts.take(message(1))
@@ -158,12 +161,11 @@ def test_an_api_that_does_not_answer_is_told_once_and_waited_for_by_nobody(
 
 
 def test_an_api_that_comes_back_gets_the_latest(
-    flow_run_id: UUID, counter: Counter, behind: contextvars.Context, monkeypatch: pytest.MonkeyPatch
+    flow_run_id: UUID, counter: Counter, behind: contextvars.Context
 ) -> None:
-    monkeypatch.setattr("prefect_htcdask.runner.ui.artifacts.TIMEOUT", 0.5)
     counter.stuck.set()
     log: list[str] = []
-    artifacts = started(flow_run_id, behind, log, interval=0.2)
+    artifacts = started(flow_run_id, behind, log, interval=0.2, timeout=0.5)
     artifacts.take(message(1))
     wait_until(lambda: log, 20, "it is told")
     counter.stuck.clear()

@@ -41,10 +41,10 @@ def one_more(x: int) -> int:
     return x + 1
 
 
-def hold_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def hold_back() -> None:
     """From the next submit but one on nothing leaves the outbox by itself."""
     nothing.submit(0).result(timeout=PATIENCE)
-    monkeypatch.setattr(submit_buffer, "INTERVAL", NEVER)
+    client_of_this_flow().submit_buffer.interval = NEVER
     client_of_this_flow().submit_buffer._sent_at = time.monotonic()
 
 
@@ -65,13 +65,13 @@ def test_a_loop_of_submits_needs_few_graphs(runner: HTCDaskTaskRunner) -> None:
     assert sum(sizes) == count and len(sizes) <= count / 2
 
 
-def test_one_submit_alone_waits_for_nothing(runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_submit_alone_waits_for_nothing(runner: HTCDaskTaskRunner) -> None:
     @flow(task_runner=runner)
     def computing() -> int:
         nothing.submit(0).wait()
         # As if the last graph had been sent long ago.
         client_of_this_flow().submit_buffer._sent_at = -math.inf
-        monkeypatch.setattr(submit_buffer, "INTERVAL", NEVER)
+        client_of_this_flow().submit_buffer.interval = NEVER
         with graphs() as sizes:
             future = one_more.submit(1)
             assert sizes == [1]
@@ -82,12 +82,10 @@ def test_one_submit_alone_waits_for_nothing(runner: HTCDaskTaskRunner, monkeypat
 
 
 @pytest.mark.parametrize("how", ["result", "callback"])
-def test_what_somebody_asks_for_leaves_at_once_with_all_that_waits(
-    runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_what_somebody_asks_for_leaves_at_once_with_all_that_waits(runner: HTCDaskTaskRunner, how: str) -> None:
     @flow(task_runner=runner)
     def computing() -> None:
-        hold_back(monkeypatch)
+        hold_back()
         first, second, third = (nothing.submit(number) for number in range(3))
         with graphs() as sizes:
             if how == "result":
@@ -113,10 +111,10 @@ def test_a_chain_of_submits_keeps_its_order(runner: HTCDaskTaskRunner) -> None:
     assert computing() == 40
 
 
-def test_annotations_are_those_of_the_submit(runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_annotations_are_those_of_the_submit(runner: HTCDaskTaskRunner) -> None:
     @flow(task_runner=runner)
     def computing() -> tuple[list[int], list[dict[str, Any]]]:
-        hold_back(monkeypatch)
+        hold_back()
         for priority in (1, 1, 5):
             with dask.annotate(priority=priority):
                 nothing.submit(priority)
@@ -129,12 +127,10 @@ def test_annotations_are_those_of_the_submit(runner: HTCDaskTaskRunner, monkeypa
 
 
 @pytest.mark.parametrize("how", ["map", "dask", "delayed"])
-def test_what_depends_on_a_submit_comes_after_it(
-    runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_what_depends_on_a_submit_comes_after_it(runner: HTCDaskTaskRunner, how: str) -> None:
     @flow(task_runner=runner)
     def computing() -> Any:
-        hold_back(monkeypatch)
+        hold_back()
         first = nothing.submit(1)
         if how == "map":
             return one_more.map([first]).result(timeout=PATIENCE)
@@ -149,12 +145,10 @@ def test_what_depends_on_a_submit_comes_after_it(
 
 
 @pytest.mark.parametrize("how", ["client", "flow"])
-def test_what_is_cancelled_before_it_left_never_leaves(
-    runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
-) -> None:
+def test_what_is_cancelled_before_it_left_never_leaves(runner: HTCDaskTaskRunner, tmp_path: Path, how: str) -> None:
     @flow(task_runner=runner)
     def computing() -> Any:
-        hold_back(monkeypatch)
+        hold_back()
         futures = [marked.submit(tmp_path, f"{number}") for number in range(3)]
         dependent = marked.submit(tmp_path, "dependent", wait_for=[futures[0]])
         with graphs() as sizes:
@@ -188,7 +182,7 @@ def test_a_flow_that_ends_sends_what_waits_before_it_looks_what_runs(
 
     @flow(task_runner=runner)
     def computing() -> None:
-        hold_back(monkeypatch)
+        hold_back()
         for number in range(2):
             marked.submit(tmp_path, f"{number}")
         waiting.append(len(client_of_this_flow().submit_buffer._waiting))
@@ -197,12 +191,10 @@ def test_a_flow_that_ends_sends_what_waits_before_it_looks_what_runs(
     assert waiting == [2, 0]
 
 
-def test_what_waits_as_the_connection_breaks_runs_once(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_waits_as_the_connection_breaks_runs_once(wire: Wire, tmp_path: Path) -> None:
     @flow(task_runner=HTCDaskTaskRunner(address=wire.address))
     def computing() -> Any:
-        hold_back(monkeypatch)
+        hold_back()
         client = client_of_this_flow()
         with graphs() as sizes:
             future = marked.submit(tmp_path, "waits")
@@ -219,12 +211,12 @@ def test_what_waits_as_the_connection_breaks_runs_once(
     assert len(runs(tmp_path, "waits")) == 1
 
 
-def test_what_cannot_be_sent_fails_alone(runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_sent_fails_alone(runner: HTCDaskTaskRunner) -> None:
     """A client that refuses a graph, which no fault of the network brings about."""
 
     @flow(task_runner=runner)
     def computing() -> Any:
-        hold_back(monkeypatch)
+        hold_back()
         client = client_of_this_flow()
         to_futures = client._graph_to_futures
 
@@ -249,10 +241,10 @@ def test_what_cannot_be_sent_fails_alone(runner: HTCDaskTaskRunner, monkeypatch:
     assert other == 2
 
 
-def test_much_is_not_held_back(runner: HTCDaskTaskRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_much_is_not_held_back(runner: HTCDaskTaskRunner) -> None:
     @flow(task_runner=runner)
     def computing() -> list[int]:
-        hold_back(monkeypatch)
+        hold_back()
         with graphs() as sizes:
             for _ in range(4):
                 nothing.submit(b"x" * (submit_buffer.MOST_BYTES // 2))

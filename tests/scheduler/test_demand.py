@@ -16,7 +16,6 @@ from distributed.core import Status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefect_htcdask.scheduler import demand
 from prefect_htcdask.scheduler.plugin import DemandPlugin
 from tests.support.dask_cluster import GATES, Cluster, counted, dask_cluster, gate, recount
 
@@ -334,15 +333,13 @@ async def test_a_long_script() -> None:
     assert GATES
 
 
-async def test_counts_that_are_wrong_again_and_again_are_not_put_right_all_the_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_counts_that_are_wrong_again_and_again_are_not_put_right_all_the_time() -> None:
     async with dask_cluster() as cluster:
         futures = cluster.client.map(task, range(5), end="ends")
         await cluster.until(lambda: len(cluster.scheduler.tasks) == 5, "five tasks")
         counter = cluster.plugin.counter
         for pause, recounts in ((0, 1), (0, 2), (1e9, 3), (1e9, 3), (0, 3)):
-            monkeypatch.setattr(demand, "RECOUNT_PAUSE", pause)
+            counter.recount_pause = pause
             counter._ready.popitem()
             await cluster.demand()
             assert counter.recounts == recounts

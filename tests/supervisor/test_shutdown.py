@@ -8,12 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from prefect_htcdask.condor.address import ScheddAddress
 from prefect_htcdask.condor.job_codes import JobStatus
 from prefect_htcdask.condor.schedd import ScheddError
-from prefect_htcdask.supervisor import shutdown
 from prefect_htcdask.supervisor.shutdown import Shutdown
 from prefect_htcdask.supervisor.worker_table import WorkerTable
 
@@ -48,6 +45,9 @@ class Jobs:
 
     async def any_left(self) -> int | None:
         return self.left
+
+
+SHORT = {"settle_time": 0.3, "gone_timeout": 0.3, "log_patience": 0.05}
 
 
 class Ends:
@@ -89,18 +89,11 @@ class Ends:
             "owns_jobs": True,
             "stop_cluster": True,
         }
-        self.shutdown = Shutdown(**{**parts, **changed})
+        self.shutdown = Shutdown(**{**parts, **SHORT, **changed})
 
     async def run(self) -> None:
         await self.shutdown.close()
         await self.shutdown.finish()
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutdown, "SETTLE_TIME", 0.3)
-    monkeypatch.setattr(shutdown, "GONE_TIMEOUT", 0.3)
-    monkeypatch.setattr(shutdown, "_LOG_PATIENCE", 0.05)
 
 
 async def test_jobs_are_removed_the_cluster_stopped_and_secrets_deleted(tmp_path: Path) -> None:

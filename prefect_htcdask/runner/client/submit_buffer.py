@@ -50,10 +50,14 @@ class SubmitBuffer:
 
     Args:
         client: sends it; what it could not send as its connection broke, it submits again by its own means.
+
+    Attributes:
+        interval: seconds between two graphs at least.
     """
 
     def __init__(self, client: SendingClient) -> None:
         self._client = client
+        self.interval = INTERVAL
         self._lock = threading.Lock()
         # Graphs leave one at a time, so that none overtakes one on which it depends.
         self._sending = threading.Lock()
@@ -78,7 +82,7 @@ class SubmitBuffer:
             self._client.specs[spec.key] = spec
             self._waiting.append((spec, holds))
             self._bytes += len(spec.payload)
-            left = INTERVAL - (time.monotonic() - self._sent_at)
+            left = self.interval - (time.monotonic() - self._sent_at)
             if left > 0 and self._bytes <= MOST_BYTES:
                 if self._timer is None:
                     self._start_timer(left)
@@ -155,7 +159,7 @@ class SubmitBuffer:
                     self._timer.cancel()
                     self._timer, self._at_once = None, False
                 elif self._timer is None and self._waiting:
-                    self._start_timer(INTERVAL)
+                    self._start_timer(self.interval)
 
     def _send(self, specs: list[TaskSpec]) -> None:
         for spec in specs:

@@ -77,6 +77,7 @@ class Artifacts:
         describe: makes the report of the supervisor's summary.
         context: the flow run's context, with the settings of its API.
         log: logs to the flow run.
+        timeout: seconds that the API may take for an answer.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class Artifacts:
         describe: Callable[[Mapping[str, Any]], str],
         context: contextvars.Context,
         log: Callable[[str, str], None],
+        timeout: float = TIMEOUT,
     ) -> None:
+        self._timeout = timeout
         self._flow_run_id = flow_run_id
         self._flow_name = flow_name
         self._interval = interval
@@ -156,7 +159,7 @@ class Artifacts:
         while more and not self._closed:
             ending = self._ending.is_set()
             try:
-                with open_client(TIMEOUT) as client:
+                with open_client(self._timeout) as client:
                     while more := not self._closed and self._show_one(client):
                         self._ending.wait(self._interval)
             except Exception as exc:
