@@ -22,6 +22,7 @@ settings.load_profile("beside-daemons")
 pytest_plugins = [
     "tests.support.artifacts",
     "tests.support.cluster_fixtures",
+    "tests.support.file_order",
     "tests.support.own_pool",
     "tests.support.pool_fixtures",
     "tests.support.prefect_fixtures",
