@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 ONLY ?=
 ARGS ?=
-# Tests wait for daemons more than they compute. Each process has a pool, a gateway and a Prefect server of its own,
-# and takes whole files, in their order: the fault matrix, which takes longest, comes first.
-JOBS ?= 2
+# Processes of pytest. Those of `make test` have a pool, a gateway and a Prefect server each, and take whole files, the
+# longest first (tests/support/file_order.py).
+JOBS ?=
+TEST_JOBS := $(or $(JOBS),3)
+CHECK_JOBS := $(or $(JOBS),2)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv check demo test test-faults faults-report bench docs lint clean
@@ -14,7 +16,7 @@ help:
 	@echo "make demo               run a CMS dimuon analysis on HTCondor workers behind a Dask Gateway, here"
 	@echo "make check              lint, types, and every quick test that starts no daemon; 2 minutes"
 	@echo "make test               every test, on a real pool, gateway and Prefect server; ARGS='-k name' for some,"
-	@echo "                        JOBS=n in so many processes at once ($(JOBS)); JOBS=0 one after the other"
+	@echo "                        JOBS=n in so many processes at once ($(TEST_JOBS)); JOBS=0 one after the other"
 	@echo "make test-faults        every row of the fault matrix: what is left after each kind of end; about 30 minutes"
 	@echo "make faults-report      the same as one table; exit status 0 only if all rows that can be run here"
 	@echo "                        are met (those that cut the network need root; ARGS=--complete counts them too)"
@@ -35,10 +37,10 @@ demo: venv
 DAEMONS := pool or prefect_api or local_pool or daemons or slow or faults or faults_long or soak
 check: lint
 	@plan=$$($(VENV) -m pytest --setup-plan -qq -m "$(DAEMONS)" 2>&1) || { echo "$$plan"; exit 1; }
-	@$(VENV) -m pytest -n $(JOBS) -q --durations=0 --durations-min=5 -m "not ($(DAEMONS))" $(ARGS)
+	@$(VENV) -m pytest -n $(CHECK_JOBS) -q --durations=0 --durations-min=5 -m "not ($(DAEMONS))" $(ARGS)
 
 test: venv
-	@$(VENV) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(VENV) -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: venv
 	@$(VENV) -m pytest tests/faults -m faults $(ARGS)

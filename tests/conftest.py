@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ settings.load_profile("beside-daemons")
 pytest_plugins = [
     "tests.support.artifacts",
     "tests.support.cluster_fixtures",
+    "tests.support.file_order",
     "tests.support.own_pool",
     "tests.support.pool_fixtures",
     "tests.support.prefect_fixtures",
@@ -36,6 +38,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Look for no garbage while test modules are imported, and later not among what they imported: it stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 STARTED_BY = {

@@ -16,6 +16,7 @@ from prefect.plugins import load_prefect_collections
 from pydantic import BaseModel
 
 from prefect_htcdask.settings import HTCDaskSettings, WorkerGroupSettings
+from tests.support.file_order import LONG
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGE = CHECKOUT / "prefect_htcdask"
@@ -259,6 +260,10 @@ def test_public_names_exist() -> None:
 
     for name in prefect_htcdask.__all__:
         assert getattr(prefect_htcdask, name) is not None
+
+
+def test_files_that_take_long_are_there() -> None:
+    assert [name for name in LONG if not (CHECKOUT / name).exists()] == []
 
 
 def test_no_test_imports_a_test() -> None:

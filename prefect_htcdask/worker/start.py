@@ -10,6 +10,7 @@ not let its process speak, the guard tells the scheduler that it lives.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -360,6 +361,7 @@ def run_worker(sandbox: Path) -> int:
     os.environ.update(json.loads(secrets_path.read_text()))
     secrets_path.unlink()
     use_package_of_flow(sandbox)
+    gc.disable()  # what imports make is no garbage; until the worker, which imports Prefect as it starts, has joined
     try:
         import distributed  # noqa: F401  (whether it can be imported is the question)
     except ImportError as exc:
@@ -470,6 +472,8 @@ async def _run_worker(config: dict[str, Any], sandbox: Path) -> int:
             f"{config['scheduler_address']}: {type(exc).__name__}: {exc}"
         )
         raise
+    finally:
+        gc.enable()
     (sandbox / ADDRESS_FILE).write_text(str(worker.address))
     beating = asyncio.ensure_future(_beat(sandbox))
     # A scheduler that ends meanwhile closes the worker, and never answers its farewell.

@@ -21,9 +21,12 @@ _row_key = pytest.StashKey[Row]()
 _arena_key = pytest.StashKey[Arena]()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def battered_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSettings]:
-    """A pool and gateway for the matrix alone: killing its daemons hurts nobody else."""
+    """A pool and gateway for the matrix alone: killing its daemons hurts nobody else.
+
+    Not of the package: other files come between those of the matrix, which has so many processes as it has files.
+    """
     settings = EmbeddedSettings(
         directory=str(tmp_path_factory.mktemp("battered")), idle_timeout=900, use_configured_pool=False
     )

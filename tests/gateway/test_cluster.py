@@ -36,6 +36,8 @@ def test_scale_submits_and_removes_the_difference_only(
         client.wait_for_workers(3, timeout=60)
         three = jobs_of(queue, cluster.name)
         assert len(three) == 3 and set(first) < set(three)
+        # They have done without as they started.
+        wait_until(lambda: all(client.run(gc.isenabled).values()), 20, "all collect garbage")
         # More than the pool has room for: the rest waits, and goes first.
         cluster.scale(8)
         wait_until(lambda: len(jobs_of(queue, cluster.name)) == 8, 20, "eight jobs")

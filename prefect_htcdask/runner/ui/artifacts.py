@@ -91,7 +91,7 @@ class Artifacts:
         log: Callable[[str, str], None],
         timeout: float = TIMEOUT,
     ) -> None:
-        self._timeout = timeout
+        self.timeout = timeout
         self._flow_run_id = flow_run_id
         self._flow_name = flow_name
         self._interval = interval
@@ -159,7 +159,7 @@ class Artifacts:
         while more and not self._closed:
             ending = self._ending.is_set()
             try:
-                with open_client(self._timeout) as client:
+                with open_client(self.timeout) as client:
                     while more := not self._closed and self._show_one(client):
                         self._ending.wait(self._interval)
             except Exception as exc:
