@@ -58,6 +58,17 @@ class Diagnosis:
     def __str__(self) -> str:
         return f"{self.summary} ({self.remedy})" if self.remedy else self.summary
 
+    @property
+    def level(self) -> str:
+        """The level at which it is logged: ``info`` for what passes, ``error`` for what does so by no waiting."""
+        if self.category in _PASSES:
+            return "info"
+        return "error" if self.category in _STAYS else "warning"
+
+
+_PASSES = frozenset({Category.POOL_FULL, Category.LOW_PRIORITY, Category.WAITING, Category.EVICTED})
+_STAYS = frozenset({Category.DISK_FULL, *(one for one in Category if one.value.startswith("held_"))})
+
 
 # `{worker}` stands for where the job's settings are.
 _HOLDS: dict[int, tuple[Category, str]] = {

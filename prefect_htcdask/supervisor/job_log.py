@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prefect_htcdask.condor.diagnosis import (
-    Category,
     Diagnosis,
     diagnose_eviction,
     diagnose_exit,
@@ -80,15 +79,10 @@ class JobEventHandler:
             group.started(record)
         if failed_start:
             group.failed(record, time.monotonic())
-        if change.what == "held":
-            return "error", f"held: {diagnosis}"
-        if worker.is_leaving or diagnosis is None:
+        if diagnosis is None or (worker.is_leaving and change.what != "held"):
             return None
-        if change.what == "exited":
-            return "warning", f"ended on {record.host}: {diagnosis}"
-        if change.what == "removed":
-            return "warning", str(diagnosis)
-        return "error" if diagnosis.category is Category.DISK_FULL else "info", str(diagnosis)
+        prefix = {"held": "held: ", "exited": f"ended on {record.host}: "}.get(change.what, "")
+        return diagnosis.level, f"{prefix}{diagnosis}"
 
     def joined(self, record: JobRecord) -> None:
         """Say that a job's worker is at the scheduler."""

@@ -22,9 +22,6 @@ FIRST_LOOK = 60.0
 _LONGEST = 1800.0
 """Seconds between two looks at most, while they go on waiting."""
 
-_PASSES = frozenset({Category.POOL_FULL, Category.LOW_PRIORITY, Category.WAITING})
-"""What waiting helps against."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -88,7 +85,7 @@ class PendingJobsDiagnoser:
         self._say(
             {
                 "kind": "waiting",
-                "level": "info" if diagnosis.category in _PASSES else "warning",
+                "level": diagnosis.level,
                 "text": str(diagnosis),
                 "group": group.name,
                 "category": diagnosis.category.value,

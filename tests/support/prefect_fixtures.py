@@ -33,7 +33,7 @@ def nothing() -> None:
 
 
 def empty_database() -> Path:
-    """A Prefect server's database as its first start makes it: a third of that start's CPU time, once for each version."""
+    """A Prefect server's database as its first start makes it, a third of that start; once for each version."""
     cache = platformdirs.user_cache_path("prefect-htcdask", ensure_exists=True)
     made = cache / f"prefect-{version('prefect')}.db"
     with FileLock(cache / "prefect-database.lock"):
